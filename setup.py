@@ -1,0 +1,65 @@
+"""Package metadata. Tool settings are in pyproject.toml; every version bound says why it stands."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "spt_ds" / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+INSTALL = [
+    # 2.6 is the first with safe `torch.load` defaults and the attention interfaces used here; from 2.14 on the
+    # engine has not been measured.
+    "torch>=2.6,<2.14",
+    # The engine hooks (frozen base under ZeRO-3, offload) are measured on 0.19.8; minor releases move them.
+    "deepspeed>=0.19.8,<0.20",
+    # v5 names: `dtype`, the attention interface, position ids in OPT.
+    "transformers>=5.17,<6",
+    # 0.50 has CPU ops for 4-bit and 8-bit weights.
+    "bitsandbytes>=0.50,<0.51",
+    "datasets>=4,<6",
+    "pyyaml>=6",
+    "pydantic>=2.8,<3",
+    "safetensors>=0.5",
+    "numpy>=1.26",
+    # Sentence BLEU of context pairs in the contrastive loss, corpus BLEU in the scores.
+    "sacrebleu>=2.4,<3",
+    # DeepSpeed builds its host ops with ninja at first use.
+    "ninja",
+    "tqdm>=4.66",
+]
+EXTRAS = {
+    "flash": ["flash-attn>=2.7"],  # compiles for many minutes: never a default
+    "evaluate": ["rouge-score>=0.1.2"],
+    "report": ["matplotlib>=3.8"],
+    "baselines": ["peft>=0.19,<0.22"],
+    "tensorboard": ["tensorboard"],
+}
+EXTRAS["dev"] = [
+    *EXTRAS["evaluate"],
+    *EXTRAS["report"],
+    *EXTRAS["baselines"],
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "mypy>=1.11",
+    "types-PyYAML",
+]
+
+setup(
+    name="spt-ds",
+    version=VERSION,
+    description="Distributed training toolkit for Selective Prompt Tuning of frozen language models",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",  # the range that torch and DeepSpeed both publish for
+    packages=find_packages(include=["spt_ds", "spt_ds.*"]),
+    include_package_data=True,
+    package_data={"spt_ds": ["recipes/*.yaml", "assets/**/*", "py.typed"]},
+    install_requires=INSTALL,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["spt-ds = spt_ds.cli:main"]},
+)

@@ -1,0 +1,19 @@
+"""spt_ds: distributed training toolkit for Selective Prompt Tuning. Public names are resolved on first use."""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Config": "spt_ds.config.schema",
+    "SptError": "spt_ds.errors",
+}
+__all__ = ["Config", "SptError", "__version__"]  # noqa: F822 - resolved lazily
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'spt_ds' has no attribute {name!r}")

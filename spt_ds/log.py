@@ -1,0 +1,43 @@
+"""One logger for the package: the first rank speaks, the others only from WARNING on.
+
+Fallbacks go through `fallback`: said once, with what was asked, what is used and why; an error under `strict`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from spt_ds.errors import SptError
+
+_LOGGER = logging.getLogger("spt_ds")
+_said: set[str] = set()
+
+
+def get_logger() -> logging.Logger:
+    """Return the package's logger, set up on first use from `RANK` (absent: rank 0) and `SPT_LOG_LEVEL`."""
+    if not _LOGGER.handlers:
+        rank = os.environ.get("RANK", "0")
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", "%H:%M:%S"))
+        _LOGGER.addHandler(handler)
+        _LOGGER.propagate = False
+        default = "INFO" if rank == "0" else "WARNING"
+        _LOGGER.setLevel(os.environ.get("SPT_LOG_LEVEL", default).upper())
+    return _LOGGER
+
+
+def say_once(message: str, level: int = logging.INFO) -> None:
+    """Log `message` the first time it is given in this process."""
+    if message not in _said:
+        _said.add(message)
+        get_logger().log(level, message)
+
+
+def fallback(asked: str, used: str, why: str, *, strict: bool, error: type[SptError] = SptError) -> None:
+    """Say once that `used` replaces `asked` and why; raise `error` instead when `strict`."""
+    message = f"asked for {asked}, using {used}: {why}"
+    if strict:
+        raise error(f"{message} (strict: true forbids the fallback; set strict: false to accept it)")
+    say_once(message, logging.WARNING)
