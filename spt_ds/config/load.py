@@ -1,0 +1,165 @@
+"""Reads a YAML file or a shipped recipe, applies overrides, and reports every problem in one error."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from spt_ds.config.schema import Config
+from spt_ds.errors import ConfigError
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the shipped recipes."""
+    folder = resources.files("spt_ds") / "recipes"
+    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
+    """Read `source` (a YAML file or a recipe's name), apply `key.path=value` overrides and validate.
+
+    Raises ConfigError with every problem found: unknown keys with the nearest known one, wrong types with the key
+    path, syntax errors with `file:line`.
+    """
+    name, text = _read(source)
+    tree = _parse(name, text)
+    for override in overrides:
+        _apply(tree, override)
+    return _validate(name, tree)
+
+
+def dump_config(config: Config) -> str:
+    """Return the resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> str:
+    """Return the JSON schema of the YAML file, for editors."""
+    return json.dumps(Config.model_json_schema(), indent=2)
+
+
+def _read(source: str) -> tuple[str, str]:
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        if not path.is_file():
+            raise ConfigError(f"{source}: no such configuration file; give a YAML file or one of {recipe_names()}")
+        try:
+            return source, path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{source}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+    names = recipe_names()
+    if source not in names:
+        near = difflib.get_close_matches(source, names, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(names)}"
+        raise ConfigError(f"no file and no recipe is called {source!r}; {hint}")
+    return f"recipe {source}", (resources.files("spt_ds") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, and reads 1e-3 as a number as YAML 1.2 does."""
+
+
+def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: builds plain data only
+
+
+def _parse(name: str, text: str) -> dict[str, Any]:
+    try:
+        tree = _load_yaml(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name}:1: expected sections such as `model:`, got {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}: expected key.path=value, such as losses.tau_gold=0.5")
+    node = tree
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {key} is a value, not a section")
+        node = child
+    try:
+        node[keys[-1]] = _load_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: {text!r} is not a YAML value: {error}") from error
+
+
+def _validate(name: str, tree: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = list(dict.fromkeys(_describe(item, tree) for item in error.errors()))
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise ConfigError(f"{name}: {len(problems)} problem(s) in the configuration\n{lines}") from error
+
+
+def _describe(item: Any, tree: dict[str, Any]) -> str:
+    path = ".".join(str(part) for part in item["loc"]) or "(whole file)"
+    if item["type"] == "extra_forbidden":
+        parent = _section(item["loc"][:-1])
+        known = list(parent.model_fields) if parent else []
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, 1)
+        elsewhere = [p for p in key_paths(Config) if p.rsplit(".", 1)[-1] == str(item["loc"][-1])]
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        if not near and elsewhere:
+            hint = f"did you mean {elsewhere[0]!r}?"
+        return f"{path}: unknown key; {hint}"
+    got = "" if item["type"] == "missing" or not item["loc"] else f", got {item['input']!r}"
+    return f"{path}: {item['msg']}{got}"
+
+
+def _section(loc: Sequence[Any]) -> type[BaseModel] | None:
+    model: type[BaseModel] = Config
+    for key in loc:
+        field = model.model_fields.get(str(key))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return None
+        model = field.annotation
+    return model
+
+
+def key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted path of every option of the schema."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from key_paths(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name

@@ -1,0 +1,261 @@
+"""The typed schema of one YAML file. Unknown keys are refused; every field says its unit; no torch is imported.
+
+Field docstrings become the descriptions of `spt-ds config --schema`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys refused, values immutable, field docstrings kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class QuantConfig(Section):
+    """How a 4-bit or 8-bit base is quantised; unused at 16 and 32 bits."""
+
+    type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit code book. 8 bits are always blockwise dynamic int8."""
+    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """Weights that share one scale."""
+    double_quant: bool = False
+    """Quantise the scales of a 4-bit base to 8 bits as well (saves about 0.4 bit a weight)."""
+    skip_modules: tuple[str, ...] = ("lm_head",)
+    """Linear layers whose name ends so stay in 16 bits. Embeddings and norms always do."""
+    self_check: bool = True
+    """Before training, compare logits through the quantised (and sharded) base with its dequantised weights."""
+
+
+class ModelConfig(Section):
+    """The frozen causal language model."""
+
+    base: str = "embedded"
+    """`embedded` (the small base that is shipped), a folder, or a hub id such as `facebook/opt-125m`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    random_init: bool = False
+    """Take only the configuration of `base` and draw random weights: for benchmarks without weights."""
+    base_bits: Literal[4, 8, 16, 32] = 16
+    """Bits of the frozen weights: 32 float, 16 bfloat, 8 or 4 quantised (see `quant`)."""
+    quant: QuantConfig = QuantConfig()
+    attention: Literal["auto", "flash", "varlen", "sdpa", "eager"] = "auto"
+    """Kernel of the forward pass: flash-attn package, torch's variable-length, SDPA, or plain (slow, exact)."""
+    activation_checkpointing: Literal["auto", "off", "non_reentrant", "reentrant"] = "auto"
+    """Recompute layers in the backward pass; `auto` decides by memory and says why."""
+
+
+class PromptsConfig(Section):
+    """The bank of soft prompts."""
+
+    count: PositiveInt = 4
+    """K, prompts in the bank."""
+    tokens: PositiveInt = 8
+    """P, virtual tokens per prompt."""
+    init: Literal["vocab", "text", "normal", "reference"] = "vocab"
+    """Rows sampled from the frozen embedding table, given strings, normal at the table's deviation, or N(0, 1)."""
+    init_texts: tuple[str, ...] = ()
+    """With `init: text`, one string per prompt (or one for all); repeated or cut to P tokens."""
+    placement: Literal["prefix", "suffix"] = "prefix"
+    """Before the text, or between context and response (the context is then read once for all K)."""
+
+    @model_validator(mode="after")
+    def _texts(self) -> PromptsConfig:
+        if self.init == "text" and len(self.init_texts) not in (1, self.count):
+            raise ValueError(f"init: text needs 1 or count={self.count} init_texts, got {len(self.init_texts)}")
+        if self.init != "text" and self.init_texts:
+            raise ValueError(f"init_texts is only read with init: text, but init is {self.init}")
+        return self
+
+
+class RetrieverConfig(Section):
+    """The dense retriever."""
+
+    projections: Literal["separate", "shared"] = "separate"
+    """W_c and W_p apart, or one Linear for both sides (as the reference has it)."""
+    activation: Literal["softplus", "reference"] = "softplus"
+    """Monotone softplus, or the reference's softplus(beta 10, threshold 1), which jumps at cos 0.1."""
+    pool: Literal["context", "padded_text"] = "context"
+    """Mean over real context tokens, or (reference) over the whole padded row, response included."""
+    pool_length_tokens: PositiveInt = 512
+    """Row length that `pool: padded_text` pads to."""
+
+
+class LossConfig(Section):
+    """Weights and temperatures of the four losses."""
+
+    selection: NonNegativeFloat = 1.0
+    """Weight of the selection loss."""
+    fusion: NonNegativeFloat = 1.0
+    """Weight of the fusion loss."""
+    contrastive: NonNegativeFloat = 1.0
+    """Weight of the contrastive loss."""
+    tau_gold: PositiveFloat = 1.0
+    """Temperature of the target softmax(-nll / tau)."""
+    tau_sim: PositiveFloat = 1.0
+    """Temperature of the retriever's softmax(s / tau)."""
+    bleu_threshold: float = 20.0
+    """Gamma: contexts whose sentence BLEU (0 to 100) lies above it form a similar pair."""
+    mask: Literal["target", "nonzero"] = "target"
+    """Average over the target tokens, or (reference) over those with a loss other than 0."""
+    head_chunk_mib: PositiveInt = 128
+    """Upper bound of the vocabulary logits that exist at one time, in MiB."""
+    train_top_m: NonNegativeInt = 0
+    """Selective backward: score all K without gradient, then train the m best of each example; 0 trains all K."""
+
+
+class DataConfig(Section):
+    """Dialogues and how they become tokens."""
+
+    train: str = "embedded:train"
+    """File, `embedded:train`, or `hub:NAME[:CONFIG][:SPLIT]`."""
+    valid: str = "embedded:valid"
+    """The same for validation loss."""
+    test: str = "embedded:test"
+    """The same for generation and scores."""
+    format: Literal["auto", "parlai", "spc_csv", "jsonl"] = "auto"
+    """File format; auto looks at suffix and first line."""
+    max_tokens: PositiveInt = 512
+    """Longest context plus response in tokens, without virtual tokens; the oldest turns are dropped to fit."""
+    max_train_examples: NonNegativeInt = 0
+    """Use only the first n training examples; 0 uses all."""
+    max_valid_examples: NonNegativeInt = 0
+    """The same for validation."""
+    max_test_examples: NonNegativeInt = 0
+    """The same for generation."""
+    cache_dir: str | None = None
+    """Folder of tokenised data; default $SPT_CACHE, else ~/.cache/spt_ds."""
+    workers: NonNegativeInt = 1
+    """Data worker processes per rank; 0 prepares windows in the training process."""
+
+
+class OptimConfig(Section):
+    """AdamW on the bank and the retriever, all in fp32."""
+
+    lr: PositiveFloat = 1e-3
+    """Learning rate of the retriever, and of the prompts unless `prompts_lr` is given."""
+    prompts_lr: PositiveFloat | None = None
+    """Learning rate of the prompt bank."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of Adam's moments."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: cosine to 0 at the last step, or constant."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest norm of the whole gradient; 0 does not clip."""
+
+
+class TrainConfig(Section):
+    """Length and shape of the run."""
+
+    max_steps: NonNegativeInt = 0
+    """Optimizer steps; 0 takes them from `epochs`."""
+    epochs: PositiveInt = 1
+    """Passes over the training data when `max_steps` is 0."""
+    global_batch: PositiveInt = 32
+    """Examples per optimizer step over all ranks; the result does not depend on how they are split."""
+    micro_batch: PositiveInt = 4
+    """Examples per forward pass on one rank; each is read under all K prompts."""
+    eval_every_steps: NonNegativeInt = 0
+    """Steps between validation losses; 0 evaluates before the first and after the last step only."""
+    seed: NonNegativeInt = 0
+    """Seed of initialisation and data order."""
+    max_hours: NonNegativeFloat = 0.0
+    """Wall-clock budget in hours; the run saves and stops when it is spent. 0 has no limit."""
+
+
+class EngineConfig(Section):
+    """Where the frozen base lives, and how long ranks wait for one another."""
+
+    placement: Literal["auto", "replicate", "zero3", "zero3_offload"] = "auto"
+    """A copy per rank, ZeRO-3 shards, or shards in host memory; auto decides from sizes and memory and says why.
+    A DeepSpeed JSON, where one is given, decides instead."""
+    collective_timeout_s: PositiveInt = 600
+    """Seconds a rank waits in a collective before the run fails."""
+    strict: bool = False
+    """Make every fallback an error."""
+
+
+class CheckpointConfig(Section):
+    """Saving the trainable state."""
+
+    every_steps: NonNegativeInt = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept; the best one always is."""
+    on_save_error: Literal["continue", "stop"] = "stop"
+    """What a failed save (disk full) does to the run; the older checkpoints stay either way."""
+
+
+class LogConfig(Section):
+    """What the run writes beside its checkpoints."""
+
+    every_steps: PositiveInt = 10
+    """Steps between lines in metrics.jsonl and on the screen."""
+    tensorboard: bool = False
+    """Write TensorBoard event files too (extra `tensorboard`)."""
+
+
+class GenerateConfig(Section):
+    """Decoding of replies for evaluation and chat."""
+
+    mode: Annotated[str, Field(pattern=r"^(select|fuse|random|fixed:\d+|noise:\d*\.?\d+)$")] = "select"
+    """Prompt of each example: highest score, fused logits of all, random, always k, or highest score under noise."""
+    max_new_tokens: PositiveInt = 32
+    """Longest reply in tokens."""
+    batch_size: PositiveInt = 16
+    """Examples decoded together on one rank."""
+    do_sample: bool = False
+    """Sample instead of greedy decoding."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus of sampling."""
+    num_beams: PositiveInt = 1
+    """Beams; 1 is greedy."""
+    perplexity: bool = False
+    """Also measure the loss of the reference reply under the chosen prompt."""
+
+
+class Config(Section):
+    """One run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
+    """Name of the run; the run folder starts with it."""
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    retriever: RetrieverConfig = RetrieverConfig()
+    losses: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    generate: GenerateConfig = GenerateConfig()
+
+    @model_validator(mode="after")
+    def _across(self) -> Config:
+        if self.losses.train_top_m > self.prompts.count:
+            raise ValueError(
+                f"losses.train_top_m is {self.losses.train_top_m}, the bank has prompts.count = {self.prompts.count}; "
+                "give 0 (all) to prompts.count"
+            )
+        kind, _, number = self.generate.mode.partition(":")
+        if kind == "fixed" and int(number) >= self.prompts.count:
+            raise ValueError(f"generate.mode is {self.generate.mode}, prompts run from 0 to {self.prompts.count - 1}")
+        return self
