@@ -1,0 +1,203 @@
+"""Attention over packed rows: many independent rows side by side in one [1, N] sequence, none of them padded.
+
+The projections, norms and feed-forward layers of the base see real tokens only; rows meet in attention alone, and
+there a `Layout` keeps them apart. It travels through the base's forward as the keyword `layout`.
+
+Legend: R rows, N packed tokens, H heads (G key/value heads), E head size, S longest row, C longest context,
+B examples, K prompts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from spt_ds.errors import ModelError
+from spt_ds.log import fallback, say_once
+
+PACKED = "spt_packed"  # the name under which transformers finds `packed_attention`
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+class Layout:
+    """R causal rows in one packed sequence. `record=True` keeps every layer's keys and values for `Branches`."""
+
+    def __init__(
+        self, lens: Sequence[int], positions: torch.Tensor, backend: str, device: torch.device, record: bool = False
+    ) -> None:
+        lengths = torch.tensor(lens)
+        starts = lengths.cumsum(0) - lengths
+        self.backend = backend
+        self.position_ids = positions.to(device, non_blocking=True)[None]  # [1, N]
+        self.longest = int(lengths.max())
+        slots = torch.arange(self.longest)
+        # A pad slot repeats its own row's last token: whatever stands in another row can never reach this one.
+        pad = starts[:, None] + torch.minimum(slots[None], lengths[:, None] - 1)
+        row_of = torch.repeat_interleave(torch.arange(len(lens)), lengths)
+        unpad = row_of * self.longest + torch.arange(int(lengths.sum())) - starts[row_of]
+        edges = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+        self.pad = pad.to(device, non_blocking=True)  # [R, S] packed index of each padded slot
+        self.unpad = unpad.to(device, non_blocking=True)  # [N] padded slot of each packed token
+        self.row_of = row_of.to(device, non_blocking=True)  # [N]
+        self.edges = edges.to(torch.int32).to(device, non_blocking=True)  # [R + 1]
+        self.recorded: dict[int, KeyValue] | None = {} if record else None
+
+    def to_rows(self, packed: torch.Tensor) -> torch.Tensor:
+        """[1, H, N, E] -> [R, H, S, E]."""
+        return packed[0].transpose(0, 1)[self.pad].transpose(1, 2)
+
+    def to_packed(self, rows: torch.Tensor) -> torch.Tensor:
+        """[R, H, S, E] -> [1, N, H, E]."""
+        return rows.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad)[None]
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal within each row."""
+        if self.recorded is not None:
+            self.recorded[layer] = (k.detach(), v.detach())
+        if self.backend == "eager":
+            index = torch.arange(q.shape[2], device=q.device)
+            mask = (self.row_of[:, None] == self.row_of[None]) & (index[:, None] >= index[None])
+            return _eager(q, k, v, mask, scale)
+        if self.backend in ("varlen", "flash"):
+            return _variable_length(self.backend, q, k, v, self.edges, self.longest, scale)
+        q, k, v = self.to_rows(q), self.to_rows(k), self.to_rows(v)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return self.to_packed(out)
+
+
+class Branches(Layout):
+    """K short rows per example that read one shared context: each example's context is stored once, not K times.
+
+    Packed order is example-major: the K branches of example 0, then those of example 1. Each row of this layout is
+    one example's K branches together; a tree mask keeps the branches apart.
+    """
+
+    def __init__(
+        self, branch_lens: Sequence[int], count: int, context: Layout, positions: torch.Tensor, device: torch.device
+    ) -> None:
+        super().__init__([count * n for n in branch_lens], positions, context.backend, device)
+        self.context = context
+        lens = torch.tensor(branch_lens, device=device)[:, None]  # [B, 1]
+        slot = torch.arange(self.longest, device=device)
+        branch, step = slot[None] // lens, slot[None] % lens  # [B, S]
+        own = (branch[:, :, None] == branch[:, None]) & (step[:, :, None] >= step[:, None])
+        context_lens = context.edges.diff().to(lens.dtype)[:, None, None]
+        shared = torch.arange(context.longest, device=device)[None, None] < context_lens
+        self.branch = branch.flatten()[self.unpad]  # [N]
+        self.step = step.flatten()[self.unpad]  # [N]
+        self.mask = torch.cat([shared.expand(-1, self.longest, -1), own], dim=2)[:, None]  # [B, 1, S, C + S]
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal in each branch, all of its context visible."""
+        if self.context.recorded is None or layer not in self.context.recorded:
+            raise ModelError(f"layer {layer} kept no keys of the context; this base cannot use placement: suffix")
+        context_k, context_v = self.context.recorded[layer]
+        if self.backend == "eager":
+            shared = self.row_of[:, None] == self.context.row_of[None]
+            own = (self.row_of[:, None] == self.row_of[None]) & (self.branch[:, None] == self.branch[None])
+            own &= self.step[:, None] >= self.step[None]
+            mask = torch.cat([shared, own], dim=1)
+            return _eager(q, torch.cat([context_k, k], 2), torch.cat([context_v, v], 2), mask, scale)
+        # No variable-length kernel takes a tree mask: SDPA does, on every device.
+        k = torch.cat([self.context.to_rows(context_k), self.to_rows(k)], dim=2)
+        v = torch.cat([self.context.to_rows(context_v), self.to_rows(v)], dim=2)
+        q = self.to_rows(q)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.to_packed(out)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that `transformers` calls in every layer; returns [1, N, H, E]."""
+    if layout is None:
+        raise ModelError(f"{type(module).__name__} does not hand keywords on to its attention: packed rows need that")
+    window = kwargs.get("sliding_window")
+    if window is not None and layout.longest > window:
+        raise ModelError(
+            f"rows of {layout.longest} tokens exceed this base's sliding window of {window}; lower data.max_tokens"
+        )
+    for unsupported in ("softcap", "s_aux"):
+        if kwargs.get(unsupported) is not None:
+            raise ModelError(
+                f"{type(module).__name__} uses {unsupported} in its attention, which packed rows do not support"
+            )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return layout.attend(getattr(module, "layer_idx", 0), query, key, value, scale), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)  # the layout is the mask
+
+
+def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, strict: bool) -> str:
+    """Pick the kernel for `model.attention: asked`, say it once with the reason, and return its name."""
+    half_on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    flash = half_on_gpu and importlib.util.find_spec("flash_attn") is not None
+    varlen = half_on_gpu and _has_varlen()
+    why = f"{dtype} on {device.type}"
+    if asked == "auto":
+        used = "flash" if flash else "varlen" if varlen else "sdpa"
+        say_once(f"attention: {used} ({why}; flash-attn {'found' if flash else 'not usable'})")
+        return used
+    usable = {"flash": flash, "varlen": varlen}.get(asked, True)
+    if not usable:
+        need = "the flash-attn package, " if asked == "flash" else "torch >= 2.11, "
+        fallback(
+            f"model.attention: {asked}",
+            "sdpa",
+            f"{asked} needs {need}a CUDA device and 16-bit weights, this is {why}",
+            strict=strict,
+            error=ModelError,
+        )
+        return "sdpa"
+    say_once(f"attention: {asked} (as configured; {why})")
+    return asked
+
+
+def _has_varlen() -> bool:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
+def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """The definition, with every score in memory: the twin that the kernels are tested against."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask, float("-inf"))
+    precise = scores.float() if scores.dtype != torch.float64 else scores
+    return (precise.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+
+
+def _variable_length(
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (q, k, v))  # [N, H, E]
+    if backend == "flash":
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, edges, edges, longest, longest, softmax_scale=scale, causal=True)[None]
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = q.shape[1] != k.shape[1]
+    out = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped)
+    assert isinstance(out, torch.Tensor)
+    return out[None]

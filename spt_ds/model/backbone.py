@@ -1,0 +1,194 @@
+"""The frozen causal LM: load, freeze, embed, run packed rows from embeddings, and the head.
+
+Any causal LM of `transformers` whose layers go through its attention interface will do; `check` proves it at start-up.
+Legend: N packed tokens, n rows, D embedding size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from spt_ds.config.schema import ModelConfig
+from spt_ds.errors import ModelError
+from spt_ds.model.attention import PACKED, Layout, choose_backend
+from spt_ds.model.head import FrozenHead
+
+CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2}  # of the largest logit
+
+
+class Backbone(nn.Module):
+    """Root module of the frozen base. Everything that touches its weights runs inside one call of it.
+
+    ZeRO-3 starts a new prefetch trace at each call of the root module; one call per micro-batch keeps the order of
+    layers the same from step to step, so that gathers overlap with computation.
+    """
+
+    def __init__(self, lm: Any, backend: str) -> None:
+        super().__init__()
+        self.lm = lm
+        self.backend = backend
+        head = lm.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise ModelError(f"the head of {type(lm).__name__} is {type(head).__name__}; a plain linear head is needed")
+        lm.set_output_embeddings(FrozenHead(head.weight, head.bias))
+        lm.requires_grad_(False)
+        lm.eval()  # dropout off: with it the same prompt's loss differs by a nat from call to call
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run `function(self, *args)` as one call of the root module."""
+        return function(self, *args)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        config: PretrainedConfig = self.lm.config
+        return config
+
+    @property
+    def embed_size(self) -> int:
+        """D, the size of an input embedding (OPT-350m's differs from its hidden size)."""
+        size: int = self.lm.get_input_embeddings().embedding_dim
+        return size
+
+    @property
+    def vocabulary(self) -> int:
+        size: int = self.lm.get_input_embeddings().num_embeddings
+        return size
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [n] -> rows of the frozen table [n, D], without gradient."""
+        with torch.no_grad():
+            rows: torch.Tensor = self.lm.get_input_embeddings()(ids)
+        return rows
+
+    def run(self, embeddings: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Packed embeddings [N, D] -> last hidden states [N, head size], each row of `layout` for itself."""
+        out = self.lm.base_model(
+            inputs_embeds=embeddings[None], position_ids=layout.position_ids, use_cache=False, layout=layout
+        )
+        hidden: torch.Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def head(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See `FrozenHead.forward`."""
+        out: torch.Tensor = self.lm.get_output_embeddings()(hidden, *args, **kwargs)
+        return out
+
+    def checkpoint_activations(self, mode: str) -> None:
+        """Recompute layers in the backward pass: `off`, `non_reentrant` or `reentrant`."""
+        if mode == "off":
+            self.lm.gradient_checkpointing_disable()
+            return
+        self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": mode == "reentrant"})
+        for module in self.modules():
+            if getattr(module, "gradient_checkpointing", None) is True:
+                module.training = True  # the layer's own flag alone: the modules in it stay in eval mode
+
+    def generate(self, **kwargs: Any) -> torch.Tensor:
+        """`transformers`' own generate on padded rows, with its own attention masks and cache."""
+        self.lm.set_attn_implementation("eager" if self.backend == "eager" else "sdpa")
+        try:
+            tokens: torch.Tensor = self.lm.generate(**kwargs)
+        finally:
+            self.lm.set_attn_implementation(PACKED)
+        return tokens
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare packed rows with the base's own forward; raise ModelError where they differ.
+
+        Sees a base that scales embeddings or logits outside its embedding and head, caps its logits, or does not
+        hand positions or the layout on.
+        """
+        device, lens = self.lm.get_input_embeddings().weight.device, (3, 5)
+        ids = torch.arange(sum(lens), device=device) % self.vocabulary
+        positions = torch.cat([torch.arange(n) for n in lens])
+        ours = self.head(self.run(self.embed(ids), Layout(lens, positions, self.backend, device)))
+        self.lm.set_attn_implementation("eager")
+        own = [self.lm(inputs_embeds=self.embed(part)[None], use_cache=False).logits[0] for part in ids.split(lens)]
+        self.lm.set_attn_implementation(PACKED)
+        theirs = torch.cat(own)
+        gap = float((ours - theirs).abs().max() / theirs.abs().max())
+        allowed = CHECK_TOLERANCE.get(theirs.dtype, 6e-2)
+        if not gap <= allowed:
+            raise ModelError(
+                f"{type(self.lm).__name__}: packed rows give other logits than the base's own forward "
+                f"(largest relative difference {gap:.2g}, allowed {allowed:.0e}); this architecture is not supported"
+            )
+
+
+def base_path(name: str) -> str:
+    """Return the folder or hub id of `model.base`; `embedded` is the base that is shipped."""
+    if name == "embedded":
+        return str(resources.files("spt_ds") / "assets" / "base")
+    if os.sep in name and not Path(name).exists() and (name.startswith((".", os.sep)) or name.count("/") > 1):
+        raise ModelError(f"model.base: no folder {name}; give a folder with config.json and weights, or a hub id")
+    return name
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the base's tokenizer; raise ModelError when it is missing or has no end-of-sequence token."""
+    path = base_path(config.base)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.base: no tokenizer can be read from {path}: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model.base: the tokenizer of {path} has no end-of-sequence token; replies could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only ever masked positions of a generation batch
+    return tokenizer
+
+
+def base_dtype(bits: int) -> torch.dtype:
+    """Computing dtype of a base of so many bits."""
+    return torch.float32 if bits == 32 else torch.bfloat16
+
+
+def load_base_config(config: ModelConfig) -> PretrainedConfig:
+    """Read the base's configuration and turn every dropout off."""
+    path = base_path(config.base)
+    try:
+        base = AutoConfig.from_pretrained(path, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.base: no configuration can be read from {path}: {_first_line(error)}") from error
+    for key, value in base.to_dict().items():
+        if ("drop" in key) and isinstance(value, float):
+            setattr(base, key, 0.0)
+    return base
+
+
+def load_lm(config: ModelConfig, base: PretrainedConfig) -> Any:
+    """Load (or draw) the weights, sharded as they are read when an HfDeepSpeedConfig is alive."""
+    dtype = base_dtype(config.base_bits)
+    if config.random_init:
+        # Under ZeRO-3 transformers zeroes the pad row of a weight that is already sharded; there is none to zero.
+        pad, base.pad_token_id = base.pad_token_id, None
+        lm = AutoModelForCausalLM.from_config(base, dtype=dtype, attn_implementation=PACKED)
+        base.pad_token_id = lm.config.pad_token_id = pad
+        return lm
+    path = base_path(config.base)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, config=base, dtype=dtype, attn_implementation=PACKED, revision=config.revision
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.base: no weights can be loaded from {path}: {_first_line(error)}") from error
+
+
+def build_backbone(config: ModelConfig, device: torch.device, *, strict: bool) -> Backbone:
+    """Load the frozen base onto `device` (ZeRO-3 places its own shards)."""
+    lm = load_lm(config, load_base_config(config))
+    backend = choose_backend(config.attention, device, base_dtype(config.base_bits), strict=strict)
+    return Backbone(lm, backend)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,97 @@
+"""The frozen vocabulary head and its cross entropy, in chunks, with one visit to the weight per step.
+
+A frozen head needs no weight gradient, so the gradient of every token's loss to its hidden row is known the moment
+its logits are: it is computed chunk by chunk in the forward pass and only [n, D] is kept. The vocabulary logits exist
+for one chunk at a time, the backward pass neither recomputes them nor needs the weight, and ZeRO-3 gathers the head
+once. (The idea of a fused linear cross entropy, without its weight gradient.)
+
+Legend: n rows, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MIB = 2**20
+LOGIT_COPIES = 3  # logits, probabilities and one temporary of a chunk alive together
+
+
+class FrozenHead(nn.Module):
+    """Takes the place of a causal LM's `lm_head`, sharing its Parameters (tied heads stay tied).
+
+    `forward(hidden)` gives logits as the layer it replaces; with `targets` it gives one loss per row.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        bias_scale: torch.Tensor | None = None,
+        chunk_mib: int = 128,
+    ) -> torch.Tensor:
+        """hidden [..., D] -> logits [..., V]; or hidden [n, D], targets [n], bias_scale [n] or None -> losses [n].
+
+        `bias_scale` multiplies the bias row by row: a fused row sums its K biases too. `chunk_mib` bounds the memory
+        of the logits that exist at one time.
+        """
+        if targets is None:
+            return F.linear(hidden, self.weight, self.bias)
+        precise = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        rows = max(1, chunk_mib * MIB // (LOGIT_COPIES * self.weight.shape[0] * precise.itemsize))
+        losses: torch.Tensor = _HeadLoss.apply(hidden, targets, self.weight, self.bias, bias_scale, rows, precise)
+        return losses
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        bias_scale: torch.Tensor | None,
+        chunk_rows: int,
+        precise: torch.dtype,
+    ) -> torch.Tensor:
+        losses = torch.empty(len(hidden), dtype=precise, device=hidden.device)
+        wants_hidden = ctx.needs_input_grad[0]
+        wants_scale = bias is not None and bias_scale is not None and ctx.needs_input_grad[4]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_scale = torch.empty_like(losses) if wants_scale else None
+        for start in range(0, len(hidden), chunk_rows):
+            part = slice(start, start + chunk_rows)
+            logits = (hidden[part].to(weight.dtype) @ weight.T).to(precise)
+            if bias is not None:
+                logits += bias if bias_scale is None else bias_scale[part, None] * bias
+            picked = logits.gather(1, targets[part, None])[:, 0]
+            top = logits.amax(dim=1, keepdim=True)
+            weights = logits.sub_(top).exp_()
+            total = weights.sum(dim=1, keepdim=True)
+            losses[part] = (total.log() + top)[:, 0] - picked
+            if wants_hidden or wants_scale:
+                slope = weights.div_(total)  # softmax minus one-hot: d loss / d logits
+                slope.scatter_add_(1, targets[part, None], slope.new_full((len(slope), 1), -1.0))
+                if grad_hidden is not None:
+                    grad_hidden[part] = (slope.to(weight.dtype) @ weight).to(hidden.dtype)
+                if grad_scale is not None and bias is not None:
+                    grad_scale[part] = slope @ bias.to(precise)
+        ctx.save_for_backward(grad_hidden, grad_scale)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        grad_hidden, grad_scale = ctx.saved_tensors
+        to_hidden = None if grad_hidden is None else (grad[:, None] * grad_hidden).to(grad_hidden.dtype)
+        to_scale = None if grad_scale is None else grad * grad_scale
+        return to_hidden, None, None, None, to_scale, None, None
