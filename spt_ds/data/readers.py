@@ -1,0 +1,215 @@
+"""Readers: a source's name becomes a stream of `Example`; every fault of a file names its `file:line`. No torch.
+
+A source is a file (ParlAI text, Synthetic-Persona-Chat CSV, JSONL), `embedded:train|valid|test` (the dialogues that
+are shipped) or `hub:NAME[:CONFIG][:SPLIT]` (anything that `datasets.load_dataset` reads).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from spt_ds.data.dialogue import Example, replies
+from spt_ds.data.parlai import read_parlai
+from spt_ds.data.textfile import lines
+from spt_ds.errors import DataError
+
+Format = Literal["auto", "parlai", "spc_csv", "jsonl"]
+EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "dialogues"
+SPC_COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
+# Some conversations of the published files set the name in bold: `**User 1:** hi`, with or without blanks.
+_SPC_TURN = re.compile(r"(\*[* ]*)?User ([12]):(?(1)[* ]*)(.*)", re.DOTALL)
+
+
+def read(source: str, format: Format = "auto") -> Iterator[Example]:
+    """Yield the examples of `source`; DataError where it is missing, malformed or holds no example."""
+    if source.startswith("hub:"):
+        examples = _read_hub(source)
+    else:
+        path = resolve(source)
+        examples = _FORMATS[detect(path) if format == "auto" else format](path)
+    count = 0
+    for count, example in enumerate(examples, start=1):  # noqa: B007 (the count is read after the loop)
+        yield example
+    if not count:
+        raise DataError(f"{source}: holds no example, at least one reply of a persona's owner is needed")
+
+
+def resolve(source: str) -> Path:
+    """Return the file behind `embedded:SPLIT` or a path; DataError when it does not exist."""
+    if source.startswith("embedded:"):
+        split = source.partition(":")[2]
+        if split not in ("train", "valid", "test"):
+            raise DataError(f"data source {source!r}: no such shipped split; use embedded:train, :valid or :test")
+        path = EMBEDDED / f"{split}.jsonl"
+    else:
+        path = Path(source).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file (data source {source!r}); give a ParlAI text, Synthetic-Persona-Chat CSV or JSONL "
+            "file, embedded:train|valid|test, or hub:NAME[:CONFIG][:SPLIT]"
+        )
+    return path
+
+
+def digest(source: str) -> str:
+    """Return the SHA-256 (hex) of the bytes of `source`; of a hub data set, of its name and content fingerprint."""
+    state = hashlib.sha256()
+    if source.startswith("hub:"):
+        state.update(f"{source} {_load_hub(source)._fingerprint}".encode())
+        return state.hexdigest()
+    with resolve(source).open("rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def detect(path: Path) -> Format:
+    """Tell the format of a file by its suffix, else by its first line that is not blank."""
+    by_suffix: dict[str, Format] = {".csv": "spc_csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+    if found := by_suffix.get(path.suffix.lower()):
+        return found
+    number, first = next(((number, line) for number, line in lines(path) if line.strip()), (1, ""))
+    if first.lstrip().startswith("{"):
+        return "jsonl"
+    if re.match(r"\d+ ", first):
+        return "parlai"
+    if SPC_COLUMNS[0] in first:
+        return "spc_csv"
+    raise DataError(
+        f"{path}:{number}: cannot tell the format from the line {first[:60]!r}; allowed are ParlAI text (`1 hello`, a "
+        "tab, `hi`), Synthetic-Persona-Chat CSV and JSONL; set data.format to parlai, spc_csv or jsonl"
+    )
+
+
+def _read_spc(path: Path) -> Iterator[Example]:
+    """Synthetic-Persona-Chat: two views of each conversation, every user with his own persona and replies."""
+    rows = csv.reader((line for _, line in lines(path, keep_end=True)), strict=True)
+    columns: list[int] | None = None
+    start = 1
+    try:
+        for row in rows:
+            where, start = f"{path}:{start}", rows.line_num + 1
+            if columns is None:
+                columns = _spc_columns(row, where)
+            elif row:
+                yield from _spc_views([_cell(row, column, where) for column in columns], where)
+    except csv.Error as error:
+        raise DataError(f"{path}:{rows.line_num}: not a CSV row ({error}); quote fields that span lines") from error
+
+
+def _spc_columns(header: list[str], where: str) -> list[int]:
+    missing = [name for name in SPC_COLUMNS if name not in header]
+    if missing:
+        raise DataError(f"{where}: the header lacks {missing}, got {header}; Synthetic-Persona-Chat has {SPC_COLUMNS}")
+    return [header.index(name) for name in SPC_COLUMNS]
+
+
+def _cell(row: list[str], column: int, where: str) -> str:
+    if column >= len(row):
+        raise DataError(f"{where}: the row has {len(row)} fields, the header more; quote fields that hold a comma")
+    return row[column]
+
+
+def _spc_views(cells: list[str], where: str) -> Iterator[Example]:
+    """Yield both users' examples; turns in a row by one user, and lines that go on without a name, are joined."""
+    speakers: list[str] = []
+    turns: list[str] = []
+    for line in cells[2].split("\n"):
+        match = _SPC_TURN.match(line.strip())
+        speaker, text = (match[2], match[3].strip()) if match else (speakers[-1] if speakers else "", line.strip())
+        if not text:
+            continue
+        if not speaker:
+            raise DataError(
+                f"{where}: the conversation begins with {line[:60]!r}, it must begin `User 1:` or `User 2:`"
+            )
+        if speakers and speaker == speakers[-1]:
+            turns[-1] = f"{turns[-1]} {text}"
+        else:
+            speakers.append(speaker)
+            turns.append(text)
+    name = where.rpartition("/")[2]
+    for user in ("1", "2"):
+        persona = tuple(line.strip() for line in cells[int(user) - 1].split("\n") if line.strip())
+        view = f"{name}/user{user}"
+        for turn, history, response in replies(turns, self_opens=speakers[:1] == [user]):
+            yield Example(f"{view}/{turn}", view, turn, persona, history, response)
+
+
+def _read_jsonl(path: Path) -> Iterator[Example]:
+    """One JSON object a line: an example (persona, history, response) or a dialogue (persona, turns, first_speaker)."""
+    for number, line in lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); one object a line") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: got {type(record).__name__}, each line is one JSON object")
+        yield from _from_record(record, where, str(record.get("id") or f"{path.name}:{number}"))
+
+
+def _from_record(record: Mapping[str, Any], where: str, name: str) -> Iterator[Example]:
+    if "turns" not in record:
+        history = _texts(record, "history", where)
+        response = _text(record.get("response"), "response", where)
+        yield Example(name, name, len(history), _texts(record, "persona", where), history, response)
+        return
+    if (first := record.get("first_speaker")) not in ("partner", "self"):
+        raise DataError(f"{where}: first_speaker is {first!r}; allowed are 'partner' and 'self' (the persona's owner)")
+    persona, turns = _texts(record, "persona", where), _texts(record, "turns", where)
+    for turn, history, response in replies(turns, self_opens=first == "self"):
+        yield Example(f"{name}/{turn}", name, turn, persona, history, response)
+
+
+def _texts(record: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    value = record.get(key)
+    if not isinstance(value, (list, tuple)):
+        got = f"{value!r:.60}" if key in record else f"no such key among {sorted(record)}"
+        raise DataError(f'{where}: "{key}" must be a list of texts, got {got}; write [] where there is none')
+    return tuple(_text(item, f"{key}[{place}]", where) for place, item in enumerate(value))
+
+
+def _text(value: object, key: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f'{where}: "{key}" must be a text that is not blank, got {value!r:.60}')
+    return value.strip()
+
+
+def _read_hub(source: str) -> Iterator[Example]:
+    name = source.split(":")[1]
+    for number, record in enumerate(_load_hub(source)):
+        yield from _from_record(record, f"{source} row {number}", str(record.get("id") or f"{name}:{number}"))
+
+
+def _load_hub(source: str) -> Any:
+    """Load `hub:NAME[:CONFIG][:SPLIT]`; an empty CONFIG is the data set's default, without SPLIT it is train."""
+    parts = source.split(":")[1:]
+    if not parts[0] or len(parts) > 3:
+        raise DataError(f"data source {source!r}: write hub:NAME[:CONFIG][:SPLIT], or hub:NAME::SPLIT without a config")
+    name, config, split = [*parts, "", ""][:3]
+    import datasets  # seconds to import, and only this source needs it here
+
+    try:
+        return datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # network, authentication and data-set faults come as a dozen unrelated classes
+        raise DataError(
+            f"data source {source!r}: cannot load it ({type(error).__name__}: {error}); without a network give a local "
+            "file instead (ParlAI text, Synthetic-Persona-Chat CSV or JSONL), a split without a config is written "
+            "hub:NAME::SPLIT"
+        ) from error
+
+
+_FORMATS: dict[str, Callable[[Path], Iterator[Example]]] = {
+    "parlai": read_parlai,
+    "spc_csv": _read_spc,
+    "jsonl": _read_jsonl,
+}
