@@ -10,7 +10,7 @@ _PUBLIC = {
     "Config": "spt_ds.config.schema",
     "SptError": "spt_ds.errors",
 }
-__all__ = ["Config", "SptError", "__version__"]  # noqa: F822 - resolved lazily
+__all__ = ["Config", "SptError", "__version__"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,190 @@
+"""The only door to process groups outside `engine/`: start, reduce, gather, agree.
+
+A single process is a group of one, so that no caller needs a second path. Objects travel as JSON, never as pickles.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from spt_ds import errors
+from spt_ds.errors import EngineError
+from spt_ds.log import get_logger
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+
+# Names under which the launchers tell a process its place: torchrun and deepspeed, srun, Open MPI.
+_NAMES = {
+    "RANK": ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"),
+    "WORLD_SIZE": ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"),
+    "LOCAL_RANK": ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "LOCAL_WORLD_SIZE": ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+}
+
+
+def launch_variables(environment: Mapping[str, str]) -> dict[str, int]:
+    """Map the launcher's variables to RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a bare process is 0 of 1.
+
+    One launcher is taken whole: srun's numbers are not mixed with torchrun's, which may run inside an srun task.
+    Raises EngineError when a launcher set some of them only, or numbers that contradict one another.
+    """
+    for column in range(3):
+        if _NAMES["RANK"][column] in environment and _NAMES["WORLD_SIZE"][column] in environment:
+            break
+    else:
+        partial = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
+        if partial:
+            raise EngineError(f"{partial[0]} is set but not its partner; set both RANK and WORLD_SIZE, or neither")
+        return {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    found = {key: environment.get(_NAMES[key][column]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    locals_ = [environment[name] for name in _NAMES["LOCAL_WORLD_SIZE"] if name in environment]
+    values: dict[str, int] = {}
+    for key, text in (
+        *found.items(),
+        ("LOCAL_WORLD_SIZE", locals_[0].split("(")[0].split(",")[0] if locals_ else None),
+    ):
+        default = {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.get(key)
+        if text is None and default is None:
+            raise EngineError(f"the launcher did not set {key}")
+        if text is not None and not text.isdigit():
+            raise EngineError(f"{key}: expected a whole number, got {text!r}")
+        values[key] = int(text) if text is not None else int(default or 0)
+    if not values["RANK"] < values["WORLD_SIZE"]:
+        raise EngineError(f"rank {values['RANK']} does not exist in a world of {values['WORLD_SIZE']}")
+    return values
+
+
+def init(timeout_s: int) -> World:
+    """Join (or, alone, make) the process group; NCCL on GPUs, gloo on CPUs. Collectives fail after `timeout_s`."""
+    place = launch_variables(os.environ)
+    size = place["WORLD_SIZE"]
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(place["LOCAL_RANK"])
+    device = torch.device("cuda", place["LOCAL_RANK"]) if gpu else torch.device("cpu")
+    if size == 1 and torch.cuda.device_count() > 1:
+        get_logger().warning(
+            f"world size is 1 but this host has {torch.cuda.device_count()} GPUs; "
+            "start with `deepspeed --num_gpus N --module spt_ds.train ...` to use them"
+        )
+    if not dist.is_initialized():
+        os.environ.update({key: str(value) for key, value in place.items()})
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store = dist.HashStore() if size == 1 else None  # type: ignore[attr-defined]
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if store is None and name not in os.environ]
+        if missing:
+            raise EngineError(f"{' and '.join(missing)} not set: every rank needs the address and port of rank 0")
+        dist.init_process_group(
+            "nccl" if gpu else "gloo", timeout=timeout, store=store, rank=place["RANK"], world_size=size
+        )
+    return World(place["RANK"], size, place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"], device)
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all ranks, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Stack equally shaped tensors of all ranks: [...] -> [ranks, ...], without gradient."""
+    size = dist.get_world_size()
+    if size == 1:
+        return tensor.detach()[None]
+    out = [torch.empty_like(tensor) for _ in range(size)]
+    dist.all_gather(out, tensor.detach().contiguous())
+    return torch.stack(out)
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Return every rank's `value` (anything JSON can hold), in rank order, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
+    lengths = all_gather(torch.tensor([len(data)], device=data.device))[:, 0].tolist()
+    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=data.device)
+    padded[: len(data)] = data
+    rows = all_gather(padded).cpu()
+    return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)]
+
+
+def broadcast_json(value: Any) -> Any:
+    """Return rank 0's `value` on every rank."""
+    return gather_json(value)[0]
+
+
+def broadcast_(tensor: torch.Tensor) -> None:
+    """Overwrite `tensor` with rank 0's."""
+    if dist.get_world_size() > 1:
+        dist.broadcast(tensor, 0)
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        all_reduce_sum(torch.zeros(1, device=_device()))
+
+
+def same_everywhere(what: str, value: str) -> None:
+    """Raise EngineError on every rank when `value` differs between ranks, naming the groups."""
+    values = gather_json(value)
+    if len(set(values)) > 1:
+        groups = {one: [rank for rank, other in enumerate(values) if other == one] for one in dict.fromkeys(values)}
+        listing = "; ".join(f"ranks {ranks}: {one}" for one, ranks in groups.items())
+        raise EngineError(f"{what} differs between ranks: {listing}; give every rank the same files")
+
+
+def leader_first(world: World, work: Callable[[], Result]) -> Result:
+    """Run `work` (free of collectives) on the first rank of each node, then on the others, who find its caches warm.
+
+    An error that a user can cause is raised on every rank together, so that nobody waits for a rank that gave up.
+    """
+    leader = world.local_rank == 0
+    result = agreed(lambda: work() if leader else None)
+    return agreed(lambda: cast(Result, result) if leader else work())
+
+
+def agreed(work: Callable[[], Result]) -> Result:
+    """Run `work` (free of collectives) on this rank; where it failed on any rank, raise that error on all of them."""
+    result, problem, mine = None, None, None
+    try:
+        result = work()
+    except errors.SptError as error:
+        problem, mine = [type(error).__name__, str(error)], error
+    first = next((found for found in gather_json(problem) if found), None)
+    if mine is not None:
+        raise mine
+    if first is not None:
+        raise getattr(errors, first[0])(first[1])
+    return cast(Result, result)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,179 @@
+"""Checkpoints that know no world size: the trainable tensors and Adam's moments, nothing else, in fp32.
+
+A checkpoint is a folder `step-00000200` with `trainables.safetensors`, `optimizer.safetensors` and `state.json`, and
+it is one only when `COMPLETE.json` is in it, the last file written, which holds the sha256 of the others. It is
+written under a temporary name, flushed to disk and renamed. Reading runs no code. There is no generator state to save:
+every draw of a run is keyed by its seed and step (see rng.py), so a run resumed on other ranks draws the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from spt_ds.errors import CheckpointError
+from spt_ds.log import get_logger
+
+MARKER = "COMPLETE.json"
+TRAINABLES, OPTIMIZER, STATE = "trainables.safetensors", "optimizer.safetensors", "state.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds. `state` is plain JSON: step, best metric, configuration, code version."""
+
+    trainables: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `checkpoint` to `folder/step-N` atomically and return its path; call on one rank only.
+
+    Raises CheckpointError when the disk refuses; older checkpoints are untouched and nothing half-written stays.
+    """
+    step = checkpoint.state["step"]
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".{final.name}.writing"
+    files = {
+        TRAINABLES: save_tensors(_plain(checkpoint.trainables)),
+        OPTIMIZER: save_tensors(_plain(checkpoint.optimizer)),
+        STATE: json.dumps(checkpoint.state, indent=2).encode(),
+    }
+    marker = {
+        "format": FORMAT,
+        "step": step,
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for name, data in (*files.items(), (MARKER, json.dumps(marker, indent=2).encode())):
+            _write(temporary / name, data)
+        _flush_folder(temporary)
+        if final.exists():  # the same step of an earlier, killed attempt: the marker goes first
+            (final / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush_folder(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{final}: cannot be written ({error.strerror or error}); free space or choose another --run-dir. "
+            "Earlier checkpoints are intact"
+        ) from error
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint; raise CheckpointError saying what is wrong with it."""
+    files = _verified(path)
+    state = json.loads(files[STATE])
+    return Checkpoint(load_tensors(files[TRAINABLES]), load_tensors(files[OPTIMIZER]), state)
+
+
+def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
+    """Return the newest good checkpoint of a run; each damaged one is named in a warning and passed over."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return path, load(path)
+        except CheckpointError as error:
+            get_logger().warning(f"{error}; trying an older checkpoint")
+    return None
+
+
+def prune(folder: Path, keep_last: int, best: int | None) -> None:
+    """Remove all but the newest `keep_last` complete checkpoints and the one of step `best`."""
+    complete = [path for path in sorted(folder.glob("step-*")) if (path / MARKER).is_file()]
+    for path in complete[:-keep_last]:
+        if best is None or path.name != f"step-{best:08d}":
+            (path / MARKER).unlink()  # first of all no longer a checkpoint, then gone
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Adam's moments and step counts as `name.exp_avg` ...; empty before the first step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    out = {}
+    for name, parameter in zip(names, parameters, strict=True):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            out[f"{name}.{key}"] = torch.as_tensor(value)
+    return out
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, torch.Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        found = {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        if found:
+            optimizer.state[parameter] = {
+                key: value.clone() if key == "step" else value.to(parameter.device).clone()
+                for key, value in found.items()
+            }
+
+
+def restore_trainables(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> None:
+    """Copy `tensors` into the parameters of the same names and shapes, all of them or none."""
+    own = dict(module.named_parameters())
+    problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
+    problems += [f"unknown {name}" for name in tensors.keys() - own.keys()]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, the run has {tuple(own[name].shape)}"
+        for name in own.keys() & tensors.keys()
+        if own[name].shape != tensors[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{source}: does not fit this run: {'; '.join(sorted(problems))}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _verified(path: Path) -> dict[str, bytes]:
+    marker_path = path / MARKER
+    if not marker_path.is_file():
+        raise CheckpointError(f"{path}: incomplete checkpoint ({MARKER} is missing)")
+    try:
+        marker = json.loads(marker_path.read_text(encoding="utf-8"))
+        expected = dict(marker["sha256"])
+        files = {name: (path / name).read_bytes() for name in (TRAINABLES, OPTIMIZER, STATE)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged checkpoint ({type(error).__name__}: {error})") from error
+    if marker.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: checkpoint format {marker.get('format')}, this version reads {FORMAT}")
+    for name, data in files.items():
+        if hashlib.sha256(data).hexdigest() != expected.get(name):
+            raise CheckpointError(f"{path}: damaged checkpoint ({name} does not match its sha256)")
+    return files

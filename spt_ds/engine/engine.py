@@ -1,0 +1,198 @@
+"""One object that owns base, trainables and optimizer, and takes optimizer steps that are exact over ranks.
+
+Legend: K prompts, G examples of a step over all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from spt_ds import dist
+from spt_ds.batch import Batch, Window
+from spt_ds.config.schema import Config, OptimConfig
+from spt_ds.engine.zero import Sharding
+from spt_ds.errors import NonFiniteError
+from spt_ds.model.backbone import Backbone
+from spt_ds.model.spt import Counts, MicroLosses, Spt, Trainables
+
+PARTS = ("nll", "selection", "fusion", "contrastive")
+SIGNALS = ("stop", "save")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Sums over all ranks of one optimizer step, still on the device; `metrics` reads them."""
+
+    reduced: torch.Tensor  # [parts, signals, bad, usage of each prompt]
+    grad_norm: torch.Tensor  # [] before clipping
+    lr: float
+    weights: tuple[float, ...]  # of the four losses
+
+    def requested(self) -> tuple[bool, bool]:
+        """Whether any rank asked to stop, to save."""
+        stop, save = self.reduced[len(PARTS) : len(PARTS) + 2].tolist()
+        return stop > 0, save > 0
+
+    def metrics(self) -> dict[str, Any]:
+        """Losses per part (unweighted), their weighted sum, gradient norm, learning rate, prompt usage counts."""
+        values = self.reduced.tolist()
+        out: dict[str, Any] = dict(zip(PARTS, values[: len(PARTS)], strict=True))
+        out["loss"] = sum(w * v for w, v in zip(self.weights, values[: len(PARTS)], strict=True))
+        out["grad_norm"] = self.grad_norm.item()
+        out["lr"] = self.lr
+        out["prompt_usage"] = [int(v) for v in values[len(PARTS) + len(SIGNALS) + 1 :]]
+        return out
+
+
+class Engine:
+    """See the module's docstring. `root` is the (possibly sharded) backbone; call it, never its children."""
+
+    def __init__(self, config: Config, world: dist.World, sharding: Sharding, root: nn.Module, spt: Spt) -> None:
+        self.config = config
+        self.world = world
+        self.sharding = sharding
+        self.root = root
+        self.spt = spt
+        self.names = [name for name, _ in self.trainables.named_parameters()]
+        parameters = list(self.trainables.parameters())
+        for parameter in parameters:  # the same numbers everywhere, whatever a rank's math library rounds
+            dist.broadcast_(parameter.data)
+        extra = len(PARTS) + len(SIGNALS) + 1 + config.prompts.count
+        sizes = [parameter.numel() for parameter in parameters]
+        # Gradients and the step's sums lie in one buffer: one reduction a step, nothing copied.
+        self.buffer = torch.zeros(sum(sizes) + extra, device=world.device, dtype=parameters[0].dtype)
+        for parameter, part in zip(parameters, self.buffer[:-extra].split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+        self.gradients, self.sums = self.buffer[:-extra], self.buffer[-extra:]
+        self.optimizer = _optimizer(config.optim, self.trainables)
+        self._assert_rules()
+
+    @property
+    def trainables(self) -> Trainables:
+        return self.spt.trainables
+
+    def _assert_rules(self) -> None:
+        """Our own invariants: what trains is fp32 and replicated, what is frozen has no gradient."""
+        assert all(p.dtype == torch.float32 and p.grad is not None for p in self.trainables.parameters())
+        assert all(p.grad.dtype == torch.float32 for p in self.trainables.parameters() if p.grad is not None)
+        assert not any(p.requires_grad for p in self.root.parameters())
+        assert {id(p) for g in self.optimizer.param_groups for p in g["params"]} == {
+            id(p) for p in self.trainables.parameters()
+        }
+
+    def train_window(self, window: Window, step: int, total_steps: int, signals: tuple[float, float]) -> StepResult:
+        """Take optimizer step `step` (from 0) of `total_steps`; `signals` are this rank's stop and save requests.
+
+        Losses are divided by the target tokens and examples of the whole step over all ranks, so the result does not
+        depend on the split into ranks and micro-batches. Raises NonFiniteError on every rank, before the optimizer
+        moves, when any rank's loss or gradient is NaN or infinite.
+        """
+        self.buffer.zero_()
+        counts = Counts(window.examples, window.target_tokens)
+        outs: list[MicroLosses] = []
+        for batch in window.micro:
+            out: MicroLosses = self.root(self.spt.micro_losses, batch, counts)
+            out.total.backward()
+            self._add(out, batch)
+            outs.append(out)
+        weight = self.config.losses.contrastive
+        if weight and window.contrast is not None:
+            everyone = dist.all_gather(torch.cat([out.scores for out in outs], dim=1))
+            pooled = torch.cat([out.pooled for out in outs])
+            loss, share = self.spt.contrastive(pooled, everyone, window.contrast, self.world.rank)
+            (weight * loss).backward()
+            self.sums[3] += share
+        self.sums[len(PARTS) : len(PARTS) + 2] += self.sums.new_tensor(signals)
+        dist.all_reduce_sum(self.buffer)
+        norm = self.gradients.norm()
+        if not math.isfinite(
+            (norm + self.sums[: len(PARTS) + len(SIGNALS) + 1].sum()).item()
+        ):  # the step's one host sync
+            self._raise_non_finite(step, window, outs)
+        if self.config.optim.clip_norm:
+            self.gradients.mul_((self.config.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        lr = self._set_lr(step, total_steps)
+        self.optimizer.step()
+        losses = self.config.losses
+        weights = (1.0, losses.selection, losses.fusion, losses.contrastive)
+        return StepResult(self.sums.clone(), norm, lr, weights)
+
+    def _add(self, out: MicroLosses, batch: Batch) -> None:
+        self.sums[:3] += out.parts
+        self.sums[len(PARTS) + len(SIGNALS)] += (~torch.isfinite(out.nll)).sum()
+        real = torch.tensor(batch.weights, device=self.sums.device, dtype=self.sums.dtype)
+        self.sums[len(PARTS) + len(SIGNALS) + 1 :].index_add_(0, out.scores.argmax(dim=0), real)
+
+    def _set_lr(self, step: int, total_steps: int) -> float:
+        factor = lr_factor(self.config.optim, step, total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        return self.config.optim.lr * factor
+
+    def _raise_non_finite(self, step: int, window: Window, outs: list[MicroLosses]) -> None:
+        bad: list[int] = []
+        for batch, out in zip(window.micro, outs, strict=True):
+            finite = torch.isfinite(out.nll).all(dim=0) & torch.isfinite(out.scores).all(dim=0)
+            bad += [index for index, good in zip(batch.indices, finite.tolist(), strict=True) if not good]
+        rows = [(rank, found) for rank, found in enumerate(dist.gather_json(bad)) if found]
+        where = "; ".join(f"rank {rank}: examples {found}" for rank, found in rows) or "in the gradient only"
+        raise NonFiniteError(
+            f"step {step + 1}: a loss or gradient is NaN or infinite ({where}). The optimizer did not move; the last "
+            "checkpoint is good. Lower optim.lr, or look at those examples of data.train"
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Mean losses over a data set, each example once: nll over all prompts, and of the selected prompt alone."""
+        sums = torch.zeros(7, dtype=torch.float64, device=self.world.device)
+        for batch in batches:
+            out: MicroLosses = self.root(self.spt.micro_losses, batch, Counts(1, 1))
+            weights = torch.tensor(batch.weights, dtype=torch.float64, device=sums.device)
+            tokens = weights * torch.tensor(batch.response_lens, dtype=torch.float64, device=sums.device)
+            nll = out.nll.double()
+            selected = nll.gather(0, out.scores.argmax(dim=0)[None])[0]
+            best = nll.min(dim=0).values
+            sums[:3] += out.parts
+            sums[3:] += torch.stack([selected @ tokens, best @ tokens, tokens.sum(), weights.sum()])
+        nll_sum, selection, fusion, selected_sum, best_sum, tokens_sum, examples = dist.all_reduce_sum(sums).tolist()
+        return {
+            "nll": nll_sum / tokens_sum,
+            "nll_selected": selected_sum / tokens_sum,
+            "nll_best": best_sum / tokens_sum,
+            "selection": selection / examples,
+            "fusion": fusion / examples,
+            "ppl_selected": math.exp(min(selected_sum / tokens_sum, 700.0)),
+        }
+
+
+def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
+    """Share of the learning rate at step `step` (from 0): linear warm-up, then cosine to 0 or constant."""
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return 1.0
+    length = max(1, total_steps - optim.warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * (step - optim.warmup_steps) / length))
+
+
+def _optimizer(optim: OptimConfig, trainables: Trainables) -> torch.optim.AdamW:
+    groups = [
+        {"params": list(trainables.bank.parameters()), "base_lr": optim.prompts_lr or optim.lr},
+        {"params": list(trainables.retriever.parameters()), "base_lr": optim.lr},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, foreach=True
+    )
+
+
+def run_base(root: nn.Module, function: Any, *args: Any) -> Any:
+    """Run `function(backbone, *args)` without gradient as one call of the root module."""
+    assert isinstance(root, Backbone)
+    with torch.no_grad():
+        return root(function, *args)

@@ -1,0 +1,85 @@
+"""Opens what training and generation share: process group, tokenizer, frozen base (whole or sharded), method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from spt_ds import dist, plan
+from spt_ds.config.schema import Config
+from spt_ds.engine.ds_config import DsPlan, load_ds_config, plan_for
+from spt_ds.engine.zero import Sharding, local_bytes
+from spt_ds.errors import ConfigError
+from spt_ds.log import get_logger
+from spt_ds.model.backbone import build_backbone, load_base_config, load_tokenizer
+from spt_ds.model.spt import Spt, build_trainables
+from spt_ds.rng import keyed_seed
+
+
+@dataclass(frozen=True)
+class Session:
+    """`root` is the backbone, sharded or not: call it with a function, never its children."""
+
+    config: Config
+    world: dist.World
+    tokenizer: PreTrainedTokenizerBase
+    sharding: Sharding
+    root: nn.Module
+    spt: Spt
+
+
+def open_session(config: Config, deepspeed_config: str | None, world: dist.World) -> Session:
+    """Load tokenizer and base as the plan says, prove the base usable, and initialise bank and retriever.
+
+    `deepspeed_config` is the path of a DeepSpeed JSON, which then decides the placement, or None.
+    """
+    tokenizer = load_tokenizer(config.model)
+    ds_plan, recompute = decide(config, deepspeed_config, world)
+    sharding = Sharding(ds_plan, world.device)
+    sharding.before_load()
+    backbone = build_backbone(config.model, world.device, strict=config.engine.strict, shard=sharding.shard_function())
+    _check_window(config, backbone.config)
+    backbone.checkpoint_activations(recompute)
+    root = sharding.wrap(backbone)
+    root(lambda inner: inner.check())
+    init_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in config.prompts.init_texts]
+    seed = keyed_seed(config.train.seed, "trainables")
+    trainables = root(lambda inner: build_trainables(config, inner, init_ids, seed))
+    pad = tokenizer.pad_token_id
+    assert isinstance(pad, int)
+    get_logger().info(f"base: {local_bytes(root) / 2**20:.1f} MiB on this rank")
+    return Session(config, world, tokenizer, sharding, root, Spt(config, trainables, pad))
+
+
+def decide(config: Config, deepspeed_config: str | None, world: dist.World) -> tuple[DsPlan, str]:
+    """Choose placement and activation checkpointing together on all ranks, and say why once."""
+    shape = plan.BaseShape.from_config(load_base_config(config.model).to_dict())
+    gpu = torch.cuda.get_device_properties(world.device).total_memory if world.device.type == "cuda" else None
+    # Ranks decide together: the smallest memory of all counts.
+    rank_bytes = min(dist.gather_json(plan.memory_per_rank(gpu, world.local_size)))
+    if deepspeed_config is not None:
+        ds_plan = load_ds_config(deepspeed_config, config, world.size)
+        placement: plan.Placement = "replicate" if ds_plan.stage < 3 else "zero3"
+        if ds_plan.offload != "none":
+            placement = "zero3_offload"
+        why = f"placement: {placement} ({deepspeed_config})"
+    else:
+        placement, why = plan.choose_placement(config, shape, world.size, rank_bytes)
+        ds_plan = plan_for(placement, config, world.size)
+    recompute, why_recompute = plan.choose_checkpointing(config, shape, placement, world.size, rank_bytes)
+    for line in (why, why_recompute, *ds_plan.notes):
+        get_logger().info(line)
+    return ds_plan, recompute
+
+
+def _check_window(config: Config, base: object) -> None:
+    longest = getattr(base, "max_position_embeddings", None)
+    needed = config.data.max_tokens + config.prompts.tokens
+    if longest is not None and needed > longest:
+        raise ConfigError(
+            f"data.max_tokens: {config.data.max_tokens} text tokens and prompts.tokens: {config.prompts.tokens} make "
+            f"{needed}, the base has {longest} positions; data.max_tokens: {longest - config.prompts.tokens} fits"
+        )

@@ -1,0 +1,52 @@
+"""Requests to stop or save: signals, files in the run folder, a wall-clock budget.
+
+Each rank only collects what it has seen; the engine adds the requests of all ranks to the reduction of the gradients,
+so that every rank learns of them at the same step boundary.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 0, 1, 2, 75
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequests:
+    """Collects requests on one rank. `max_hours` 0 sets no limit."""
+
+    def __init__(self, run_dir: Path, max_hours: float, *, watch_files: bool) -> None:
+        self.run_dir = run_dir
+        self.deadline_s = time.monotonic() + max_hours * 3600 if max_hours else None
+        self.watch_files = watch_files  # one rank looks, the reduction tells the others
+        self.reason = ""
+
+    def install(self) -> None:
+        """Take over SIGTERM, SIGINT and SIGUSR1; call from the main thread."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason == "SIGINT":
+            os._exit(130)  # asked twice by hand: end now, the last checkpoint is the state
+        self.reason = signal.Signals(number).name
+
+    def poll(self) -> tuple[float, float]:
+        """Return (stop, save), each 1.0 when requested. A STOP or SAVE file is taken away when it is seen."""
+        if self.deadline_s is not None and time.monotonic() > self.deadline_s:
+            self.reason = self.reason or "wall-clock budget"
+        save = self.watch_files and self._take("SAVE")
+        if self.watch_files and self._take("STOP"):
+            self.reason = self.reason or "STOP file"
+        return float(bool(self.reason)), float(save)
+
+    def _take(self, name: str) -> bool:
+        path = self.run_dir / name
+        found = path.exists()
+        if found:
+            path.unlink(missing_ok=True)
+        return found

@@ -1,0 +1,101 @@
+"""DeepSpeed around the frozen base: the only place that calls it. Without ZeRO-3 these are no-ops.
+
+Way (d): the engine wraps the base alone, without an optimizer, so ZeRO-3 shards, gathers and offloads frozen weights
+and knows nothing of the trainables. They stay whole, in fp32, on every rank (see docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spt_ds.engine.ds_config import DsPlan
+from spt_ds.errors import EngineError
+from spt_ds.log import say_once
+
+STALE_LOCK_S = 600
+
+
+class Sharding:
+    """Keeps what ZeRO-3 needs alive, from before the base is loaded until the run ends."""
+
+    def __init__(self, plan: DsPlan, device: torch.device) -> None:
+        self.plan = plan
+        self.device = device
+        self._keep: list[Any] = []
+
+    @property
+    def on(self) -> bool:
+        """True when the base is sharded (ZeRO-3)."""
+        return self.plan.stage == 3
+
+    def before_load(self) -> None:
+        """Start DeepSpeed's communication and make `from_pretrained` shard each weight as it is read."""
+        if not self.on:
+            return
+        if self.plan.offload == "nvme":
+            check_build_locks()
+        os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+        import deepspeed
+        from deepspeed.utils import logger
+        from transformers.integrations import HfDeepSpeedConfig
+
+        logger.setLevel(logging.WARNING)
+        # Compiled inside init_distributed on a CPU, for minutes, and of no use between processes that gloo connects.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
+        self._keep.append(HfDeepSpeedConfig(self.plan.engine_config))
+
+    def shard_function(self) -> Callable[[nn.Module], None] | None:
+        """A function that shards the parameters of one module at once, for bases that are loaded layer by layer."""
+        if not self.on:
+            return None
+        import deepspeed
+
+        def shard(module: nn.Module) -> None:
+            deepspeed.zero.Init(module=module, config_dict_or_path=self.plan.engine_config)
+
+        return shard
+
+    def wrap(self, root: nn.Module) -> nn.Module:
+        """Hand the loaded base to the engine; return the root module, whose calls gather and release weights."""
+        if not self.on:
+            return root.to(self.device)
+        import deepspeed
+
+        engine = deepspeed.initialize(model=root, config=self.plan.engine_config)[0]
+        self._keep.append(engine)
+        # The engine's own forward refuses a plain `loss.backward()`; the module has the hooks that gather and release.
+        wrapped: nn.Module = engine.module
+        return wrapped
+
+
+def local_bytes(root: nn.Module) -> int:
+    """Bytes of the base's weights that this rank owns."""
+    total = 0
+    for parameter in root.parameters():
+        owned = getattr(parameter, "ds_tensor", parameter)
+        total += owned.numel() * owned.element_size()
+    return total
+
+
+def check_build_locks() -> None:
+    """Raise EngineError for a build lock that a killed build left: DeepSpeed would wait for ever."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    build_root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in build_root.glob("**/lock"):
+        age_s = time.time() - lock.stat().st_mtime
+        if age_s > STALE_LOCK_S:
+            raise EngineError(
+                f"{lock}: a build lock is {age_s / 60:.0f} minutes old; a killed build left it and every start would "
+                "wait for it for ever. Delete the file if no compiler is running"
+            )
+        say_once(f"waiting for another process to build {lock.parent.name} (lock {lock})")
