@@ -18,6 +18,8 @@ INSTALL = [
     "transformers>=5.17,<6",
     # 0.50 has CPU ops for 4-bit and 8-bit weights.
     "bitsandbytes>=0.50,<0.51",
+    # transformers reads the ZeRO-3 configuration through it when it shards a base at load.
+    "accelerate>=1.1,<2",
     "datasets>=4,<6",
     "pyyaml>=6",
     "pydantic>=2.8,<3",

@@ -45,7 +45,7 @@ class Sharding:
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
         import deepspeed
         from deepspeed.utils import logger
-        from transformers.integrations import HfDeepSpeedConfig
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         logger.setLevel(logging.WARNING)
         # Compiled inside init_distributed on a CPU, for minutes, and of no use between processes that gloo connects.

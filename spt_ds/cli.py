@@ -1,0 +1,65 @@
+"""The `spt-ds` command: each sub-command lives in its own module and is imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import spt_ds
+from spt_ds.config.load import dump_config, json_schema, load_config, recipe_names
+from spt_ds.errors import SptError
+
+COMMANDS = {
+    "train": ("spt_ds.train", "train prompt bank and retriever"),
+    "generate": ("spt_ds.generate", "generate replies for evaluation"),
+    "evaluate": ("spt_ds.evaluate.command", "score a predictions file"),
+    "compare": ("spt_ds.evaluate.compare", "one table of several runs"),
+    "config": ("spt_ds.cli", "show a resolved configuration, the schema or the recipes"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command and return its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args and args[0] in COMMANDS:
+        module = importlib.import_module(COMMANDS[args[0]][0])
+        entry = config_main if args[0] == "config" else module.main
+        code: int = entry(args[1:])
+        return code
+    if args in (["--version"], ["-V"]):
+        print(f"spt-ds {spt_ds.__version__}")
+        return 0
+    stream = sys.stdout if args in ([], ["-h"], ["--help"]) else sys.stderr
+    if stream is sys.stderr:
+        print(f"spt-ds: unknown command {args[0]!r}", file=stream)
+    print("usage: spt-ds COMMAND ...\n", file=stream)
+    for name, (_, help_text) in COMMANDS.items():
+        print(f"  {name:<10} {help_text}", file=stream)
+    print("\n`spt-ds COMMAND --help` tells the options of one.", file=stream)
+    return 0 if stream is sys.stdout else 2
+
+
+def config_main(argv: Sequence[str]) -> int:
+    """`spt-ds config`: print a resolved configuration, the JSON schema, or the shipped recipes."""
+    parser = argparse.ArgumentParser(prog="spt-ds config")
+    parser.add_argument("config", nargs="?", help="YAML file or recipe to resolve")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of the YAML file")
+    args = parser.parse_args(argv)
+    if args.schema:
+        print(json_schema())
+    elif args.config is None:
+        print("\n".join(recipe_names()))
+    else:
+        try:
+            print(dump_config(load_config(args.config, args.overrides)), end="")
+        except SptError as error:
+            print(f"spt-ds config: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,80 @@
+"""Metrics of a run: one JSON object per line in metrics.jsonl, a progress bar, TensorBoard on request."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from spt_ds.engine.run_folder import METRICS
+from spt_ds.errors import ConfigError
+
+
+class Metrics:
+    """Writes on rank 0 only; on the others every call does nothing."""
+
+    def __init__(self, run_dir: Path, total_steps: int, start_step: int, *, active: bool, tensorboard: bool) -> None:
+        self.active = active
+        self._bar: Any = None
+        self._board: Any = None
+        if not active:
+            return
+        self._path = run_dir / METRICS
+        self._forget_after(start_step)
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, unit="step", desc="train", file=sys.stderr, dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 20.0,
+        )  # fmt: skip
+        if tensorboard:
+            self._board = _writer(run_dir)
+
+    def _forget_after(self, step: int) -> None:
+        """Drop lines of steps that a killed run took after its last checkpoint: they are taken again."""
+        if self._path.is_file():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self._path.write_text("".join(kept), encoding="utf-8")
+
+    def tick(self) -> None:
+        """One step done."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def record(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """Append `values` of `step` (1 is the first) as one line of kind `train` or `valid`."""
+        if not self.active:
+            return
+        line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = {key: values[key] for key in ("loss", "nll", "nll_selected") if key in values}
+        if kind == "train":
+            self._bar.set_postfix({key: f"{value:.4f}" for key, value in shown.items()}, refresh=False)
+        else:
+            text = " ".join(f"{key} {value:.4f}" for key, value in shown.items())
+            tqdm.write(f"step {step} {kind}: {text}", file=sys.stderr)
+        if self._board is not None:
+            for key, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{key}", value, step)
+
+    def close(self) -> None:
+        """Finish bar and event file."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _writer(run_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "log.tensorboard: the tensorboard package is missing; install the extra `tensorboard` or set it to false"
+        ) from error
+    return SummaryWriter(str(run_dir / "tensorboard"))

@@ -1,0 +1,178 @@
+"""The training loop: windows in, optimizer steps, validation, checkpoints, agreed stops."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spt_ds import dist
+from spt_ds.config.load import dump_config
+from spt_ds.config.schema import Config
+from spt_ds.data.loader import TrainLoader, eval_batches
+from spt_ds.data.sampler import total_steps
+from spt_ds.data.store import ExampleStore, open_store
+from spt_ds.engine import checkpoint, run_folder
+from spt_ds.engine.engine import Engine
+from spt_ds.engine.metrics import Metrics
+from spt_ds.engine.session import Session, open_session
+from spt_ds.engine.stop import EXIT_DONE, EXIT_STOPPED, StopRequests
+from spt_ds.errors import CheckpointError
+from spt_ds.log import get_logger
+
+
+@dataclass
+class RunState:
+    """What a resumed run goes on from, beside tensors."""
+
+    step: int = 0
+    best_nll: float = math.inf
+    best_step: int | None = None
+    valid_before: dict[str, float] | None = None
+
+
+class Trainer:
+    """One run in one folder; a run that is found there is continued."""
+
+    def __init__(self, config: Config, run_dir: Path, deepspeed_config: str | None, world: dist.World) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.deepspeed_config = deepspeed_config
+        self.world = world
+        self.state = RunState()
+
+    def run(self) -> int:
+        """Train to the end (exit code 0) or to an agreed stop with a checkpoint (75)."""
+        if dist.broadcast_json((self.run_dir / run_folder.DONE).is_file()):
+            get_logger().info(f"{self.run_dir}: this run is done ({run_folder.DONE} is there); nothing to do")
+            return EXIT_DONE
+        dist.agreed(self._prepare_folder)
+        session = open_session(self.config, self.deepspeed_config, self.world)
+        train, valid = self._open_data(session)
+        self.total = self.config.train.max_steps or total_steps(
+            len(train), self.config.train.global_batch, self.config.train.epochs
+        )
+        self.engine = Engine(self.config, self.world, session.sharding, session.root, session.spt)
+        self._resume()
+        self.metrics = Metrics(
+            self.run_dir,
+            self.total,
+            self.state.step,
+            active=self.world.rank == 0,
+            tensorboard=self.config.log.tensorboard,
+        )
+        self.stop = StopRequests(self.run_dir, self.config.train.max_hours, watch_files=self.world.rank == 0)
+        self.stop.install()
+        try:
+            return self._loop(train, valid)
+        finally:
+            self.metrics.close()
+
+    def _prepare_folder(self) -> None:
+        if self.world.rank == 0:
+            run_folder.prepare(self.run_dir, self.config, self.deepspeed_config)
+
+    def _open_data(self, session: Session) -> tuple[ExampleStore, ExampleStore]:
+        data = self.config.data
+        limits = {"train": data.max_train_examples, "valid": data.max_valid_examples}
+        stores = []
+        for split, limit in limits.items():
+            store = dist.leader_first(
+                self.world,
+                lambda split=split, limit=limit: open_store(data, split, session.tokenizer, limit),  # type: ignore[misc]
+            )
+            dist.same_everywhere(f"data.{split}", store.data_hash)
+            get_logger().info(f"data.{split}: {len(store)} examples of {getattr(data, split)}")
+            stores.append(store)
+        return stores[0], stores[1]
+
+    def _loop(self, train: ExampleStore, valid: ExampleStore) -> int:
+        config, state = self.config, self.state
+        if state.step == 0:
+            state.valid_before = self._validate(valid)
+        loader = TrainLoader.of(config, train, self.world)
+        for window in loader.windows(state.step, self.total):
+            out = self.engine.train_window(window, state.step, self.total, self.stop.poll())
+            state.step += 1
+            self.metrics.tick()
+            last = state.step == self.total
+            stop, save = out.requested()
+            if last or state.step == 1 or state.step % config.log.every_steps == 0:
+                self.metrics.record(state.step, "train", out.metrics())
+            if last or stop:
+                break
+            if _due(config.train.eval_every_steps, state.step):
+                self._validate(valid)
+            if save or _due(config.checkpoint.every_steps, state.step) or state.best_step == state.step:
+                self._save(final=False)
+        if state.step < self.total:
+            self._save(final=True)
+            get_logger().warning(
+                f"stopped at step {state.step} of {self.total} ({self.stop.reason or 'asked by a rank'})"
+            )
+            return EXIT_STOPPED
+        after = self._validate(valid)
+        self._save(final=True)
+        self._finish(after)
+        return EXIT_DONE
+
+    def _validate(self, valid: ExampleStore) -> dict[str, float]:
+        batches = eval_batches(valid, self.config.train.micro_batch, self.world.size, self.world.rank)
+        values = self.engine.evaluate(batches)
+        self.metrics.record(self.state.step, "valid", values)
+        if self.state.step and values["nll_selected"] < self.state.best_nll:
+            self.state.best_nll, self.state.best_step = values["nll_selected"], self.state.step
+        return values
+
+    def _resume(self) -> None:
+        """Go on from the newest good checkpoint; rank 0 looks and all take the one it found."""
+        folder = self.run_dir / run_folder.CHECKPOINTS
+        found = checkpoint.load_newest(folder) if self.world.rank == 0 else None
+        name = dist.broadcast_json(found[0].name if found else None)
+        if name is None:
+            return
+        path = folder / name
+        saved = dist.agreed(lambda: found[1] if found else checkpoint.load(path))
+        checkpoint.restore_trainables(self.engine.trainables, saved.trainables, path)
+        checkpoint.restore_optimizer(self.engine.optimizer, self.engine.names, saved.optimizer)
+        self.state = RunState(**saved.state["run"])
+        get_logger().info(f"resuming from {path} at step {self.state.step}")
+
+    def _save(self, *, final: bool) -> None:
+        """Save on rank 0 and let every rank know how it went: they go on, or fail, together."""
+
+        def write() -> None:
+            if self.world.rank != 0:
+                return
+            folder = self.run_dir / run_folder.CHECKPOINTS
+            state = {"step": self.state.step, "run": vars(self.state), "total_steps": self.total}
+            state |= {"config": dump_config(self.config), "environment": run_folder.environment()}
+            tensors = dict(self.engine.trainables.named_parameters())
+            moments = checkpoint.optimizer_tensors(self.engine.optimizer, self.engine.names)
+            checkpoint.save(folder, checkpoint.Checkpoint(dict(tensors), moments, state))
+            checkpoint.prune(folder, self.config.checkpoint.keep_last, self.state.best_step)
+
+        try:
+            dist.agreed(write)
+        except CheckpointError as error:  # raised on every rank together
+            if final or self.config.checkpoint.on_save_error == "stop":
+                raise
+            get_logger().warning(f"{error}; training goes on (checkpoint.on_save_error: continue)")
+
+    def _finish(self, after: dict[str, float]) -> None:
+        if self.world.rank != 0:
+            return
+        summary: dict[str, Any] = {
+            "step": self.state.step,
+            "valid_before": self.state.valid_before,
+            "valid_after": after,
+        }
+        summary |= {"best_step": self.state.best_step, "world_size": self.world.size}
+        run_folder.write_text(self.run_dir / run_folder.DONE, json.dumps(summary, indent=2))
+        get_logger().info(f"done: {self.state.step} steps; run folder {self.run_dir}")
+
+
+def _due(every: int, step: int) -> bool:
+    return bool(every) and step % every == 0

@@ -1,0 +1,119 @@
+"""Entry point of the main job: `deepspeed --num_gpus N --module spt_ds.train --config ...` or `spt-ds train ...`.
+
+Exit codes: 0 done, 75 stopped on request with a checkpoint, 2 an error the user can mend, 1 a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from spt_ds.config.load import load_config
+from spt_ds.config.schema import Config
+from spt_ds.engine.stop import EXIT_FAILED, EXIT_USER_ERROR
+from spt_ds.errors import SptError
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that training and generation share."""
+    parser.add_argument("--config", required=True, help="YAML file or name of a shipped recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override one option, such as losses.tau_gold=0.5; may be given often")  # fmt: skip
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives")
+    parser.add_argument("--run-dir", type=Path, help="run folder; default runs/NAME")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="spt-ds train", description="Train prompt bank and retriever on a frozen base."
+    )
+    add_run_arguments(parser)
+    args = parser.parse_args(argv)
+
+    def work(config: Config, run_dir: Path) -> int:
+        from spt_ds import dist
+        from spt_ds.engine.trainer import Trainer
+
+        world = dist.init(config.engine.collective_timeout_s)
+        code = Trainer(config, run_dir, args.deepspeed_config, world).run()
+        dist.shutdown()
+        return code
+
+    return run_job(args, work)
+
+
+def run_job(args: argparse.Namespace, work: Callable[[Config, Path], int]) -> int:
+    """Read the configuration, do `work`, and turn what fails into one message and an exit code.
+
+    The first rank that fails speaks; the others, who fail because of it, only leave their traceback in
+    `RUN/errors/rank-N.txt`.
+    """
+    run_dir: Path | None = None
+    try:
+        config = load_config(args.config, args.overrides)
+        run_dir = args.run_dir or Path("runs") / config.name
+        return work(config, run_dir)
+    except SptError as error:
+        _speak(run_dir, f"error: {error}")
+        return EXIT_USER_ERROR
+    except Exception as error:  # the last frame before the interpreter's: nothing is swallowed, the code says failed
+        text = traceback.format_exc()
+        where = _keep_traceback(run_dir, text)
+        _speak(
+            run_dir, f"failed: {type(error).__name__}: {error}\n{text if where is None else f'traceback in {where}'}"
+        )
+        return EXIT_FAILED
+
+
+def exit_with(code: int) -> None:
+    """End the process now: after a failure, communication threads that wait for a dead peer must not hold it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+
+
+def _keep_traceback(run_dir: Path | None, text: str) -> Path | None:
+    if run_dir is None or not run_dir.is_dir():
+        return None
+    path = run_dir / "errors" / f"rank-{_rank()}.txt"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError:
+        return None
+    return path
+
+
+def _speak(run_dir: Path | None, message: str) -> None:
+    """Print `message` unless another rank of this start has spoken already."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        key = "-".join([os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), str(os.getppid())])
+        folder = run_dir if run_dir is not None and run_dir.is_dir() else None
+        if folder is not None:
+            claim = folder / "errors" / f".first-{key}"
+            try:
+                claim.parent.mkdir(exist_ok=True)
+                claim.touch(exist_ok=False)
+            except FileExistsError:
+                return
+            except OSError:
+                pass  # a full disk must not hide the message
+        elif _rank() != "0":
+            return  # nothing is shared yet: what fails this early fails alike on every rank
+    with contextlib.suppress(BrokenPipeError):
+        print(f"spt-ds [rank {_rank()}] {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    exit_with(main())
