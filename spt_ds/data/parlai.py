@@ -31,8 +31,8 @@ def read_parlai(path: Path) -> Iterator[Example]:
             persona, history, dialogue = [], [], f"{path.name}:{number}"
         elif count != previous + 1:
             raise DataError(
-                f"{where}: the line has number {count} after {previous}; allowed are {previous + 1} or, where a dialogue "
-                "begins, 1"
+                f"{where}: the line has number {count} after {previous}; allowed are {previous + 1} or, where a "
+                "dialogue begins, 1"
             )
         previous = count
         if match := _PERSONA.match(text):

@@ -18,12 +18,13 @@ from spt_ds.data.dialogue import Example, replies
 from spt_ds.data.parlai import read_parlai
 from spt_ds.data.textfile import lines
 from spt_ds.errors import DataError
+from spt_ds.log import get_logger
 
 Format = Literal["auto", "parlai", "spc_csv", "jsonl"]
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "dialogues"
 SPC_COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
-# Some conversations of the published files set the name in bold: `**User 1:** hi`, with or without blanks.
-_SPC_TURN = re.compile(r"(\*[* ]*)?User ([12]):(?(1)[* ]*)(.*)", re.DOTALL)
+# Some conversations of the published files set the name in bold: `*User 1:* hi`; their asterisks are dropped.
+_SPC_TURN = re.compile(r"(\*[* ]*)?User ([12]):(.*)", re.DOTALL)
 
 
 def read(source: str, format: Format = "auto") -> Iterator[Example]:
@@ -117,29 +118,39 @@ def _cell(row: list[str], column: int, where: str) -> str:
 
 
 def _spc_views(cells: list[str], where: str) -> Iterator[Example]:
-    """Yield both users' examples; turns in a row by one user, and lines that go on without a name, are joined."""
-    speakers: list[str] = []
-    turns: list[str] = []
-    for line in cells[2].split("\n"):
-        match = _SPC_TURN.match(line.strip())
-        speaker, text = (match[2], match[3].strip()) if match else (speakers[-1] if speakers else "", line.strip())
-        if not text:
-            continue
-        if not speaker:
-            raise DataError(
-                f"{where}: the conversation begins with {line[:60]!r}, it must begin `User 1:` or `User 2:`"
-            )
-        if speakers and speaker == speakers[-1]:
-            turns[-1] = f"{turns[-1]} {text}"
-        else:
-            speakers.append(speaker)
-            turns.append(text)
+    """Yield both users' examples of one conversation."""
+    speakers, turns = _spc_turns(cells[2], where)
     name = where.rpartition("/")[2]
     for user in ("1", "2"):
         persona = tuple(line.strip() for line in cells[int(user) - 1].split("\n") if line.strip())
         view = f"{name}/user{user}"
         for turn, history, response in replies(turns, self_opens=speakers[:1] == [user]):
             yield Example(f"{view}/{turn}", view, turn, persona, history, response)
+
+
+def _spc_turns(conversation: str, where: str) -> tuple[list[str], list[str]]:
+    """Return (speakers, turns), alternating: turns in a row by one user, and lines without a name, are joined.
+
+    The published files hold some conversations without names; they are left out with a warning.
+    """
+    speakers: list[str] = []
+    turns: list[str] = []
+    for line in conversation.split("\n"):
+        if not line.strip("* "):
+            continue  # blank lines and rulers
+        match = _SPC_TURN.match(line.strip())
+        if match is None and not speakers:
+            get_logger().warning("%s: skipped, the conversation names no speaker: %r", where, line[:60])
+            break
+        text = line.strip() if match is None else match[3].strip("* " if match[1] else " ")
+        if match is None or (speakers and speakers[-1] == match[2]):
+            turns[-1] = f"{turns[-1]} {text}".strip()
+        else:
+            speakers.append(match[2])
+            turns.append(text)
+    if "" in turns:
+        raise DataError(f"{where}: turn {turns.index('')} of the conversation has a name and no text; remove the line")
+    return speakers, turns
 
 
 def _read_jsonl(path: Path) -> Iterator[Example]:

@@ -1,0 +1,161 @@
+"""Text to token ids: the method's template, its spans known by construction, truncation by whole turns. No torch.
+
+    given persona: {sentences}; context: Q: {turn} R: {turn} ... Q: {turn} R: {response}<eos>
+
+with BOS first where the tokenizer has one, and without `given persona: ...; ` where there is no persona (template of
+the public SPT reference, arXiv 2406.18187). Q: is the partner, R: the persona's owner. The context ends with the last
+"R:"; the response is everything after it, EOS included, and nothing else is ever a target.
+
+Every piece of text is tokenised once, as the continuation of "R:", and the ids of "R:" are taken off again. Byte-level
+and SentencePiece tokenizers both split words at blanks, so the pieces equal the ids of the whole text; and a context
+has the same ids whether a response follows or not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from spt_ds.data.dialogue import Example
+from spt_ds.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATE_VERSION = 1  # part of every cache key: raise it when the same text is to give other ids
+_ANCHOR = "R:"
+_CHUNK = 512  # examples whose texts go to the tokenizer in one call
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Ids of one example: C context tokens (BOS to the last "R:") and R response tokens (EOS last)."""
+
+    context_ids: list[int]  # [C]
+    response_ids: list[int]  # [R]; empty when only a context was asked for
+    dropped_turns: int  # oldest turns left out to fit
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Encoded:
+    """Encode one example; DataError when persona and response alone exceed `max_tokens`."""
+    return next(encode_many([example], tokenizer, max_tokens))
+
+
+def encode_context(
+    persona: Sequence[str], history: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> Encoded:
+    """Encode what precedes a reply that is to be generated: the ids that training would have put before it."""
+    return Encoder(tokenizer, max_tokens).context("dialogue", tuple(persona), tuple(history), reserved=0)
+
+
+def encode_many(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Iterator[Encoded]:
+    """Encode a stream in order; texts that neighbours share (the turns of a dialogue) are tokenised once."""
+    stream = iter(examples)
+    encoder = Encoder(tokenizer, max_tokens)
+    while chunk := list(islice(stream, _CHUNK)):
+        encoder.learn(text for example in chunk for text in _pieces(example))
+        for example in chunk:
+            yield encoder.example(example)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a SHA-256 (hex) of everything in the tokenizer that ids depend on."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = [type(tokenizer).__name__, rules, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class Encoder:
+    """Tokenizer and window of one stream, with the ids of the pieces that its last chunk used."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no EOS token, but a reply ends with one; set its eos_token")
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._anchor = self._tokenize([_ANCHOR])[0]
+        self._ids: dict[str, list[int]] = {}
+        self._bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+        self._eos = int(tokenizer.eos_token_id)
+        self._partner, self._owner = self._after_anchor([" Q:", " R:"])
+
+    def learn(self, texts: Iterable[str]) -> None:
+        """Tokenise the pieces of the coming chunk that the last one did not hold, and forget the others."""
+        wanted = dict.fromkeys(texts)
+        missing = [text for text in wanted if text not in self._ids]
+        known = {text: ids for text, ids in self._ids.items() if text in wanted}
+        self._ids = {**known, **dict(zip(missing, self._after_anchor(missing), strict=True))}
+
+    def example(self, example: Example) -> Encoded:
+        """Encode context and response."""
+        response = [*self._piece(" " + example.response.strip()), self._eos]
+        context = self.context(example.id, example.persona, example.history, reserved=len(response))
+        return Encoded(context.context_ids, response, context.dropped_turns)
+
+    def context(self, name: str, persona: tuple[str, ...], history: tuple[str, ...], reserved: int) -> Encoded:
+        """Encode a context that leaves `reserved` tokens of the window; whole turns are dropped, the oldest first."""
+        head = [*self._bos, *self._head(persona)]
+        turns = [
+            [*(self._partner if (len(history) - place) % 2 else self._owner), *self._piece(" " + text.strip())]
+            for place, text in enumerate(history)
+        ]
+        fixed = len(head) + len(self._owner) + reserved
+        if fixed > self._max_tokens:
+            raise DataError(
+                f"{name}: persona and response take {fixed} tokens (context {fixed - reserved}, response {reserved}), "
+                f"allowed are {self._max_tokens}; they are never cut: raise data.max_tokens or shorten the example"
+            )
+        total = fixed + sum(map(len, turns))
+        dropped = 0
+        while total > self._max_tokens:
+            total -= len(turns[dropped])
+            dropped += 1
+        kept = [token for turn in turns[dropped:] for token in turn]
+        return Encoded([*head, *kept, *self._owner], [], dropped)
+
+    def _head(self, persona: tuple[str, ...]) -> list[int]:
+        """Ids of the text's beginning; it has no text before it, so it is tokenised as it stands."""
+        text = _head_text(persona)
+        if text not in self._ids:
+            self._ids[text] = self._tokenize([text])[0]
+        return self._ids[text]
+
+    def _piece(self, text: str) -> list[int]:
+        if text not in self._ids:
+            self._ids[text] = self._after_anchor([text])[0]
+        return self._ids[text]
+
+    def _after_anchor(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, which begins with a blank, where it follows "R:"."""
+        rows = self._tokenize([_ANCHOR + text for text in texts])
+        size = len(self._anchor)
+        for text, row in zip(texts, rows, strict=True):
+            if row[:size] != self._anchor:
+                raise ModelError(
+                    f"the tokenizer joins {_ANCHOR!r} with what follows it in {_ANCHOR + text[:40]!r}; contexts would "
+                    "differ between training and generation: use a tokenizer that splits at blanks"
+                )
+        return [row[size:] for row in rows]
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text; "</s>" typed in a dialogue stays text and never becomes the special token."""
+        if not texts:
+            return []
+        rows = self._tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        return [list(row) for row in rows]
+
+
+def _head_text(persona: tuple[str, ...]) -> str:
+    return f"given persona: {' '.join(persona)}; context:" if persona else "context:"
+
+
+def _pieces(example: Example) -> Iterator[str]:
+    for text in (*example.history, example.response):
+        yield " " + text.strip()
