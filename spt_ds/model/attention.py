@@ -34,8 +34,10 @@ class Layout:
         lengths = torch.tensor(lens)
         starts = lengths.cumsum(0) - lengths
         self.backend = backend
+        self.lens = tuple(lens)
         self.position_ids = positions.to(device, non_blocking=True)[None]  # [1, N]
         self.longest = int(lengths.max())
+        self.reach = self.longest  # most tokens that one token can attend to
         slots = torch.arange(self.longest)
         # A pad slot repeats its own row's last token: whatever stands in another row can never reach this one.
         pad = starts[:, None] + torch.minimum(slots[None], lengths[:, None] - 1)
@@ -44,7 +46,6 @@ class Layout:
         edges = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
         self.pad = pad.to(device, non_blocking=True)  # [R, S] packed index of each padded slot
         self.unpad = unpad.to(device, non_blocking=True)  # [N] padded slot of each packed token
-        self.row_of = row_of.to(device, non_blocking=True)  # [N]
         self.edges = edges.to(torch.int32).to(device, non_blocking=True)  # [R + 1]
         self.recorded: dict[int, KeyValue] | None = {} if record else None
 
@@ -60,13 +61,12 @@ class Layout:
         """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal within each row."""
         if self.recorded is not None:
             self.recorded[layer] = (k.detach(), v.detach())
-        if self.backend == "eager":
-            index = torch.arange(q.shape[2], device=q.device)
-            mask = (self.row_of[:, None] == self.row_of[None]) & (index[:, None] >= index[None])
-            return _eager(q, k, v, mask, scale)
         if self.backend in ("varlen", "flash"):
             return _variable_length(self.backend, q, k, v, self.edges, self.longest, scale)
         q, k, v = self.to_rows(q), self.to_rows(k), self.to_rows(v)
+        if self.backend == "eager":
+            causal = torch.ones(self.longest, self.longest, dtype=torch.bool, device=q.device).tril()
+            return self.to_packed(_eager(q, k, v, causal, scale))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return self.to_packed(out)
 
@@ -89,8 +89,7 @@ class Branches(Layout):
         own = (branch[:, :, None] == branch[:, None]) & (step[:, :, None] >= step[:, None])
         context_lens = context.edges.diff().to(lens.dtype)[:, None, None]
         shared = torch.arange(context.longest, device=device)[None, None] < context_lens
-        self.branch = branch.flatten()[self.unpad]  # [N]
-        self.step = step.flatten()[self.unpad]  # [N]
+        self.reach = max(c + n for c, n in zip(context.lens, branch_lens, strict=True))
         self.mask = torch.cat([shared.expand(-1, self.longest, -1), own], dim=2)[:, None]  # [B, 1, S, C + S]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -98,16 +97,12 @@ class Branches(Layout):
         if self.context.recorded is None or layer not in self.context.recorded:
             raise ModelError(f"layer {layer} kept no keys of the context; this base cannot use placement: suffix")
         context_k, context_v = self.context.recorded[layer]
-        if self.backend == "eager":
-            shared = self.row_of[:, None] == self.context.row_of[None]
-            own = (self.row_of[:, None] == self.row_of[None]) & (self.branch[:, None] == self.branch[None])
-            own &= self.step[:, None] >= self.step[None]
-            mask = torch.cat([shared, own], dim=1)
-            return _eager(q, torch.cat([context_k, k], 2), torch.cat([context_v, v], 2), mask, scale)
         # No variable-length kernel takes a tree mask: SDPA does, on every device.
         k = torch.cat([self.context.to_rows(context_k), self.to_rows(k)], dim=2)
         v = torch.cat([self.context.to_rows(context_v), self.to_rows(v)], dim=2)
         q = self.to_rows(q)
+        if self.backend == "eager":
+            return self.to_packed(_eager(q, k, v, self.mask, scale))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -128,9 +123,9 @@ def packed_attention(
     if layout is None:
         raise ModelError(f"{type(module).__name__} does not hand keywords on to its attention: packed rows need that")
     window = kwargs.get("sliding_window")
-    if window is not None and layout.longest > window:
+    if window is not None and layout.reach > window:
         raise ModelError(
-            f"rows of {layout.longest} tokens exceed this base's sliding window of {window}; lower data.max_tokens"
+            f"rows of {layout.reach} tokens exceed this base's sliding window of {window}; lower data.max_tokens"
         )
     for unsupported in ("softcap", "s_aux"):
         if kwargs.get(unsupported) is not None:
@@ -179,12 +174,12 @@ def _has_varlen() -> bool:
 
 
 def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """The definition, with every score in memory: the twin that the kernels are tested against."""
+    """The definition, with every score in memory: [R, H, S, E], [R, G, T, E] twice, mask [.., S, T] -> [R, H, S, E]."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask, float("-inf"))
     precise = scores.float() if scores.dtype != torch.float64 else scores
-    return (precise.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+    return precise.softmax(-1).to(v.dtype) @ v
 
 
 def _variable_length(
