@@ -42,7 +42,7 @@ class Encoded:
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Encoded:
     """Encode one example; DataError when persona and response alone exceed `max_tokens`."""
-    return next(encode_many([example], tokenizer, max_tokens))
+    return Encoder(tokenizer, max_tokens).example(example)
 
 
 def encode_context(
@@ -52,14 +52,16 @@ def encode_context(
     return Encoder(tokenizer, max_tokens).context("dialogue", tuple(persona), tuple(history), reserved=0)
 
 
-def encode_many(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Iterator[Encoded]:
+def encode_many(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> Iterator[tuple[Example, Encoded]]:
     """Encode a stream in order; texts that neighbours share (the turns of a dialogue) are tokenised once."""
     stream = iter(examples)
     encoder = Encoder(tokenizer, max_tokens)
     while chunk := list(islice(stream, _CHUNK)):
         encoder.learn(text for example in chunk for text in _pieces(example))
         for example in chunk:
-            yield encoder.example(example)
+            yield example, encoder.example(example)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,0 +1,71 @@
+"""Which examples make an optimizer step, and which rank reads which. Pure functions of their arguments; no torch.
+
+n examples in the dataset, G in a window (one optimizer step over all ranks), W ranks. A position in training is the
+step number alone: what a window holds depends on n, G and the seed, never on W or the micro-batch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Slot(NamedTuple):
+    """One row of a micro-batch."""
+
+    position: int  # place in the window (evaluation: in the dataset); -1 for a filler
+    row: int  # of the dataset
+    weight: float  # 1.0; 0.0 for a filler
+
+
+def total_steps(examples: int, global_batch: int, epochs: int) -> int:
+    """Steps in which every example is read at least `epochs` times; the last window is filled from the next epoch."""
+    return -(-examples * epochs // global_batch)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """Permutation of an epoch, int64 [n].
+
+    Sorted raw Philox numbers, because NumPy promises that raw streams stay the same over its versions, which it does
+    not promise of `Generator.permutation`: a resumed run must see the order it began with.
+    """
+    raw = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(examples)
+    return np.argsort(raw, kind="stable")
+
+
+def window_indices(examples: int, global_batch: int, seed: int, step: int) -> np.ndarray:
+    """Dataset rows of window `step` (from 0), int64 [G]: part of the endless stream of epoch permutations."""
+    start, end = step * global_batch, (step + 1) * global_batch
+    parts = []
+    while start < end:
+        epoch, offset = divmod(start, examples)
+        part = _epoch_order(examples, seed, epoch)[offset : offset + end - start]
+        parts.append(part)
+        start += len(part)
+    return np.concatenate(parts)
+
+
+def assign(indices: np.ndarray, lengths: np.ndarray, world: int, micro_batch: int) -> list[list[list[Slot]]]:
+    """Deal a window's examples to ranks and micro-batches: result[rank][micro-step] is a list of slots.
+
+    `indices` [G] dataset rows, `lengths` [G] their tokens. Every rank gets the same number of micro-batches of the
+    same sizes, at most `micro_batch` and like one another. Rows are dealt longest first, in a snake, so that a
+    micro-batch holds rows of like length, ranks have like token counts in every micro-step, and memory peaks in the
+    first one. Where W does not divide G, up to W - 1 fillers (the shortest example, weight 0) complete the last row.
+    """
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    rows = [Slot(int(place), int(indices[place]), 1.0) for place in order]
+    per_rank = -(-len(rows) // world)
+    rows += [Slot(-1, rows[-1].row, 0.0)] * (per_rank * world - len(rows))
+    steps = -(-per_rank // micro_batch)
+    borders = [per_rank * step // steps for step in range(steps + 1)]
+    dealt: list[list[list[Slot]]] = [[] for _ in range(world)]
+    for start, end in pairwise(borders):
+        for rank in range(world):
+            places = [row * world + (world - 1 - rank if row % 2 else rank) for row in range(start, end)]
+            dealt[rank].append([rows[place] for place in places])
+    return dealt

@@ -1,0 +1,157 @@
+"""Encoded examples on disk: an Arrow table of `datasets`, memory-mapped, cached by what its contents depend on.
+
+n examples in a store. Nothing of size n is held in memory but two int32 arrays of lengths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+
+from spt_ds.data.dialogue import Example
+from spt_ds.data.encode import TEMPLATE_VERSION, Encoded, encode_many, fingerprint
+from spt_ds.data.readers import Format, digest, read
+from spt_ds.errors import DataError
+from spt_ds.log import get_logger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TABLE, _META = "examples.arrow", "store.json"
+_LAYOUT_VERSION = 1  # part of every cache key: raise it when columns or readers change
+_FEATURES = Features(
+    {
+        "id": Value("string"),
+        "dialogue_id": Value("string"),
+        "turn": Value("int32"),
+        "persona": List(Value("string")),
+        "history": List(Value("string")),
+        "response": Value("string"),
+        "context_ids": List(Value("int32")),
+        "response_ids": List(Value("int32")),
+        "context_len": Value("int32"),
+        "response_len": Value("int32"),
+        "dropped_turns": Value("int32"),
+    }
+)
+
+
+class Lengths(NamedTuple):
+    """Tokens of each example, int32 [n] each."""
+
+    context: np.ndarray
+    response: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        """Context plus response, int32 [n]."""
+        return self.context + self.response
+
+
+class ExampleStore:
+    """A built store, read-only; `store[i]` is the row of example i with the columns of `_FEATURES`."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the folder `path`; DataError when it is not a whole store."""
+        try:
+            meta = json.loads((path / _META).read_text(encoding="utf-8"))
+            self._data = Dataset.from_file(str(path / _TABLE))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{path}: not a readable store of examples ({error}); remove the folder and run again"
+            ) from error
+        self.path = path
+        self.data_hash: str = meta["key"]
+        self.source: str = meta["source"]
+        table = self._data.data
+        self.lengths = Lengths(*(table.column(name).to_numpy() for name in ("context_len", "response_len")))
+        self._ids = self._data.select_columns(["context_ids", "response_ids"]).with_format("arrow")
+        self._texts = self._data.select_columns(["persona", "history"])
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self._data[int(index)])
+
+    def ids(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return context and response ids of the given examples, each one int64 array, end to end."""
+        rows = self._ids[list(indices)]
+        flat = [rows.column(name).combine_chunks().flatten().to_numpy() for name in ("context_ids", "response_ids")]
+        return flat[0].astype(np.int64), flat[1].astype(np.int64)
+
+    def texts(self, indices: Sequence[int]) -> list[tuple[list[str], list[str]]]:
+        """Return (persona, history) of each given example."""
+        rows = self._texts[list(indices)]
+        return list(zip(rows["persona"], rows["history"], strict=True))
+
+
+def build_store(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    format: Format = "auto",
+    max_examples: int = 0,
+    cache_dir: str | None = None,
+) -> ExampleStore:
+    """Encode `source` (see `readers`), or open the store that an earlier run left for the same bytes and tokenizer.
+
+    `max_examples` 0 takes all. Several processes may build at once: each writes its own folder, the first to finish
+    renames it into place, the others use that one. DataError from the readers, the encoder or the disk.
+    """
+    parts = {
+        "source_sha256": digest(source),
+        "format": format,
+        "max_examples": max_examples,
+        "tokenizer_sha256": fingerprint(tokenizer),
+        "max_tokens": max_tokens,
+        "template": TEMPLATE_VERSION,
+        "layout": _LAYOUT_VERSION,
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    path = cache_root(cache_dir) / "examples" / key[:32]
+    if not (path / _META).exists():
+        started = time.monotonic()
+        examples = islice(read(source, format), max_examples or None)
+        try:
+            _write(path, encode_many(examples, tokenizer, max_tokens), {"key": key, "source": source, **parts})
+        except OSError as error:
+            raise DataError(f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir") from error
+        get_logger().info("tokenised %s into %s in %.1f s", source, path, time.monotonic() - started)
+    return ExampleStore(path)
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """Return the folder of caches: `cache_dir`, else $SPT_CACHE, else ~/.cache/spt_ds."""
+    return Path(cache_dir or os.environ.get("SPT_CACHE") or "~/.cache/spt_ds").expanduser()
+
+
+def _write(path: Path, pairs: Iterator[tuple[Example, Encoded]], meta: dict[str, Any]) -> None:
+    """Write the table and, last, its description into a new folder beside `path`, then rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as parent:
+        folder = Path(parent) / "store"
+        folder.mkdir()
+        with ArrowWriter(path=str(folder / _TABLE), features=_FEATURES) as writer:
+            for example, encoded in pairs:
+                context, response = len(encoded.context_ids), len(encoded.response_ids)
+                writer.write({**vars(example), **vars(encoded), "context_len": context, "response_len": response})
+            writer.finalize()
+        (folder / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        try:
+            folder.rename(path)
+        except OSError:
+            if not (path / _META).exists():  # else another process was first, with the same contents
+                raise
