@@ -5,7 +5,7 @@ G examples in a window. Workers send numpy arrays, which travel by value: tensor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -68,6 +68,17 @@ def eval_batches(store: ExampleStore, micro_batch: int, world: int, rank: int) -
     rows = np.arange(len(store))
     for slots in assign(rows, store.lengths.total, world, micro_batch)[rank]:
         yield _batch(_rows(store, slots), pin)
+
+
+def make_batch(store: ExampleStore, rows: Sequence[int]) -> Batch:
+    """The given examples, in this order, as one batch on the CPU."""
+    return _batch(_rows(store, [Slot(row, row, 1.0) for row in rows]), pin=False)
+
+
+def make_batch(store: ExampleStore, rows: Sequence[int]) -> Batch:
+    """Return the given dataset rows, in this order, as one batch of weight 1."""
+    slots = [Slot(place, row, 1.0) for place, row in enumerate(rows)]
+    return _batch(_rows(store, slots), torch.cuda.is_available())
 
 
 class _Rows(NamedTuple):

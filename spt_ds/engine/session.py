@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spt_ds import dist, plan
 from spt_ds.config.schema import Config
+from spt_ds.data.store import ExampleStore, build_store
 from spt_ds.engine.ds_config import DsPlan, load_ds_config, plan_for
 from spt_ds.engine.zero import Sharding, local_bytes
 from spt_ds.errors import ConfigError
@@ -52,6 +54,27 @@ def open_session(config: Config, deepspeed_config: str | None, world: dist.World
     assert isinstance(pad, int)
     get_logger().info(f"base: {local_bytes(root) / 2**20:.1f} MiB on this rank")
     return Session(config, world, tokenizer, sharding, root, Spt(config, trainables, pad))
+
+
+def open_split(session: Session, split: Literal["train", "valid", "test"]) -> ExampleStore:
+    """Read and tokenise one split, once per node; raise EngineError on all ranks when they see different data."""
+    data, world = session.config.data, session.world
+    source = getattr(data, split)
+
+    def build() -> ExampleStore:
+        return build_store(
+            source,
+            session.tokenizer,
+            max_tokens=data.max_tokens,
+            format=data.format,
+            max_examples=getattr(data, f"max_{split}_examples"),
+            cache_dir=data.cache_dir,
+        )
+
+    store = dist.leader_first(world, build)
+    dist.same_everywhere(f"data.{split} ({source})", store.data_hash)
+    get_logger().info(f"data.{split}: {len(store)} examples of {source}")
+    return store
 
 
 def decide(config: Config, deepspeed_config: str | None, world: dist.World) -> tuple[DsPlan, str]:

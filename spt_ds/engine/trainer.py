@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spt_ds import dist
+from spt_ds.batch import Window
 from spt_ds.config.load import dump_config
 from spt_ds.config.schema import Config
 from spt_ds.data.loader import TrainLoader, eval_batches
 from spt_ds.data.sampler import total_steps
-from spt_ds.data.store import ExampleStore, open_store
+from spt_ds.data.store import ExampleStore
 from spt_ds.engine import checkpoint, run_folder
 from spt_ds.engine.engine import Engine
 from spt_ds.engine.metrics import Metrics
-from spt_ds.engine.session import Session, open_session
+from spt_ds.engine.session import open_session, open_split
 from spt_ds.engine.stop import EXIT_DONE, EXIT_STOPPED, StopRequests
 from spt_ds.errors import CheckpointError
 from spt_ds.log import get_logger
@@ -50,7 +52,7 @@ class Trainer:
             return EXIT_DONE
         dist.agreed(self._prepare_folder)
         session = open_session(self.config, self.deepspeed_config, self.world)
-        train, valid = self._open_data(session)
+        train, valid = open_split(session, "train"), open_split(session, "valid")
         self.total = self.config.train.max_steps or total_steps(
             len(train), self.config.train.global_batch, self.config.train.epochs
         )
@@ -74,26 +76,13 @@ class Trainer:
         if self.world.rank == 0:
             run_folder.prepare(self.run_dir, self.config, self.deepspeed_config)
 
-    def _open_data(self, session: Session) -> tuple[ExampleStore, ExampleStore]:
-        data = self.config.data
-        limits = {"train": data.max_train_examples, "valid": data.max_valid_examples}
-        stores = []
-        for split, limit in limits.items():
-            store = dist.leader_first(
-                self.world,
-                lambda split=split, limit=limit: open_store(data, split, session.tokenizer, limit),  # type: ignore[misc]
-            )
-            dist.same_everywhere(f"data.{split}", store.data_hash)
-            get_logger().info(f"data.{split}: {len(store)} examples of {getattr(data, split)}")
-            stores.append(store)
-        return stores[0], stores[1]
-
     def _loop(self, train: ExampleStore, valid: ExampleStore) -> int:
         config, state = self.config, self.state
         if state.step == 0:
             state.valid_before = self._validate(valid)
-        loader = TrainLoader.of(config, train, self.world)
-        for window in loader.windows(state.step, self.total):
+        windows = self._windows(train)
+        while state.step < self.total:
+            window = next(windows)
             out = self.engine.train_window(window, state.step, self.total, self.stop.poll())
             state.step += 1
             self.metrics.tick()
@@ -117,6 +106,20 @@ class Trainer:
         self._save(final=True)
         self._finish(after)
         return EXIT_DONE
+
+    def _windows(self, train: ExampleStore) -> Iterator[Window]:
+        config = self.config
+        loader = TrainLoader(
+            train,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            world=self.world.size,
+            rank=self.world.rank,
+            seed=config.train.seed,
+            bleu_threshold=config.losses.bleu_threshold if config.losses.contrastive else None,
+            workers=config.data.workers,
+        )
+        return loader.windows(self.state.step)
 
     def _validate(self, valid: ExampleStore) -> dict[str, float]:
         batches = eval_batches(valid, self.config.train.micro_batch, self.world.size, self.world.rank)

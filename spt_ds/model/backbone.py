@@ -42,7 +42,8 @@ class Backbone(nn.Module):
             raise ModelError(f"the head of {type(lm).__name__} is {type(head).__name__}; a plain linear head is needed")
         lm.set_output_embeddings(FrozenHead(head.weight, head.bias))
         lm.requires_grad_(False)
-        lm.eval()  # dropout off: with it the same prompt's loss differs by a nat from call to call
+        lm.eval()
+        _no_dropout(lm)
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function(self, *args)` as one call of the root module."""
@@ -169,19 +170,16 @@ def base_dtype(bits: int) -> torch.dtype:
 
 
 def load_base_config(config: ModelConfig) -> PretrainedConfig:
-    """Read the base's configuration and turn every dropout off."""
+    """Read the base's configuration."""
     path = base_path(config.base)
     try:
         base = AutoConfig.from_pretrained(path, revision=config.revision)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.base: no configuration can be read from {path}: {_first_line(error)}") from error
-    for key, value in base.to_dict().items():
-        if ("drop" in key) and isinstance(value, float):
-            setattr(base, key, 0.0)
     return base
 
 
-def load_lm(config: ModelConfig, base: PretrainedConfig) -> Any:
+def load_lm(config: ModelConfig, base: PretrainedConfig, shard: Callable[[nn.Module], None] | None = None) -> Any:
     """Load (or draw) the weights, sharded as they are read when an HfDeepSpeedConfig is alive."""
     dtype = base_dtype(config.base_bits)
     if config.random_init:
@@ -199,11 +197,27 @@ def load_lm(config: ModelConfig, base: PretrainedConfig) -> Any:
         raise ModelError(f"model.base: no weights can be loaded from {path}: {_first_line(error)}") from error
 
 
-def build_backbone(config: ModelConfig, device: torch.device, *, strict: bool) -> Backbone:
-    """Load the frozen base onto `device` (ZeRO-3 places its own shards)."""
-    lm = load_lm(config, load_base_config(config))
+def build_backbone(
+    config: ModelConfig, device: torch.device, *, strict: bool, shard: Callable[[nn.Module], None] | None = None
+) -> Backbone:
+    """Load the frozen base; the caller moves it to `device` unless ZeRO-3 placed its shards.
+
+    `shard` shards one module at once; a quantised base, which is made layer by layer, needs it under ZeRO-3.
+    """
+    lm = load_lm(config, load_base_config(config), shard)
     backend = choose_backend(config.attention, device, base_dtype(config.base_bits), strict=strict)
     return Backbone(lm, backend)
+
+
+def _no_dropout(lm: nn.Module) -> None:
+    """Set every dropout rate to 0: with one, the same prompt's loss differs by a nat from call to call.
+
+    `eval()` alone is not enough: a layer that recomputes its activations runs with its training flag set.
+    """
+    for module in lm.modules():
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,116 @@
+"""Generates replies over ranks: each example once, in batches that are the same whatever the number of ranks.
+
+Batches are cut from the examples sorted by length, before they are dealt to ranks: a batch holds the same rows on one
+rank or on eight, so its numbers, rounding included, are the same and so is the file. Finished batches stay in part
+files; a killed run goes on from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from spt_ds import dist
+from spt_ds.data.loader import make_batch
+from spt_ds.data.store import ExampleStore
+from spt_ds.engine.session import Session
+from spt_ds.errors import DataError
+from spt_ds.evaluate.scores import clean
+from spt_ds.model.decode import Decoded, decode
+
+PREDICTIONS = "predictions.jsonl"
+
+
+def plan_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Cut the examples, longest first, into batches of like length; independent of the number of ranks."""
+    order = np.argsort(-lengths.astype(np.int64), kind="stable").tolist()
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+class Generator:
+    """Writes `out/predictions.jsonl` for one store under one set of options."""
+
+    def __init__(self, session: Session, store: ExampleStore, out: Path, identity: str) -> None:
+        """`identity` names what the replies depend on (trained tensors, data, options); other parts are ignored."""
+        self.session = session
+        self.store = store
+        self.out = out
+        self.parts = out / f".parts-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+    def run(self) -> Path:
+        """Generate what is not done yet, merge on rank 0, and return the path of the predictions."""
+        world, final = self.session.world, self.out / PREDICTIONS
+        dist.agreed(lambda: self.parts.mkdir(parents=True, exist_ok=True))
+        done = set(dist.broadcast_json(sorted(self._finished()) if world.rank == 0 else None))
+        batches = plan_batches(self.store.lengths.total, self.session.config.generate.batch_size)
+        todo = [rows for rows in batches if not done.issuperset(rows)]
+        rounds = -(-len(todo) // world.size)
+        bar = tqdm(total=len(self.store), initial=len(done), unit="reply", desc="generate", file=sys.stderr,
+                   disable=world.rank != 0, mininterval=0.5 if sys.stderr.isatty() else 20.0)  # fmt: skip
+        with (self.parts / f"rank-{world.rank}.jsonl").open("a", encoding="utf-8") as part:
+            for turn in range(rounds):
+                number = turn * world.size + world.rank
+                # With a sharded base every rank must take part in every round: one without work repeats a batch.
+                rows = todo[min(number, len(todo) - 1)]
+                decoded = self._decode(rows)
+                if number < len(todo):
+                    part.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines(rows, decoded))
+                    part.flush()
+                bar.update(sum(len(rows) for rows in todo[turn * world.size : (turn + 1) * world.size]))
+        bar.close()
+        dist.barrier()
+        dist.agreed(lambda: self._merge(final) if world.rank == 0 else None)
+        return final
+
+    def _decode(self, rows: list[int]) -> Decoded:
+        session = self.session
+        batch = make_batch(self.store, rows)
+        end, pad = session.tokenizer.eos_token_id, session.tokenizer.pad_token_id
+        with torch.no_grad():
+            out: Decoded = session.root(
+                decode, session.spt, batch, session.config.generate, (end, pad), session.sharding.on
+            )
+        return out
+
+    def _lines(self, rows: list[int], decoded: Decoded) -> Iterator[dict[str, Any]]:
+        scores = decoded.scores.T.float().cpu().tolist()
+        for place, index in enumerate(rows):
+            row, tokens = self.store[index], decoded.tokens[place]
+            raw = str(self.session.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            line = {key: row[key] for key in ("id", "dialogue_id", "turn", "persona", "history")}
+            line = {"index": index, **line, "reference": row["response"], "raw": raw, "reply": clean(raw)}
+            line |= {"prompt": decoded.chosen[place], "scores": [round(score, 6) for score in scores[place]]}
+            line |= {"new_tokens": len(tokens), "context_tokens": row["context_len"]}
+            if decoded.nll is not None:
+                line |= {"nll_sum": float(decoded.nll[place]) * row["response_len"], "nll_tokens": row["response_len"]}
+            yield line
+
+    def _finished(self) -> set[int]:
+        return {line["index"] for line in self._read_parts()}
+
+    def _read_parts(self) -> Iterator[dict[str, Any]]:
+        for path in sorted(self.parts.glob("rank-*.jsonl")):
+            with path.open(encoding="utf-8") as file:
+                for text in file:
+                    if text.endswith("\n"):  # a line without its end was cut by a kill
+                        yield json.loads(text)
+
+    def _merge(self, final: Path) -> None:
+        lines = {line["index"]: line for line in self._read_parts()}
+        missing = len(self.store) - len(lines)
+        if missing:
+            raise DataError(f"{self.parts}: {missing} of {len(self.store)} replies are missing; run the command again")
+        temporary = final.with_name(f".{final.name}.writing")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(lines[index], ensure_ascii=False) + "\n" for index in range(len(self.store)))
+        temporary.replace(final)
+        shutil.rmtree(self.parts)

@@ -1,0 +1,86 @@
+"""Entry point of generation: `deepspeed --module spt_ds.generate --run RUN` or `spt-ds generate --run RUN`.
+
+Writes `predictions.jsonl`, one line per example in the order of the data, each exactly once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from spt_ds.config.schema import Config
+from spt_ds.errors import CheckpointError, SptError
+from spt_ds.train import exit_with, run_job
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Generate replies with a trained run; return the exit code."""
+    parser = argparse.ArgumentParser(prog="spt-ds generate", description="Generate replies for evaluation.")
+    parser.add_argument("--run", type=Path, required=True, help="run folder of a training")
+    parser.add_argument("--checkpoint", default="best", help="best, last, or the number of a step")
+    parser.add_argument("--out", type=Path, help="folder for predictions.jsonl; default RUN/generate")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override an option, such as data.test=FILE or generate.mode=fuse")  # fmt: skip
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+    args = parser.parse_args(argv)
+    args.config, args.run_dir = str(args.run / "config.yaml"), args.run
+
+    def work(config: Config, run_dir: Path) -> int:
+        from spt_ds import dist
+
+        world = dist.init(config.engine.collective_timeout_s)
+        _generate(config, run_dir, args.out or run_dir / "generate", args.checkpoint, args.deepspeed_config, world)
+        dist.shutdown()
+        return 0
+
+    return run_job(args, work)
+
+
+def _generate(
+    config: Config, run_dir: Path, out: Path, which: str, deepspeed_config: str | None, world: object
+) -> None:
+    from spt_ds import dist
+    from spt_ds.engine import checkpoint
+    from spt_ds.engine.generator import Generator
+    from spt_ds.engine.session import open_session, open_split
+    from spt_ds.log import get_logger
+
+    assert isinstance(world, dist.World)
+    path = dist.agreed(lambda: find_checkpoint(run_dir, which))
+    session = open_session(config, deepspeed_config, world)
+    saved = dist.agreed(lambda: checkpoint.load(path))
+    checkpoint.restore_trainables(session.spt.trainables, saved.trainables, path)
+    store = open_split(session, "test")
+    marker = (path / checkpoint.MARKER).read_text(encoding="utf-8")
+    identity = json.dumps([marker, store.data_hash, config.generate.model_dump(mode="json"), config.train.seed])
+    final = Generator(session, store, out, identity).run()
+    get_logger().info(f"{len(store)} replies of {path.name} in {final}")
+
+
+def find_checkpoint(run_dir: Path, which: str) -> Path:
+    """The folder of a run's `best`, `last` or numbered checkpoint; raise CheckpointError when there is none."""
+    from spt_ds.engine import checkpoint, run_folder
+
+    folder = run_dir / run_folder.CHECKPOINTS
+    if which.isdigit():
+        path = folder / f"step-{int(which):08d}"
+        if not path.is_dir():
+            there = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
+            raise CheckpointError(f"{path}: no such checkpoint; there are: {there}")
+        return path
+    if which not in ("best", "last"):
+        raise SptError(f"--checkpoint {which}: give best, last or the number of a step")
+    newest = checkpoint.load_newest(folder)
+    if newest is None:
+        raise CheckpointError(f"{folder}: no good checkpoint; train first, or give another --run")
+    path, saved = newest
+    best = saved.state["run"]["best_step"]
+    found = folder / f"step-{best:08d}" if which == "best" and best is not None else path
+    return found if found.is_dir() else path
+
+
+if __name__ == "__main__":
+    exit_with(main())

@@ -1,0 +1,167 @@
+"""Decoding: each example once, in one batch, every row under its own prompt (method, identity 5).
+
+`transformers`' own generate does the work from embeddings, so its generation options, caches and beams are at hand.
+Legend: K prompts, B examples, P virtual tokens, D embedding size, L longest row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from spt_ds.batch import Batch
+from spt_ds.config.schema import GenerateConfig
+from spt_ds.errors import ConfigError
+from spt_ds.model.backbone import Backbone
+from spt_ds.model.rows import embed, target_states
+from spt_ds.model.spt import Spt
+from spt_ds.rng import keyed_generator
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Replies of one batch."""
+
+    tokens: list[list[int]]  # new tokens of each example, end of sequence included, padding not
+    chosen: list[int | None]  # prompt of each example; None when all were fused
+    scores: torch.Tensor  # [K, B] of the retriever
+    nll: torch.Tensor | None  # [B] mean loss of the reference replies under the chosen prompts
+
+
+def choose_prompts(mode: str, scores: torch.Tensor, indices: tuple[int, ...], seed: int) -> list[int | None]:
+    """Prompt of each example for `generate.mode`; draws are keyed by the example, so any split gives the same.
+
+    `noise:sigma` adds normal noise of that deviation to the scores before the choice, never to a probability.
+    """
+    kind, _, number = mode.partition(":")
+    count = len(scores)
+    if kind == "fuse":
+        return [None] * len(indices)
+    if kind == "fixed":
+        return [int(number)] * len(indices)
+    if kind == "random":
+        draws = (torch.randint(count, (1,), generator=keyed_generator(seed, "prompt", index)) for index in indices)
+        return [int(draw) for draw in draws]
+    values = scores.float().cpu()
+    if kind == "noise":
+        noise = [torch.randn(count, generator=keyed_generator(seed, "prompt", index)) for index in indices]
+        values = values + float(number) * torch.stack(noise, dim=1)
+    return [int(k) for k in values.argmax(dim=0)]
+
+
+def decode(
+    backbone: Backbone, spt: Spt, batch: Batch, options: GenerateConfig, special: tuple[int, int], synced: bool
+) -> Decoded:
+    """Generate replies to the contexts of `batch`; run inside a call of the root module.
+
+    `special` is (end-of-sequence id, pad id); `synced` keeps ranks that share a sharded base in step until the longest
+    reply of all is done.
+    """
+    embedded = embed(backbone, batch)
+    bank = spt.trainables.bank.weight
+    scores = spt.trainables.scores(spt.pooled(backbone, batch, embedded))
+    seed = spt.config.train.seed
+    chosen = choose_prompts(options.mode, scores, batch.indices, seed)
+    fused = options.mode == "fuse"
+    if fused and options.num_beams > 1:
+        raise ConfigError(
+            "generate.mode: fuse mixes the rows of one example and cannot beam; set generate.num_beams: 1"
+        )
+    rows = [k for k in chosen if k is not None]
+    prompts = bank[:, None].expand(-1, len(batch), -1, -1) if fused else bank[rows][None]  # [K or 1, B, P, D]
+    contexts = embedded.context.split(batch.context_lens)
+    suffix = spt.config.prompts.placement == "suffix"
+    pieces = [
+        torch.cat([context, own.to(context.dtype)] if suffix else [own.to(context.dtype), context])
+        for group in prompts
+        for context, own in zip(contexts, group, strict=True)
+    ]
+    embeddings, mask = left_pad(pieces)
+    processors = _processors(options, scores if fused else None, batch.indices * len(prompts), seed)
+    end, pad = special
+    settings = GenerationConfig(
+        max_new_tokens=options.max_new_tokens, num_beams=options.num_beams, eos_token_id=end, pad_token_id=pad,
+        do_sample=False,  # sampling is a processor of ours, see GumbelNoise
+    )  # fmt: skip
+    out = backbone.generate(
+        inputs_embeds=embeddings, attention_mask=mask, generation_config=settings, logits_processor=processors,
+        synced_gpus=synced,
+    )  # fmt: skip
+    tokens = [_until(row, end) for row in out[: len(batch)].tolist()]
+    nll = None
+    if options.perplexity:
+        if fused:
+            raise ConfigError("generate.perplexity: not defined for mode: fuse; use the fusion loss of training")
+        hidden = target_states(backbone, batch, embedded, prompts, spt.config.prompts.placement)
+        nll = spt.reply_losses(backbone, batch, hidden)[0]
+    return Decoded(tokens, chosen, scores, nll)
+
+
+def left_pad(pieces: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [n_i, D] -> (embeddings [rows, L, D], mask [rows, L]), the real tokens at the right."""
+    longest = max(len(piece) for piece in pieces)
+    embeddings = pieces[0].new_zeros(len(pieces), longest, pieces[0].shape[1])
+    mask = torch.zeros(len(pieces), longest, dtype=torch.long, device=embeddings.device)
+    for row, piece in enumerate(pieces):
+        embeddings[row, longest - len(piece) :] = piece
+        mask[row, longest - len(piece) :] = 1
+    return embeddings, mask
+
+
+class FuseRows(LogitsProcessor):
+    """Gives the K rows of each example the same logits, `sum_k s_kb logits_kb`, as the fusion loss does."""
+
+    def __init__(self, scores: torch.Tensor) -> None:
+        self.scores = scores  # [K, B]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        count, size = self.scores.shape
+        logits = scores.view(count, size, -1)
+        mixed = torch.einsum("kb,kbv->bv", self.scores.to(logits.dtype), logits)
+        return mixed.repeat(count, 1)
+
+
+class GumbelNoise(LogitsProcessor):
+    """Sampling by the Gumbel-max trick with noise keyed by example and position: argmax(logits + noise) is a draw
+    from softmax(logits), and the draw depends neither on the batch nor on the rank that made it."""
+
+    def __init__(self, indices: tuple[int, ...], seed: int) -> None:
+        self.generators = {index: keyed_generator(seed, "sample", index) for index in dict.fromkeys(indices)}
+        self.indices = indices
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # Drawn once per example and position: rows of one example share it, as they share the token.
+        width = scores.shape[1]
+        noise = {
+            index: -torch.empty(width).exponential_(generator=generator).log()
+            for index, generator in self.generators.items()
+        }
+        return scores + torch.stack([noise[index] for index in self.indices]).to(scores.device, scores.dtype)
+
+
+def _processors(
+    options: GenerateConfig, fuse: torch.Tensor | None, indices: tuple[int, ...], seed: int
+) -> LogitsProcessorList:
+    steps: list[Any] = [] if fuse is None else [FuseRows(fuse)]
+    if options.do_sample:
+        if options.num_beams > 1:
+            raise ConfigError("generate.do_sample: sampling and beams exclude one another; set generate.num_beams: 1")
+        if options.temperature != 1.0:
+            steps.append(TemperatureLogitsWarper(options.temperature))
+        if options.top_p < 1.0:
+            steps.append(TopPLogitsWarper(options.top_p))
+        steps.append(GumbelNoise(indices, seed))
+    return LogitsProcessorList(steps)
+
+
+def _until(tokens: list[int], end: int) -> list[int]:
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
