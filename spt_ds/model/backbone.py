@@ -90,6 +90,9 @@ class Backbone(nn.Module):
             self.lm.gradient_checkpointing_disable()
             return
         self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": mode == "reentrant"})
+        # transformers now marks every embedding as needing a gradient. Ours are frozen, and a graph that hangs on the
+        # pooled context would be freed by the first micro-batch's backward pass.
+        self.lm.disable_input_require_grads()
         for module in self.modules():
             if getattr(module, "gradient_checkpointing", None) is True:
                 module.training = True  # the layer's own flag alone: the modules in it stay in eval mode
