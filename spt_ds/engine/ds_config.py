@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import tempfile
 from dataclasses import dataclass
@@ -71,6 +72,12 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     return -(-share // config.train.micro_batch)
 
 
+def remove_swap_files(plan: DsPlan) -> None:
+    """Delete this process's swap files of NVMe offload, which DeepSpeed leaves behind; without it, do nothing."""
+    if plan.offload == "nvme":
+        shutil.rmtree(plan.engine_config["zero_optimization"]["offload_param"]["nvme_path"], ignore_errors=True)
+
+
 def _placement(plan: DsPlan) -> Placement:
     if plan.stage < 3:
         return "replicate"
@@ -131,7 +138,7 @@ class _Checker:
         stage, offload = zero.setdefault("stage", 0), zero.get("offload_param", {}).get("device", "none")
         self.check_stage(stage, zero)
         if offload == "nvme":
-            self.check_nvme(zero["offload_param"])
+            self.check_nvme(zero)
         self.check_quantised(zero)
         self.check_hpz(zero)
         if self.problems:
@@ -185,7 +192,7 @@ class _Checker:
                 del self.inert[before:]  # the section as a whole is spoken of
             if value.get("enabled") in (False, "auto") or value.get("device") == "none":
                 return
-        if value is False or value is None:
+        if value in (False, None, "auto"):
             return
         why = key.why
         if path == "zero_optimization.offload_optimizer":
@@ -230,12 +237,15 @@ class _Checker:
         for name in [*useless, "offload_param"]:
             zero.pop(name, None)
 
-    def check_nvme(self, offload: dict[str, Any]) -> None:
+    def check_nvme(self, zero: dict[str, Any]) -> None:
+        """What DeepSpeed would only find minutes later, or never: disk, buffers, compiler, precision."""
+        offload = zero["offload_param"]
         where = "zero_optimization.offload_param"
-        if self.config.model.base_bits in (4, 8):
+        bits = self.config.model.base_bits
+        if bits in (4, 8):
             self.problems.append(
-                f"{where}.device: nvme turns packed {self.config.model.base_bits}-bit weights into bf16 numbers; use "
-                'model.base_bits 16, or "device": "cpu"'
+                f"{where}.device: nvme rounds the scales of a {bits}-bit base to bf16 and doubles the bytes of its "
+                'packed weights; use "device": "cpu", or model.base_bits 16'
             )
         folder = _nvme_folder(offload.get("nvme_path"))
         if folder is None:
@@ -246,8 +256,13 @@ class _Checker:
         else:
             # DeepSpeed empties its folder at the start: a run that shared it with another would destroy its weights.
             offload["nvme_path"] = str(folder / f"spt_ds_{socket.gethostname()}_{os.getpid()}")
-            self.notes.append(f"the base is swapped to {offload['nvme_path']}; the folder is left when a run is killed")
+            self.notes.append(f"the base is swapped to {offload['nvme_path']}; a killed run leaves this folder")
         self.check_buffer(offload)
+        if zero.setdefault("stage3_max_reuse_distance", 0) > 0:
+            self.problems.append(
+                f"zero_optimization.stage3_max_reuse_distance: {zero['stage3_max_reuse_distance']} keeps parameters "
+                'gathered, and each holds a disk buffer, until DeepSpeed runs out of them; set it to 0 or "auto"'
+            )
         if not _async_io_builds():
             self.problems.append(
                 f"{where}.device: nvme needs DeepSpeed's async_io, which does not build here: `apt-get install "
@@ -266,23 +281,21 @@ class _Checker:
 
     def check_quantised(self, zero: dict[str, Any]) -> None:
         """Int8 gathers need DeepSpeed's CUDA quantiser and real numbers, not packed ones."""
-        for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
-            asked = zero.get(name, False)
-            if not asked:
-                continue
-            why = None
-            if self.config.model.base_bits != 16:
-                why = f"its quantiser reads fp16, model.base_bits is {self.config.model.base_bits}; use base_bits 16"
-            elif not _cuda():
-                why = "DeepSpeed's quantiser has no CPU version; it needs a CUDA device"
-            if why is None:
-                zero[name] = True
-                self.notes.append(f"{name}: the base is read through int8, so losses differ slightly from bf16")
-            elif asked == "auto":
-                zero[name] = False
-                self.notes.append(f"{name} is off: {why}")
-            else:
-                self.problems.append(f"zero_optimization.{name}: {why}; or set it to false")
+        asked = zero.get("zero_quantized_weights", False)
+        if not asked:
+            return
+        why = None
+        if self.config.model.base_bits != 16:
+            why = f"its quantiser reads 16-bit numbers, model.base_bits is {self.config.model.base_bits}"
+        elif not _cuda():
+            why = "DeepSpeed's quantiser has no CPU version, it needs a CUDA device"
+        zero["zero_quantized_weights"] = why is None
+        if why is None:
+            self.notes.append("zero_quantized_weights: the base is read through int8, losses differ from bf16")
+        elif asked == "auto":
+            self.notes.append(f"zero_quantized_weights is off: {why}")
+        else:
+            self.problems.append(f'zero_optimization.zero_quantized_weights: {why}; set it to false or "auto"')
 
     def check_hpz(self, zero: dict[str, Any]) -> None:
         size = zero.get("zero_hpz_partition_size", 1)
@@ -297,6 +310,11 @@ class _Checker:
                 f"zero_optimization.zero_hpz_partition_size: {size} does not divide the {self.world_size} ranks; give "
                 'the number of ranks per host, or "auto"'
             )
+        elif size > 1 and zero.get("offload_param", {}).get("device") == "nvme":
+            self.problems.append(
+                "zero_optimization.zero_hpz_partition_size: DeepSpeed cannot keep the second copy on a disk; set it to "
+                "1, or offload_param.device to cpu"
+            )
 
 
 def _fits(key: Key, value: Any) -> bool:
@@ -305,7 +323,8 @@ def _fits(key: Key, value: Any) -> bool:
     if key.choices:
         return value in key.choices
     if key.kind == "int":
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0 and value == int(value)
+        # 5e8 is a whole number too; Python reads 1e999 as infinity, which is none.
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0 and value % 1 == 0
     if key.kind == "number":
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     kinds = {"bool": bool, "string": str, "list": list, "section": dict}

@@ -81,13 +81,17 @@ ZERO: Table = {
     "stage3_allgather_sequential": _acts("bool", "gather parameter by parameter"),
     "zero_hpz_partition_size": _acts("int", "ranks that hold a second sharded copy; auto: the ranks of one host"),
     "zero_quantized_weights": _acts("bool", "gather in int8; CUDA only, 16-bit bases only; auto: where it works"),
-    "zero_quantized_nontrainable_weights": _acts("bool", "store shards in int8; CUDA only, 16-bit bases only"),
     "memory_efficient_linear": _acts("bool", "linear layers that save no gathered weight"),
     "override_module_apply": _acts("bool", "Module.apply gathers"),
     "log_trace_cache_warnings": _acts("bool", "say when the prefetch trace is rebuilt"),
     "enable_sanity_checks": _acts("bool", "DeepSpeed's own checks"),
     "leaf_module": _acts("section", "modules that are gathered whole"),
     "offload_optimizer": _refused(NO_OPTIMIZER, "section"),
+    "zero_quantized_nontrainable_weights": _refused(
+        "DeepSpeed makes the int8 shards in its ZeRO-3 optimizer, and holds none here; remove it and use "
+        "model.base_bits 8 or 4",
+        "bool",
+    ),
     "zero_quantized_gradients": _refused(NO_GRADIENT + "; remove it", "bool"),
     "zenflow": _refused(NO_OPTIMIZER + "; remove it"),
     "cpu_offload": _refused(f"{_DEPRECATED} offload_optimizer, which has no effect here either"),
@@ -116,7 +120,7 @@ ZERO: Table = {
 TOP: Table = {
     "zero_optimization": _acts("section", "sharding and offload of the frozen base"),
     "aio": _acts("section", "disk requests of NVMe offload"),
-    "comms_logger": _acts("section", "count and time DeepSpeed's collectives"),
+    "comms_logger": _acts("section", "with verbose: print DeepSpeed's collectives"),
     "dump_state": _acts("bool", "print the resolved DeepSpeed configuration"),
     "log_level": _acts("string", "level of DeepSpeed's logger", ("debug", "info", "warning", "error", "critical")),
     "disable_python_gc": _acts("bool", "stop Python's garbage collector in this process"),
