@@ -44,10 +44,13 @@ class Sharding:
             check_build_locks()
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
         import deepspeed
+        from deepspeed.runtime.zero import utils as zero_utils
         from deepspeed.utils import logger
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         logger.setLevel(logging.WARNING)
+        # It warns of outputs in which it finds no tensors: only the root returns such, and the root owns no weights.
+        zero_utils.warned = True
         # Compiled inside init_distributed on a CPU, for minutes, and of no use between processes that gloo connects.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)

@@ -1,0 +1,69 @@
+"""`spt-ds summary RUN`: what a finished run achieved, as a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spt_ds.errors import DataError, SptError
+
+# Row name, key in scores.json; the losses come from DONE.json.
+SCORES = (
+    ("F1 (SPT)", "f1_spt"),
+    ("BLEU", "bleu"),
+    ("DIST-1", "dist_1"),
+    ("DIST-2", "dist_2"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table of a run; return the exit code."""
+    parser = argparse.ArgumentParser(prog="spt-ds summary", description="Losses, scores and prompt usage of a run.")
+    parser.add_argument("run", type=Path, help="run folder with DONE.json, and generate/scores.json where it is scored")
+    args = parser.parse_args(argv)
+    try:
+        rows = summary_rows(args.run)
+    except SptError as error:
+        print(f"spt-ds summary: {error}", file=sys.stderr)
+        return 2
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    return 0
+
+
+def summary_rows(run: Path) -> list[tuple[str, str]]:
+    """(name, value) rows; raise DataError when the run is not done."""
+    done = _read(run / "DONE.json", "train it to the end first")
+    before, after = done["valid_before"], done["valid_after"]
+    rows = [("steps", f"{done['step']} on {done['world_size']} rank(s)")]
+    for name, key in (("validation loss, mean of all prompts", "nll"), ("validation loss, selected prompt", "nll_selected")):
+        rows.append((name, f"{before[key]:.4f} before, {after[key]:.4f} after"))
+    predictions = run / "generate" / "predictions.jsonl"
+    if (run / "generate" / "scores.json").is_file():
+        scores = _read(run / "generate" / "scores.json", "run `spt-ds evaluate` first")
+        rows += [(name, f"{_find(scores, key):.2f}") for name, key in SCORES]
+    if predictions.is_file():
+        used = Counter(json.loads(line)["prompt"] for line in predictions.read_text(encoding="utf-8").splitlines())
+        usage = ", ".join(f"{prompt}: {count}" for prompt, count in sorted(used.items(), key=str))
+        rows.append(("replies", str(sum(used.values()))))
+        rows.append(("prompt usage", usage))
+    rows.append(("run folder", str(run)))
+    return rows
+
+
+def _find(scores: dict[str, Any], key: str) -> float:
+    value = scores.get("scores", scores).get(key)
+    return float(value["value"] if isinstance(value, dict) else value)
+
+
+def _read(path: Path, mend: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {mend}") from error
+    return found
