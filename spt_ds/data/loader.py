@@ -75,12 +75,6 @@ def make_batch(store: ExampleStore, rows: Sequence[int]) -> Batch:
     return _batch(_rows(store, [Slot(row, row, 1.0) for row in rows]), pin=False)
 
 
-def make_batch(store: ExampleStore, rows: Sequence[int]) -> Batch:
-    """Return the given dataset rows, in this order, as one batch of weight 1."""
-    slots = [Slot(place, row, 1.0) for place, row in enumerate(rows)]
-    return _batch(_rows(store, slots), torch.cuda.is_available())
-
-
 class _Rows(NamedTuple):
     """A `Batch` before its arrays become tensors."""
 
