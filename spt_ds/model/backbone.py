@@ -20,6 +20,7 @@ from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.model.attention import PACKED, Layout, choose_backend
 from spt_ds.model.head import FrozenHead
+from spt_ds.model.quant_source import refuse_foreign_quantisation
 
 # Of the largest logit; transformers' own softmax and norms compute in fp32 even where the weights are fp64.
 CHECK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 6e-2}
@@ -33,10 +34,11 @@ class Backbone(nn.Module):
     layers the same from step to step, so that gathers overlap with computation.
     """
 
-    def __init__(self, lm: Any, backend: str) -> None:
+    def __init__(self, lm: Any, backend: str, check_quantised: bool = False) -> None:
         super().__init__()
         self.lm = lm
         self.backend = backend
+        self.check_quantised = check_quantised
         head = lm.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise ModelError(f"the head of {type(lm).__name__} is {type(head).__name__}; a plain linear head is needed")
@@ -116,6 +118,12 @@ class Backbone(nn.Module):
         device, lens = self.lm.get_input_embeddings().weight.device, (3, 5)
         ids = torch.arange(sum(lens), device=device) % self.vocabulary
         positions = torch.cat([torch.arange(n) for n in lens])
+        if self.check_quantised:
+            from spt_ds.model.quant_check import self_check
+
+            self_check(
+                self.lm, lambda: self.head(self.run(self.embed(ids), Layout(lens, positions, self.backend, device)))
+            )
         plain, high = self.run(self.embed(ids), Layout(lens, positions, self.backend, device)).split(lens)
         # A cap is invisible on small logits. The second row's hidden states are therefore stretched until its logits
         # are large, by a power of two so that no dtype rounds.
@@ -183,8 +191,13 @@ def load_base_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def load_lm(config: ModelConfig, base: PretrainedConfig, shard: Callable[[nn.Module], None] | None = None) -> Any:
-    """Load (or draw) the weights, sharded as they are read when an HfDeepSpeedConfig is alive."""
+    """Load (or draw) the weights, sharded as they are read when an HfDeepSpeedConfig is alive or `shard` is given."""
     dtype = base_dtype(config.base_bits)
+    refuse_foreign_quantisation(base, config, base_path(config.base))
+    if config.base_bits in (4, 8):
+        from spt_ds.model.quant_load import load_quantized
+
+        return load_quantized(config, base, base_path(config.base), shard, dtype)
     if config.random_init:
         # Under ZeRO-3 transformers zeroes the pad row of a weight that is already sharded; there is none to zero.
         pad, base.pad_token_id = base.pad_token_id, None
@@ -209,7 +222,7 @@ def build_backbone(
     """
     lm = load_lm(config, load_base_config(config), shard)
     backend = choose_backend(config.attention, device, base_dtype(config.base_bits), strict=strict)
-    return Backbone(lm, backend)
+    return Backbone(lm, backend, config.base_bits in (4, 8) and config.quant.self_check)
 
 
 def _no_dropout(lm: nn.Module) -> None:

@@ -1,0 +1,219 @@
+"""Where the weights of a base come from when it is built module by module: a checkpoint, or random numbers.
+
+A checkpoint is mapped, never loaded: a tensor's pages are read when it is used and can be dropped afterwards. Names
+are mapped as transformers maps them; a checkpoint whose tensors must be merged or split first is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from spt_ds.config.schema import ModelConfig
+from spt_ds.errors import ModelError
+from spt_ds.log import say_once
+from spt_ds.rng import keyed_seed
+
+SECTION = "spt_quantization"  # in config.json of a base that `spt-ds quantize` wrote
+HARMLESS_EXTRA = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # buffers that old checkpoints stored
+
+# (name of a module, the module) -> the weights it owns itself, by their names in it, any floating dtype, perhaps
+# read-only; `packed` in place of `weight` for a layer that is stored quantised.
+Source = Callable[[str, nn.Module], dict[str, torch.Tensor]]
+
+
+def open_source(lm: Any, config: ModelConfig, path: str, device: torch.device) -> Source:
+    """The source that `model.random_init` asks for, with all that can be checked before reading checked."""
+    if config.random_init:
+        return lambda name, module: _draw(lm, name, module, device)
+    with contextlib.suppress(OSError):  # as from_pretrained does: without the file, the model's own defaults stay
+        lm.generation_config = GenerationConfig.from_pretrained(path, revision=config.revision or "main")
+    try:
+        files = [_open(file) for file in _weight_files(path, config.revision)]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"model.base: no weights can be loaded from {path}: {str(error).strip()}") from error
+    return _Checkpoint(lm, path, files)
+
+
+def section(config: ModelConfig) -> dict[str, Any]:
+    """What config.json of a stored quantised base says of it."""
+    quant = config.quant
+    return {
+        "format": 1,
+        "bits": config.base_bits,
+        "type": quant.type if config.base_bits == 4 else "int8",
+        "block_size": quant.block_size,
+        "double_quant": quant.double_quant and config.base_bits == 4,
+        "skip_modules": list(quant.skip_modules),
+    }
+
+
+def refuse_foreign_quantisation(base: PretrainedConfig, config: ModelConfig, path: str) -> None:
+    """Raise ModelError for a base that is stored quantised by others, or otherwise than `config` asks for."""
+    if config.random_init:
+        return
+    if getattr(base, "quantization_config", None) is not None:
+        method = dict(base.quantization_config).get("quant_method", "an unknown method")
+        raise ModelError(
+            f"{path}: its weights are already quantised ({method}); under ZeRO-3 such layers keep scales or whole "
+            "weights on every rank. Take the 16-bit checkpoint; model.base_bits: 4 or 8 quantises it as it is read, "
+            "`spt-ds quantize` stores the result"
+        )
+    stored = getattr(base, SECTION, None)
+    if stored is None:
+        return
+    asked = section(config)
+    different = [key for key in asked if stored.get(key) != asked[key]]
+    if different:
+        keys = {"bits": "model.base_bits"}
+        wanted = ", ".join(f"{keys.get(key, f'model.quant.{key}')}: {stored.get(key)}" for key in different)
+        got = ", ".join(f"{key} {asked[key]}" for key in different)
+        raise ModelError(f"{path}: this base is stored quantised in another way; set {wanted} (the config has {got})")
+
+
+def _draw(lm: Any, name: str, module: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random weights as the architecture initialises them; the same on every rank and in every run."""
+    drawn = copy.copy(module)
+    drawn._parameters = {
+        key: None if p is None else nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device), False)
+        for key, p in module._parameters.items()
+    }
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(keyed_seed(0, f"base:{name}"))
+        lm._init_weights(drawn)
+    return {key: p.detach() for key, p in drawn.named_parameters(recurse=False)}
+
+
+class _Checkpoint:
+    """A `Source`. `where` maps the model's names to the files that hold them."""
+
+    def __init__(self, lm: Any, path: str, files: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        self.path = path
+        stored = [(key, file) for file in files for key in file]
+        renamed = not hasattr(lm.config, SECTION)
+        self.where = _by_model_name(lm, stored, path) if renamed else {key: (file, key) for key, file in stored}
+        self.aliases: dict[int, list[str]] = {}  # tied weights have several names
+        for name, parameter in lm.named_parameters(remove_duplicate=False):
+            self.aliases.setdefault(id(parameter), []).append(name)
+        self._check(lm)
+        for name, buffer in lm.named_buffers():
+            if name in self.where:
+                buffer.copy_(self._read(name))
+
+    def __call__(self, name: str, module: nn.Module) -> dict[str, torch.Tensor]:
+        out = {}
+        for key, like in module.named_parameters(recurse=False):
+            stored = next((n for n in self.aliases[id(like)] if n in self.where), None)
+            if stored is None:
+                out["packed"] = self._read(f"{name}.packed")
+                continue
+            out[key] = self._read(stored)
+            if out[key].shape != like.shape:
+                raise ModelError(
+                    f"{self.path}: {stored} has shape {list(out[key].shape)}, its config.json asks for "
+                    f"{list(like.shape)}; configuration and weights belong to different models"
+                )
+        return out
+
+    def _read(self, name: str) -> torch.Tensor:
+        file, key = self.where[name]
+        return file[key]
+
+    def _check(self, lm: Any) -> None:
+        """Before any module is built, on every rank alike: nothing is missing, tied weights agree."""
+        missing = []
+        for names in self.aliases.values():
+            found = [name for name in names if name in self.where]
+            if not found and names[0].removesuffix("weight") + "packed" not in self.where:
+                missing.append(names[0])
+            if any(not torch.equal(self._read(found[0]), self._read(other)) for other in found[1:]):
+                raise ModelError(
+                    f"{self.path}: config.json ties {' and '.join(found)}, the weights hold different values for them; "
+                    "set tie_word_embeddings: false in config.json"
+                )
+        if missing:
+            raise ModelError(
+                f"{self.path}: {len(missing)} weights of {type(lm).__name__} are not in the checkpoint, the first is "
+                f"{missing[0]}; the files belong to another model, or a part of them is missing"
+            )
+
+
+def _by_model_name(
+    lm: Any, stored: list[tuple[str, Mapping[str, torch.Tensor]]], path: str
+) -> dict[str, tuple[Mapping[str, torch.Tensor], str]]:
+    """Names of `lm` -> file and the tensor's name in it, by transformers' own table of renamings."""
+    expected = lm.state_dict()
+    conversions = get_model_conversion_mapping(lm)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    where, extra = {}, []
+    for key, file in stored:
+        name, converter = rename_source_key(key, renamings, converters, lm.base_model_prefix, expected)
+        if name not in expected and key in expected:
+            name, converter = key, None
+        if name not in expected:
+            extra.append(key)
+        elif converter is not None:
+            raise ModelError(
+                f"{path}: {key} must be merged or split to become {name} of {type(lm).__name__}, which cannot be done "
+                "tensor by tensor; set model.base_bits: 16"
+            )
+        else:
+            where[name] = file, key
+    harmless = [*HARMLESS_EXTRA, *(lm._keys_to_ignore_on_load_unexpected or ())]
+    extra = [key for key in extra if not any(re.search(pattern, key) for pattern in harmless)]
+    if extra:
+        say_once(f"{path}: {len(extra)} tensors are not part of {type(lm).__name__} and unused, first {extra[0]}")
+    return where
+
+
+def _weight_files(path: str, revision: str | None) -> list[str]:
+    """Paths of the weight files of a folder or hub id, downloaded if need be; safetensors before .bin."""
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if found is not None and name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+            files: list[str] = get_checkpoint_shard_files(path, found, revision=revision)[0]
+            return files
+        if found is not None:
+            return [found]
+    raise OSError(f"it has neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}, nor an index of several of them")
+
+
+def _open(file: str) -> Mapping[str, torch.Tensor]:
+    if file.endswith(".safetensors"):
+        return _SafeFile(file)
+    if not zipfile.is_zipfile(file):  # written before torch 1.6: it cannot be mapped
+        raise ValueError(f"{file} is in a format that can only be loaded whole; convert it to safetensors")
+    tensors: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return tensors
+
+
+class _SafeFile(Mapping[str, torch.Tensor]):
+    """Tensors of one safetensors file, mapped."""
+
+    def __init__(self, path: str) -> None:
+        self.handle = safe_open(path, framework="pt")
+        self.names: list[str] = list(self.handle.keys())
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        tensor: torch.Tensor = self.handle.get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Any:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
