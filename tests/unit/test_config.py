@@ -1,0 +1,119 @@
+"""Configuration: strict keys, every problem in one error, overrides, YAML's traps."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spt_ds.cli import main as cli
+from spt_ds.config.load import dump_config, key_paths, load_config
+from spt_ds.config.schema import Config
+from spt_ds.errors import ConfigError
+
+
+def problem(text: str, tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    return str(caught.value)
+
+
+def test_all_problems_come_in_one_error(tmp_path: Path) -> None:
+    text = problem("optim: {lrr: 1}\nprompts: {count: 0}\nlosses: {tau_gold: -1, tau: 2}\ntrain: {seed: x}\n", tmp_path)
+    assert "5 problem(s)" in text
+    for part in ("optim.lrr: unknown key; did you mean 'lr'?", "prompts.count", "losses.tau_gold", "losses.tau:"):
+        assert part in text
+    assert "train.seed" in text
+
+
+def test_a_key_of_another_section_is_found(tmp_path: Path) -> None:
+    assert "did you mean 'optim.warmup_steps'?" in problem("train: {warmup_steps: 3}\n", tmp_path)
+
+
+def test_syntax_error_has_its_line(tmp_path: Path) -> None:
+    assert "run.yaml:2: not valid YAML" in problem("name: a\nmodel: {base: [x\n", tmp_path)
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    assert "'lr' is given twice" in problem("optim:\n  lr: 1.0\n  lr: 2.0\n", tmp_path)
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"name: \xff\n")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(str(path))
+
+
+def test_fault_10_integer_where_a_float_is_expected_is_taken() -> None:
+    config = load_config("demo", ["losses.tau_gold=2", "losses.selection=1"])
+    assert config.losses.tau_gold == 2.0
+    assert isinstance(config.losses.selection, float)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-4"])
+def test_scientific_notation_is_a_number(text: str) -> None:
+    assert load_config("demo", [f"optim.lr={text}"]).optim.lr == 1e-4
+
+
+@pytest.mark.parametrize("override", ["lr", "optim.lr", "=3", "optim..lr=3", "name.x=1", "optim.lr=[1"])
+def test_malformed_overrides(override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config("demo", [override])
+
+
+def test_unknown_recipe_and_missing_file() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'opt-125m'"):
+        load_config("opt-125")
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["prompts.init=text"], "needs 1 or count"),
+        (["prompts.init_texts=[a]"], "only read with init: text"),
+        (["losses.train_top_m=9"], "prompts.count = "),
+        (["generate.mode=fixed:9"], "prompts run from 0 to"),
+        (["generate.mode=best"], "generate.mode"),
+        (["optim.betas=[0.9, 1.0]"], "optim.betas"),
+        (["optim.lr=.inf"], "optim.lr"),
+    ],
+)
+def test_values_that_do_not_fit_one_another(overrides: list[str], part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("demo", overrides)
+    assert part in str(caught.value)
+
+
+@given(st.integers(1, 64), st.floats(1e-6, 10), st.sampled_from(["prefix", "suffix"]))
+def test_dump_reads_back_to_the_same(count: int, tau: float, placement: str) -> None:
+    config = load_config(
+        "demo", [f"prompts.count={count}", f"losses.tau_sim={tau!r}", f"prompts.placement={placement}"]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(dump_config(config), encoding="utf-8")
+        assert load_config(str(path)) == config
+
+
+def test_key_paths_name_every_leaf() -> None:
+    paths = list(key_paths(Config))
+    assert "model.quant.block_size" in paths
+    assert len(paths) == len(set(paths))
+
+
+def test_cli_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["config"]) == 0
+    assert "demo" in capsys.readouterr().out.split()
+    assert cli(["config", "demo", "--set", "optim.lrr=1"]) == 2
+    assert "did you mean 'lr'" in capsys.readouterr().err
+    assert cli(["config", "--schema"]) == 0
+    assert '"properties"' in capsys.readouterr().out
+    assert cli(["nonsense"]) == 2
