@@ -138,7 +138,7 @@ def _describe(item: Any, tree: dict[str, Any]) -> str:
         near = difflib.get_close_matches(str(item["loc"][-1]), known, 1)
         elsewhere = [p for p in key_paths(Config) if p.rsplit(".", 1)[-1] == str(item["loc"][-1])]
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        if not near and elsewhere:
+        if elsewhere:
             hint = f"did you mean {elsewhere[0]!r}?"
         return f"{path}: unknown key; {hint}"
     got = "" if item["type"] == "missing" or not item["loc"] else f", got {item['input']!r}"

@@ -36,7 +36,7 @@ def test_a_key_of_another_section_is_found(tmp_path: Path) -> None:
 
 
 def test_syntax_error_has_its_line(tmp_path: Path) -> None:
-    assert "run.yaml:2: not valid YAML" in problem("name: a\nmodel: {base: [x\n", tmp_path)
+    assert "run.yaml:2: not valid YAML" in problem("name: a\nmodel: x: y\n", tmp_path)
 
 
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
