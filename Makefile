@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 	rm -rf $(RUN)
 	$(DEMO_ENV) $(BIN)/deepspeed --num_gpus 2 --module spt_ds.train --config demo \
 	    --deepspeed_config ds_configs/zero3.json --run-dir $(RUN)
-	$(DEMO_ENV) $(BIN)/deepspeed --num_gpus 2 --module spt_ds.generate --run $(RUN)
+	$(DEMO_ENV) $(BIN)/deepspeed --num_gpus 2 --module spt_ds.generate $(RUN)
 	$(BIN)/spt-ds evaluate $(RUN)/generate/predictions.jsonl --out $(RUN)/generate
 	$(BIN)/spt-ds summary $(RUN)
 

@@ -1,4 +1,4 @@
-"""Entry point of generation: `deepspeed --module spt_ds.generate --run RUN` or `spt-ds generate --run RUN`.
+"""Entry point of generation: `deepspeed --module spt_ds.generate RUN` or `spt-ds generate RUN`.
 
 Writes `predictions.jsonl`, one line per example in the order of the data, each exactly once.
 """
@@ -18,7 +18,7 @@ from spt_ds.train import exit_with, run_job
 def main(argv: Sequence[str] | None = None) -> int:
     """Generate replies with a trained run; return the exit code."""
     parser = argparse.ArgumentParser(prog="spt-ds generate", description="Generate replies for evaluation.")
-    parser.add_argument("--run", type=Path, required=True, help="run folder of a training")
+    parser.add_argument("run", type=Path, help="run folder of a training")
     parser.add_argument("--checkpoint", default="best", help="best, last, or the number of a step")
     parser.add_argument("--out", type=Path, help="folder for predictions.jsonl; default RUN/generate")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -75,7 +75,7 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
         raise SptError(f"--checkpoint {which}: give best, last or the number of a step")
     newest = checkpoint.load_newest(folder)
     if newest is None:
-        raise CheckpointError(f"{folder}: no good checkpoint; train first, or give another --run")
+        raise CheckpointError(f"{folder}: no good checkpoint; train first, or give another run folder")
     path, saved = newest
     best = saved.state["run"]["best_step"]
     found = folder / f"step-{best:08d}" if which == "best" and best is not None else path
