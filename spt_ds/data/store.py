@@ -112,6 +112,7 @@ def build_store(
     renames it into place, the others use that one. DataError from the readers, the encoder or the disk.
     """
     parts = {
+        "source_name": source.rpartition("/")[2],  # ids of examples carry it
         "source_sha256": digest(source),
         "format": format,
         "max_examples": max_examples,
