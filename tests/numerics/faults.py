@@ -1,0 +1,258 @@
+"""Deliberate faults: each replaces one function of the package by a broken variant.
+
+A tolerance is worth what it can see: `test_sees_faults.py` applies each of these and demands that the comparison
+with the twin fails, in every dtype that is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spt_ds.model import attention, losses, rows, spt
+from spt_ds.model.attention import Branches, Layout
+from spt_ds.model.head import FrozenHead
+from spt_ds.model.retriever import Retriever, pool
+from spt_ds.model.spt import Spt
+
+Tensor = torch.Tensor
+ALL = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`break_it` patches the package; `where` are the fields of the Case in which the fault can show."""
+
+    name: str
+    break_it: Callable[[pytest.MonkeyPatch], None]
+    where: dict[str, Any]
+    dtypes: Sequence[torch.dtype] = ALL
+
+
+def off_by_one_target(patch: pytest.MonkeyPatch) -> None:
+    right = rows._target_index
+    patch.setattr(rows, "_target_index", lambda *args: right(*args) - 1)
+
+
+def last_target_dropped(patch: pytest.MonkeyPatch) -> None:
+    """EOS counted with loss 0."""
+    right = FrozenHead.forward
+
+    def broken(self: Any, hidden: Tensor, targets: Tensor | None = None, *args: Any) -> Tensor:
+        out = right(self, hidden, targets, *args)
+        return out if targets is None else out * (targets != 2)
+
+    patch.setattr(FrozenHead, "forward", broken)
+
+
+def fusion_without_bias_scale(patch: pytest.MonkeyPatch) -> None:
+    right = FrozenHead.forward
+
+    def broken(self: Any, hidden: Tensor, targets: Any = None, bias_scale: Any = None, chunk_mib: int = 128) -> Tensor:
+        return right(self, hidden, targets, None, chunk_mib)
+
+    patch.setattr(FrozenHead, "forward", broken)
+
+
+def positions_that_skip_the_prompt(patch: pytest.MonkeyPatch) -> None:
+    """The text starts at position 0, as if no prompt stood before it."""
+    right = Layout.__init__
+
+    def broken(self: Any, lens: Any, positions: Tensor, *args: Any, **kwargs: Any) -> None:
+        right(self, lens, (positions - 2).clamp_min(0), *args, **kwargs)
+
+    patch.setattr(Layout, "__init__", broken)
+
+
+def branches_at_position_zero(patch: pytest.MonkeyPatch) -> None:
+    """Suffix branches that count from 0 instead of from the end of their context."""
+    right = Branches.__init__
+
+    def broken(self: Any, lens: Any, count: int, context: Layout, positions: Tensor, device: Any) -> None:
+        starts = torch.repeat_interleave(torch.tensor(context.lens), torch.tensor([count * n for n in lens]))
+        right(self, lens, count, context, positions - starts, device)
+
+    patch.setattr(Branches, "__init__", broken)
+
+
+def packed_without_a_mask(patch: pytest.MonkeyPatch) -> None:
+    """One long causal row: what `transformers` silently does with packed OPT rows."""
+    right = Layout.__init__
+
+    def broken(self: Any, lens: Any, *args: Any, **kwargs: Any) -> None:
+        right(self, [sum(lens)], *args, **kwargs)
+
+    patch.setattr(Layout, "__init__", broken)
+
+
+def no_causal_mask(patch: pytest.MonkeyPatch) -> None:
+    right = F.scaled_dot_product_attention
+    patch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: right(*a, **{**k, "is_causal": False}))
+
+
+def mask_of_another_row(patch: pytest.MonkeyPatch) -> None:
+    right = Branches.__init__
+
+    def broken(self: Any, *args: Any) -> None:
+        right(self, *args)
+        self.mask = self.mask.roll(1, dims=0)
+
+    patch.setattr(Branches, "__init__", broken)
+
+
+def branches_see_each_other(patch: pytest.MonkeyPatch) -> None:
+    right = Branches.__init__
+
+    def broken(self: Any, *args: Any) -> None:
+        right(self, *args)
+        size = self.longest
+        self.mask[..., -size:] = torch.ones(size, size, dtype=torch.bool).tril()
+
+    patch.setattr(Branches, "__init__", broken)
+
+
+def key_heads_in_the_wrong_order(patch: pytest.MonkeyPatch) -> None:
+    right = attention._eager
+
+    def broken(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        return right(q, k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1), mask, scale)
+
+    patch.setattr(attention, "_eager", broken)
+
+
+def swapped_kl(patch: pytest.MonkeyPatch) -> None:
+    def broken(nll: Tensor, scores: Tensor, tau_gold: float, tau_sim: float) -> Tensor:
+        gold = (-nll.detach() / tau_gold).log_softmax(dim=0)
+        similar = (scores / tau_sim).log_softmax(dim=0)
+        return (similar.exp() * (similar - gold)).sum(dim=0)
+
+    patch.setattr(losses, "selection", broken)
+
+
+def gold_not_detached(patch: pytest.MonkeyPatch) -> None:
+    def broken(nll: Tensor, scores: Tensor, tau_gold: float, tau_sim: float) -> Tensor:
+        gold = (-nll / tau_gold).log_softmax(dim=0)
+        return (gold.exp() * (gold - (scores / tau_sim).log_softmax(dim=0))).sum(dim=0)
+
+    patch.setattr(losses, "selection", broken)
+
+
+def swapped_temperatures(patch: pytest.MonkeyPatch) -> None:
+    right = losses.selection
+    patch.setattr(losses, "selection", lambda nll, scores, gold, sim: right(nll, scores, sim, gold))
+
+
+def softmax_over_examples(patch: pytest.MonkeyPatch) -> None:
+    right = losses.selection
+    patch.setattr(losses, "selection", lambda nll, scores, *taus: right(nll.T, scores.T, *taus)[:1].expand(4))
+
+
+def pad_token_in_pool(patch: pytest.MonkeyPatch) -> None:
+    def broken(rows: Tensor, lens: Tensor, fill: Tensor | None, length: int) -> Tensor:
+        return pool(rows, lens, rows[0], int(lens.max()))
+
+    patch.setattr(spt, "pool", broken)
+
+
+def mean_of_means(patch: pytest.MonkeyPatch) -> None:
+    """Every example weighs the same in L_nll, however many targets it has."""
+    right = losses.membership
+
+    def broken(lens: tuple[int, ...], *args: Any) -> Tensor:
+        out = right(lens, *args)
+        return out / out.sum(dim=0) * out.sum() / len(lens)
+
+    patch.setattr(losses, "membership", broken)
+
+
+def fusion_by_softmax(patch: pytest.MonkeyPatch) -> None:
+    right = losses.fuse
+    patch.setattr(losses, "fuse", lambda hidden, weights: right(hidden, weights.softmax(dim=0)))
+
+
+def fusion_without_gradient_to_scores(patch: pytest.MonkeyPatch) -> None:
+    right = losses.fuse
+    patch.setattr(losses, "fuse", lambda hidden, weights: right(hidden, weights.detach()))
+
+
+def contrastive_sign(patch: pytest.MonkeyPatch) -> None:
+    right = losses.contrastive
+    patch.setattr(losses, "contrastive", lambda left, other, targets: right(left, other, -targets))
+
+
+def projections_swapped(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, bank: Tensor, pooled: Tensor) -> Tensor:
+        return F.cosine_similarity(self.context(bank.mean(1))[:, None], self.prompt(pooled.to(bank.dtype))[None], -1)
+
+    patch.setattr(Retriever, "cosines", broken)
+
+
+def bank_detached_in_retriever(patch: pytest.MonkeyPatch) -> None:
+    right = Retriever.cosines
+    patch.setattr(Retriever, "cosines", lambda self, bank, pooled: right(self, bank.detach(), pooled))
+
+
+def prompts_of_another_example(patch: pytest.MonkeyPatch) -> None:
+    """The loss of each prompt is reported under its neighbour."""
+    right = Spt._states
+    patch.setattr(Spt, "_states", lambda *args: right(*args).roll(1, dims=0))
+
+
+def prompts_rounded_to_bf16(patch: pytest.MonkeyPatch) -> None:
+    right = rows._pack
+    patch.setattr(rows, "_pack", lambda prompts, *rest: right(prompts.bfloat16(), *rest))
+
+
+def logits_one_precision_lower(patch: pytest.MonkeyPatch) -> None:
+    """fp32 logits under an fp64 base, bf16 logits under an fp32 base."""
+    right = FrozenHead.forward
+    lower = {torch.float64: torch.float32, torch.float32: torch.bfloat16}
+
+    def broken(self: Any, hidden: Tensor, targets: Any = None, *args: Any) -> Tensor:
+        if targets is None:
+            return right(self, hidden)
+        small = lower[hidden.dtype]
+        rounded = FrozenHead(self.weight.to(small), None)
+        return right(rounded, hidden.to(small), targets, *args).to(hidden.dtype)
+
+    patch.setattr(FrozenHead, "forward", broken)
+
+
+SUFFIX = {"placement": "suffix"}
+FAULTS = [
+    Fault("off_by_one_target", off_by_one_target, {}),
+    Fault("off_by_one_target_suffix", off_by_one_target, SUFFIX),
+    Fault("last_target_dropped", last_target_dropped, {}),
+    Fault("fusion_without_bias_scale", fusion_without_bias_scale, {"arch": "phi"}),
+    Fault("positions_that_skip_the_prompt", positions_that_skip_the_prompt, {}),
+    Fault("positions_that_skip_the_prompt_opt", positions_that_skip_the_prompt, {"arch": "opt"}),
+    Fault("branches_at_position_zero", branches_at_position_zero, SUFFIX),
+    Fault("branches_at_position_zero_opt", branches_at_position_zero, {**SUFFIX, "arch": "opt"}),
+    Fault("packed_without_a_mask", packed_without_a_mask, {}),
+    Fault("packed_without_a_mask_opt", packed_without_a_mask, {"arch": "opt"}),
+    Fault("no_causal_mask", no_causal_mask, {}),
+    Fault("mask_of_another_row_sdpa", mask_of_another_row, SUFFIX),
+    Fault("mask_of_another_row_eager", mask_of_another_row, {**SUFFIX, "backend": "eager"}),
+    Fault("branches_see_each_other", branches_see_each_other, SUFFIX),
+    Fault("key_heads_in_the_wrong_order", key_heads_in_the_wrong_order, {"backend": "eager"}),
+    Fault("swapped_kl", swapped_kl, {}),
+    Fault("gold_not_detached", gold_not_detached, {}),
+    Fault("swapped_temperatures", swapped_temperatures, {}),
+    Fault("softmax_over_examples", softmax_over_examples, {}),
+    Fault("pad_token_in_pool", pad_token_in_pool, {}),
+    Fault("mean_of_means", mean_of_means, {}),
+    Fault("fusion_by_softmax", fusion_by_softmax, {}),
+    Fault("fusion_without_gradient_to_scores", fusion_without_gradient_to_scores, {}),
+    Fault("contrastive_sign", contrastive_sign, {}),
+    Fault("projections_swapped", projections_swapped, {}),
+    Fault("bank_detached_in_retriever", bank_detached_in_retriever, {}),
+    Fault("prompts_of_another_example", prompts_of_another_example, {}),
+    Fault("prompts_rounded_to_bf16", prompts_rounded_to_bf16, {}, ALL[:2]),
+    Fault("logits_one_precision_lower", logits_one_precision_lower, {}, ALL[:2]),
+]

@@ -1,0 +1,137 @@
+"""Every differentiable function of the model layer against finite differences in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from spt_ds.model import head as head_module
+from spt_ds.model import losses
+from spt_ds.model.attention import Branches, Layout
+from spt_ds.model.head import LOGIT_COPIES, FrozenHead
+from spt_ds.model.retriever import Retriever, pool, softplus_scores
+
+V, D, N = 11, 5, 7
+
+
+def random(*shape: int, seed: int = 0, grad: bool = True) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(grad)
+
+
+def rows_per_chunk(monkeypatch: pytest.MonkeyPatch, rows: int, vocabulary: int = V) -> None:
+    """Make `chunk_mib=1` mean that many rows: a MiB holds no fewer than thousands of tiny ones."""
+    monkeypatch.setattr(head_module, "MIB", LOGIT_COPIES * vocabulary * 8 * rows)
+
+
+def head(bias: bool) -> FrozenHead:
+    return FrozenHead(random(V, D, seed=1, grad=False), random(V, seed=2, grad=False) if bias else None)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, N, 100])
+@pytest.mark.parametrize("kind", ["plain", "bias", "scaled"])
+def test_head_loss(kind: str, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_per_chunk(monkeypatch, chunk_rows)
+    module, targets = head(kind != "plain"), torch.arange(N) % V
+    scale = random(N, seed=3) if kind == "scaled" else None
+
+    def loss(hidden: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
+        return module(hidden, targets, scales[0] if scales else None, 1)
+
+    inputs = (random(N, D), *([scale] if scale is not None else []))
+    assert gradcheck(loss, inputs)
+
+
+def test_head_loss_with_a_gradient_to_the_scale_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_per_chunk(monkeypatch, 2)
+    module, hidden, targets = head(True), random(N, D, grad=False), torch.arange(N) % V
+    assert gradcheck(lambda scale: module(hidden, targets, scale, 1), (random(N, seed=3),))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_head_loss_is_cross_entropy_of_its_logits(bias: bool) -> None:
+    module, hidden, targets = head(bias), random(N, D, grad=False), torch.arange(N) % V
+    expected = torch.nn.functional.cross_entropy(module(hidden), targets, reduction="none")
+    torch.testing.assert_close(module(hidden, targets), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_selection() -> None:
+    nll, scores = random(4, 3, grad=False).abs(), random(4, 3, seed=1)
+    assert gradcheck(lambda s: losses.selection(nll, s, 0.7, 1.3), (scores,))
+
+
+def test_selection_gives_nothing_to_the_gold_side() -> None:
+    nll, scores = random(4, 3), random(4, 3, seed=1)
+    losses.selection(nll, scores, 0.7, 1.3).sum().backward()
+    assert nll.grad is None
+    assert scores.grad is not None
+    assert float(scores.grad.abs().min()) > 0
+
+
+def test_fuse() -> None:
+    assert gradcheck(losses.fuse, (random(3, N, D), random(3, N, seed=1)))
+
+
+@pytest.mark.parametrize("target", [1.0, -1.0])
+def test_contrastive(target: float) -> None:
+    left, right = random(4, 6).detach().abs().requires_grad_(), random(4, 6, seed=1).detach().abs().requires_grad_()
+    targets = torch.full((6,), target, dtype=torch.float64)
+    assert gradcheck(lambda a, b: losses.contrastive(a, b, targets), (left, right))
+
+
+@pytest.mark.parametrize("mask", ["target", "nonzero"])
+def test_mean_per_example(mask: str) -> None:
+    member = losses.membership((2, 4, 1), torch.device("cpu"), torch.float64)
+    assert gradcheck(lambda values: losses.mean_per_example(values, member, mask), (random(3, N),))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_pool(padded: bool) -> None:
+    fill = random(D, seed=1, grad=False) if padded else None
+    assert gradcheck(lambda rows: pool(rows, torch.tensor([2, 4, 1]), fill, 9 if padded else 0), (random(N, D),))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_retriever(shared: bool) -> None:
+    retriever = Retriever(D, shared=shared, activation="softplus", generator=torch.Generator().manual_seed(0)).double()
+
+    def scores(bank: torch.Tensor, pooled: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        names = [name for name, _ in retriever.named_parameters()]
+        out = torch.func.functional_call(retriever, dict(zip(names, weights, strict=True)), (bank, pooled))
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    weights = [p.detach().clone().requires_grad_() for p in retriever.parameters()]
+    assert len(weights) == (2 if shared else 4)
+    assert gradcheck(scores, (random(3, 2, D), random(4, D, seed=1), *weights))
+
+
+def test_softplus() -> None:
+    assert gradcheck(softplus_scores, (random(4, 3),))
+
+
+def attend_rows(backend: str) -> Callable[..., torch.Tensor]:
+    lens = (3, 1, 5)
+    positions = torch.cat([torch.arange(n) for n in lens])
+    layout = Layout(lens, positions, backend, torch.device("cpu"))
+    return lambda q, k, v: layout.attend(0, q, k, v, 0.6)
+
+
+def attend_branches(backend: str) -> Callable[..., torch.Tensor]:
+    """Two examples with contexts of 4 and 2 tokens, two branches of 2 and 3 tokens each."""
+    cpu = torch.device("cpu")
+    context = Layout((4, 2), torch.arange(6), backend, cpu, record=True)
+    context.recorded = {0: (random(1, 2, 6, 4, seed=8, grad=False), random(1, 2, 6, 4, seed=9, grad=False))}
+    branches = Branches([2, 3], 2, context, torch.arange(10), cpu)
+    return lambda q, k, v: branches.attend(0, q, k, v, 0.6)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize(("layout", "tokens"), [(attend_rows, 9), (attend_branches, 10)])
+@pytest.mark.parametrize("heads", [2, 4], ids=["mha", "gqa"])
+def test_attention(layout: Callable[[str], Callable[..., torch.Tensor]], tokens: int, heads: int, backend: str) -> None:
+    inputs = (random(1, heads, tokens, 4), random(1, 2, tokens, 4, seed=1), random(1, 2, tokens, 4, seed=2))
+    assert gradcheck(layout(backend), inputs)
