@@ -76,6 +76,7 @@ class ExampleStore:
         self.source: str = meta["source"]
         table = self._data.data
         self.lengths = Lengths(*(table.column(name).to_numpy() for name in ("context_len", "response_len")))
+        self.truncated = int((table.column("dropped_turns").to_numpy() > 0).sum())  # examples that lost turns
         self._ids = self._data.select_columns(["context_ids", "response_ids"]).with_format("arrow")
         self._texts = self._data.select_columns(["persona", "history"])
 
@@ -130,8 +131,15 @@ def build_store(
             _write(path, encode_many(examples, tokenizer, max_tokens), {"key": key, "source": source, **parts})
         except OSError as error:
             raise DataError(f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir") from error
-        get_logger().info("tokenised %s into %s in %.1f s", source, path, time.monotonic() - started)
-    return ExampleStore(path)
+        seconds = time.monotonic() - started
+        get_logger().info(f"tokenised {source} into {path} in {seconds:.1f} s")
+    store = ExampleStore(path)
+    if store.truncated:
+        get_logger().info(
+            f"{source}: {store.truncated} of {len(store)} examples lost their oldest turns to fit data.max_tokens "
+            f"{max_tokens}"
+        )
+    return store
 
 
 def cache_root(cache_dir: str | None) -> Path:

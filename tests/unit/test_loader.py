@@ -231,6 +231,13 @@ def test_store_is_reused_until_something_it_depends_on_changes(
     assert (again.path, again.data_hash) == (first.path, first.data_hash)
 
 
+def test_store_counts_the_examples_that_lost_turns(source: Path, tmp_path: Path) -> None:
+    shorter = build_store(str(source), byte_tokenizer(), max_tokens=100, cache_dir=str(tmp_path))
+    dropped = [encode(example, byte_tokenizer(), 100).dropped_turns for example in read(str(source))]
+    assert shorter.truncated == sum(map(bool, dropped)) > 0
+    assert [shorter[row]["dropped_turns"] for row in range(EXAMPLES)] == dropped
+
+
 def build_at(barrier: object, source: str, cache: str, hashes: object) -> None:
     barrier.wait()  # type: ignore[attr-defined]
     built = build_store(source, byte_tokenizer(), max_tokens=512, cache_dir=cache)

@@ -256,6 +256,17 @@ def test_malformed_hub_source_is_an_error(source: str) -> None:
         list(read(source))
 
 
+def test_the_files_that_the_documentation_shows_can_be_read(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    _, parlai, _, jsonl, *_ = text.split("```")
+    got = examples(tmp_path, "a.txt", parlai.partition("\n")[2])
+    assert [(e.persona, e.response) for e in got] == [
+        (("i wake up at 5:30",), "fine , i just got up ."),
+        (("i wake up at 5:30",), "i like the morning ."),
+    ]
+    assert [e.response for e in examples(tmp_path, "a", jsonl.partition("\n")[2])] == ["i ski all day .", "hello"]
+
+
 def test_readers_and_encoder_import_no_torch() -> None:
     code = "import sys, spt_ds.data.readers, spt_ds.data.encode; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
