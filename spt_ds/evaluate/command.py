@@ -1,0 +1,107 @@
+"""`spt-ds evaluate`: scores of a predictions file, on the screen and as JSON, CSV, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from spt_ds.errors import SptError
+from spt_ds.evaluate import report_tables
+from spt_ds.evaluate.evaluation import Scores, score
+from spt_ds.evaluate.measures import OPT_VOCABULARY, measure
+from spt_ds.evaluate.predictions import read_predictions
+from spt_ds.evaluate.report_tables import Cell, Table
+from spt_ds.evaluate.resample import Paired
+from spt_ds.evaluate.scores import METRICS
+
+
+def main(argv: Sequence[str]) -> int:
+    """Score, print and write; return 0, or 2 for a fault of the user's, told in one line on stderr."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.against is not None and args.bootstrap == 0:
+        parser.error("--against needs resamples: leave --bootstrap out or give 1 or more")
+    try:
+        _run(args)
+    except SptError as error:
+        print(f"spt-ds evaluate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def table(scores: Scores, against: dict[str, Paired] | None = None) -> Table:
+    """One row per metric: value, 95 % interval and, with `against`, difference, its interval and p-value."""
+    columns = ["metric", "value", "low 95 %", "high 95 %"]
+    if against is not None:
+        columns += ["difference", "diff low", "diff high", "p"]
+    rows: list[list[Cell]] = []
+    for metric in METRICS:
+        if metric.key not in scores.values:
+            continue
+        row: list[Cell] = [metric.label, scores.values[metric.key], *scores.intervals.get(metric.key, (None, None))]
+        if against is not None:
+            pair = against.get(metric.key)
+            row += [None] * 4 if pair is None else [pair.difference, pair.low, pair.high, f"{pair.p:.4f}"]
+        rows.append(row)
+    return Table(columns, rows)
+
+
+def notes(scores: Scores) -> list[str]:
+    """What the table does not hold: prompt counts, lengths, BLEU's signature, and what was skipped and why."""
+    settings = scores.settings
+    lines = [f"{settings.examples} examples of {settings.dialogues} dialogues; BLEU {settings.bleu_signature}"]
+    if settings.resamples and not scores.intervals:
+        lines.append("intervals skipped: all examples are of one dialogue, and dialogues are what is resampled")
+    if scores.prompt_counts:
+        lines.append("prompts chosen: " + " ".join(f"{k}:{count}" for k, count in enumerate(scores.prompt_counts)))
+    for name, part in scores.lengths.items():
+        shown = " ".join(f"{key} {value:g}" for key, value in part.items() if key != "mean")
+        lines.append(f"{name}: mean {part['mean']:.2f} {shown}")
+    lines += [f"{name} skipped: {why}" for name, why in scores.skipped.items()]
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="spt-ds evaluate", description="Score a predictions file.")
+    parser.add_argument("predictions", type=Path, help="predictions.jsonl, or the run folder that holds it")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for scores.json, .csv, .md and .tex; "
+                        "default: beside the predictions")  # fmt: skip
+    parser.add_argument("--against", type=Path, metavar="OTHER", help="predictions of another system for the same "
+                        "examples: adds differences, their intervals and p-values")  # fmt: skip
+    parser.add_argument("--bootstrap", type=_at_least(0), default=1000, metavar="N",
+                        help="resamples for intervals and p-values; 0 for none (default %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of the resampling (default %(default)s)")
+    parser.add_argument("--ead-vocabulary", type=_at_least(2), default=OPT_VOCABULARY, metavar="V",
+                        help="vocabulary size in EAD, one for all systems compared (default %(default)s)")  # fmt: skip
+    return parser
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(given: str) -> int:
+        if not given.isdecimal() or int(given) < least:
+            raise argparse.ArgumentTypeError(f"got {given!r}, expected a whole number from {least} on")
+        return int(given)
+
+    return number
+
+
+def _run(args: argparse.Namespace) -> None:
+    measured = measure(read_predictions(args.predictions), args.ead_vocabulary)
+    scores = score(measured, resamples=args.bootstrap, seed=args.seed)
+    data, pairs = scores.to_json(), None
+    if args.against is not None:
+        other = measure(read_predictions(args.against), args.ead_vocabulary)
+        pairs = measured.against(other, args.bootstrap, args.seed)
+        data["against"] = {
+            "predictions_sha256": other.file.sha256,
+            "metrics": {key: asdict(pair) for key, pair in pairs.items()},
+        }
+    shown = table(scores, pairs)
+    print(shown.text())
+    print("\n".join(notes(scores)))
+    folder = args.out or measured.file.path.parent
+    paths = report_tables.write_files(folder, "scores", data, long=shown, wide=shown)
+    print("written: " + " ".join(map(str, paths)))

@@ -1,0 +1,118 @@
+"""All scores of one predictions file: plain data that is written to and read from `scores.json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+import spt_ds
+from spt_ds.errors import DataError
+from spt_ds.evaluate import scores as text
+from spt_ds.evaluate.measures import OPT_VOCABULARY, Measured, measure, prompt_rows
+from spt_ds.evaluate.predictions import PredictionFile, read_predictions
+
+FILE_NAME = "scores.json"
+LIBRARIES = ("sacrebleu", "rouge-score", "bert-score", "numpy")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the numbers were made."""
+
+    examples: int
+    dialogues: int
+    predictions_sha256: str
+    data_sha256: str
+    """Digest of ids and references: equal means the same examples."""
+    bleu_signature: str
+    ead_vocabulary: int
+    resamples: int
+    """Draws behind the intervals; 0 where there are none."""
+    seed: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one file. Keys are those of `scores.METRICS`; a metric that was skipped has no key."""
+
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    """95 % intervals."""
+    prompt_counts: list[int]
+    """How often each prompt of the bank spoke; empty where none was chosen."""
+    lengths: dict[str, dict[str, float]]
+    """Mean, min, median and max of words and tokens."""
+    skipped: dict[str, str]
+    """Metric families that were not computed, and how to mend it."""
+    settings: Settings
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `scores.json`."""
+        return asdict(self)
+
+
+def evaluate(path: str | Path, *, resamples: int = 0, seed: int = 0, ead_vocabulary: int = OPT_VOCABULARY) -> Scores:
+    """Score a predictions file, or the folder that holds one; `resamples` > 0 adds 95 % intervals.
+
+    Raises DataError for a file that cannot be used.
+    """
+    return score(measure(read_predictions(path), ead_vocabulary), resamples=resamples, seed=seed)
+
+
+def score(measured: Measured, *, resamples: int = 0, seed: int = 0) -> Scores:
+    """Turn the measures of a file into its scores."""
+    file = measured.file
+    return Scores(
+        values={key: one.value() for key, one in measured.measures.items()},
+        intervals=measured.intervals(resamples, seed),
+        prompt_counts=[] if "prompt use" in measured.skipped else prompt_rows(file).sum(axis=0).astype(int).tolist(),
+        lengths=_lengths(measured),
+        skipped=measured.skipped,
+        settings=Settings(
+            examples=len(file.rows),
+            dialogues=max(file.units) + 1,
+            predictions_sha256=file.sha256,
+            data_sha256=file.data_sha256,
+            bleu_signature=text.bleu_signature(),
+            ead_vocabulary=measured.ead_vocabulary,
+            resamples=resamples,
+            seed=seed,
+            versions={"spt-ds": spt_ds.__version__, **_versions()},
+        ),
+    )
+
+
+def load_scores(path: Path) -> Scores:
+    """Read a `scores.json`. Raises DataError, naming the key, when it does not hold scores."""
+    try:
+        return TypeAdapter(Scores).validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); `spt-ds evaluate` writes one") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        raise DataError(
+            f"{path}: {key}: {first['msg']}; write the file again with: spt-ds evaluate {path.parent}"
+        ) from error
+
+
+def _lengths(measured: Measured) -> dict[str, dict[str, float]]:
+    file: PredictionFile = measured.file
+    found = {
+        "reply_words": [len(reply.split()) for reply in measured.replies],
+        "reference_words": [len(row.reference.split()) for row in file.rows],
+        "new_tokens": [row.new_tokens for row in file.rows if row.new_tokens is not None],
+        "context_tokens": [row.context_tokens for row in file.rows if row.context_tokens is not None],
+    }
+    return {name: text.summary(values) for name, values in found.items() if values}
+
+
+def _versions() -> dict[str, str]:
+    present = [name for name in LIBRARIES if find_spec(name.replace("-", "_")) is not None]
+    return {name: metadata.version(name) for name in present}

@@ -1,0 +1,299 @@
+"""Every score against its library, a hand-worked case or a second writing of its definition; resampling against
+brute force."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+import string
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sacrebleu.metrics import BLEU
+
+from spt_ds.evaluate import optional, resample, scores
+from spt_ds.evaluate.resample import Distinct, Sums
+
+# (raw prediction, reference, the prediction cut by hand)
+FIXED = [
+    (
+        " i like to read and hike . Q: what do you like ?",
+        "i love to hike and read books .",
+        " i like to read and hike . ",
+    ),
+    ("hello , how are you today ?\nR: good", "hi , how are you doing today ?", "hello , how are you today ?"),
+    ("i am a teacher . i am happy .", "i work as a teacher .", "i am a teacher . i am happy ."),
+    ("Summary: nothing", "that is nice to hear .", ""),
+    ("i wake up at 5:30 every day", "i wake up early .", "i wake up at 5"),
+    (" R: i have two dogs and a cat", "i have a dog and two cats .", " "),
+    ("The dog's name is Max!", "my dog's name is max .", "The dog's name is Max!"),
+    ("i do  not know .", "i do not know what to say .", "i do  not know ."),
+    ("i am a teacher . i teach maths .", "what do you teach ?", "i am a teacher . i teach maths ."),
+    ("i like to read and hike .", "me too , i like to read and hike .", "i like to read and hike ."),
+]
+REPLIES = [cut for _, _, cut in FIXED]
+REFERENCES = [reference for _, reference, _ in FIXED]
+# Of the fixed replies, to four digits: held apart so that the code and its second writing cannot drift together.
+FIXED_SCORES = {
+    "f1_spt": 50.1441,
+    "f1_parlai": 52.5668,
+    "bleu": 26.7838,
+    "dist1": 57.8947,
+    "dist2": 74.4681,
+    "dist3": 76.9231,
+}
+
+words = st.text(alphabet="ab c.", max_size=12)
+reply_lists = st.lists(words, min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize(("raw", "_reference", "cut"), FIXED)
+def test_clean_cuts_before_the_first_stop(raw: str, _reference: str, cut: str) -> None:
+    assert scores.clean(raw) == cut
+
+
+@given(st.text(alphabet="RQ:Summary\n ", max_size=20))
+def test_clean_is_a_prefix_without_stops_and_stays(raw: str) -> None:
+    cut = scores.clean(raw)
+    assert raw.startswith(cut)
+    assert ":" not in cut
+    assert "\n" not in cut
+    assert scores.clean(cut) == cut
+
+
+def _again(replies: list[str], references: list[str]) -> dict[str, float]:
+    """The definitions of the paper's scores, written a second time."""
+
+    def f1(one: list[str], other: list[str]) -> float:
+        left, same = list(other), 0
+        for word in one:
+            if word in left:
+                left.remove(word)
+                same += 1
+        if same == 0:
+            return 0.0
+        precision, recall = same / len(one), same / len(other)
+        return 2 * precision * recall / (precision + recall)
+
+    def normal(text: str) -> list[str]:
+        spaced = "".join(" " if letter in string.punctuation else letter for letter in text.lower())
+        return [word for word in spaced.split() if word not in ("a", "an", "the")]
+
+    found = {
+        "f1_spt": 100 * sum(f1(a.split(), b.split()) for a, b in zip(replies, references, strict=True)) / len(replies),
+        "f1_parlai": 100
+        * sum(f1(normal(a), normal(b)) for a, b in zip(replies, references, strict=True))
+        / len(replies),
+        "bleu": BLEU().corpus_score(replies, [references]).score,
+    }
+    for n in (1, 2, 3):
+        grams = []
+        for reply in replies:
+            tokens = reply.strip().split(" ")
+            grams += [tuple(tokens[i : i + n]) for i in range(len(tokens)) if i + n <= len(tokens)]
+        found[f"dist{n}"] = 100 * len(set(grams)) / len(grams)
+    return found
+
+
+def test_fixed_replies_reproduce_the_definitions_to_four_digits() -> None:
+    cleaned = [re.split(r"R:|Q:|Summary:|\n|:", raw)[0] for raw, _, _ in FIXED]
+    expected = _again(cleaned, REFERENCES)
+    pairs = [(scores.clean(raw), reference) for raw, reference, _ in FIXED]
+    got = {
+        "f1_spt": 100 * np.mean([scores.f1_spt(*pair) for pair in pairs]),
+        "f1_parlai": 100 * np.mean([scores.f1_parlai(*pair) for pair in pairs]),
+        "bleu": Sums(scores.bleu_rows(*map(list, zip(*pairs, strict=True))), scores.bleu_of_sums).value(),
+        **{f"dist{n}": scores.dist([reply for reply, _ in pairs], n) for n in (1, 2, 3)},
+    }
+    assert got == pytest.approx(expected, abs=5e-5)
+    assert {key: round(float(value), 4) for key, value in got.items()} == FIXED_SCORES
+
+
+def test_f1_by_hand() -> None:
+    assert scores.f1_spt("a b b c", "b b b d") == pytest.approx(2 * (2 / 4) * (2 / 4) / (2 / 4 + 2 / 4))
+    assert scores.f1_spt("the cat", "The cat") == pytest.approx(0.5)
+    assert scores.f1_parlai("the cat!", "The, cat") == 1.0
+    assert scores.f1_spt("", "a") == 0.0
+    assert scores.f1_parlai("the", "a") == 0.0
+
+
+def test_parlai_normalisation_turns_punctuation_to_blanks() -> None:
+    # SQuAD's normalisation would join "dont" and "wellknown"; ParlAI's does not.
+    assert scores.parlai_normal("The well-known cat, an  ox: don't A+") == "well known cat ox don t"
+
+
+@given(words, words)
+def test_f1_is_symmetric_bounded_and_blind_to_order(one: str, other: str) -> None:
+    for f1 in (scores.f1_spt, scores.f1_parlai):
+        value = f1(one, other)
+        assert 0.0 <= value <= 1.0
+        assert value == f1(other, one)
+        assert value == f1(" ".join(reversed(one.split())), other)
+    assert scores.f1_spt(one, one) == (1.0 if one.split() else 0.0)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(words, words.filter(lambda text: bool(text.strip()))), min_size=1, max_size=6))
+def test_bleu_of_summed_rows_is_sacrebleus_corpus_score(pairs: list[tuple[str, str]]) -> None:
+    replies, references = map(list, zip(*pairs, strict=True))
+    expected = BLEU().corpus_score(replies, [references]).score
+    assert Sums(scores.bleu_rows(replies, references), scores.bleu_of_sums).value() == pytest.approx(expected, abs=1e-9)
+
+
+def test_bleu_signature_is_that_of_the_corpus_score() -> None:
+    scorer = BLEU()
+    scorer.corpus_score(REPLIES, [REFERENCES])
+    assert scores.bleu_signature() == str(scorer.get_signature())
+
+
+def test_rouge_is_the_librarys_f_measure_without_stemmer() -> None:
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(
+        ["rouge1", "rouge2", "rougeL"], use_stemmer=False
+    )
+    rows = optional.rouge_rows(REPLIES, REFERENCES)
+    for row, reply, reference in zip(rows, REPLIES, REFERENCES, strict=True):
+        expected = scorer.score(target=reference, prediction=reply)
+        assert row.tolist() == [expected[kind].fmeasure for kind in ("rouge1", "rouge2", "rougeL")]
+    # By hand: "dog" and "dogs" are two words without a stemmer; LCS is "i", "dogs".
+    one = optional.rouge_rows(["i love dogs"], ["i like the dogs"])[0]
+    assert one.tolist() == pytest.approx([2 * 2 / 7, 0.0, 2 * 2 / 7])
+    assert optional.rouge_rows(["dog"], ["dogs"])[0].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_dist_by_hand() -> None:
+    assert scores.distinct_and_total(["a b a", "a b"], 1) == (2, 5)
+    assert scores.distinct_and_total(["a b a", "a b"], 2) == (2, 3)
+    assert scores.dist(["a b a", "a b"], 2) == pytest.approx(200 / 3)
+    # As in the paper's scores: an empty reply is one empty word, and so is the gap between two blanks.
+    assert scores.distinct_and_total(["", " "], 1) == (1, 2)
+    assert scores.distinct_and_total(["a  b"], 1) == (3, 3)
+    assert scores.dist(["a", "b"], 2) == 0.0
+
+
+def test_ead_by_hand_and_against_draws() -> None:
+    # Two draws of three words: 3 (1 - (2/3)^2) = 5/3 distinct words are expected.
+    assert scores.ead(["x y"], 1, 3) == pytest.approx(100 * 2 / (5 / 3))
+    rng = random.Random(0)
+    corpora = [[" ".join(str(rng.randrange(50)) for _ in range(30))] for _ in range(400)]
+    assert np.mean([scores.ead(corpus, 1, 50) for corpus in corpora]) == pytest.approx(100.0, abs=1.0)
+    assert np.mean([scores.dist(corpus, 1) for corpus in corpora]) < 80.0
+
+
+@given(reply_lists, st.integers(1, 3), st.integers(2, 10**6))
+def test_diversity_bounds(replies: list[str], n: int, vocabulary: int) -> None:
+    distinct, total = scores.distinct_and_total(replies, n)
+    dist, ead = scores.dist(replies, n), scores.ead(replies, n, vocabulary)
+    assert 0.0 <= dist <= 100.0
+    assert (dist == 100.0) == (distinct == total > 0)
+    assert ead >= dist * (1 - 1e-9)  # no more than `total` distinct draws can be expected
+    if n == 1:
+        assert dist > 0.0
+    if total:
+        assert scores.dist(replies * 2, n) == pytest.approx(dist / 2)
+        assert scores.ead(replies, n, 10**12) == pytest.approx(dist, rel=1e-6)
+
+
+def test_normalised_entropy_by_hand() -> None:
+    counts = np.asarray([[5, 5, 5, 5], [7, 0, 0, 0], [1, 1, 0, 0]], dtype=float)
+    assert scores.normalised_entropy(counts).tolist() == pytest.approx([1.0, 0.0, math.log(2) / math.log(4)])
+    assert scores.normalised_entropy(np.asarray([[3.0]])).tolist() == [0.0]
+
+
+@given(st.lists(st.integers(0, 50), min_size=2, max_size=6))
+def test_normalised_entropy_is_bounded_and_blind_to_order(counts: list[int]) -> None:
+    value = scores.normalised_entropy(np.asarray([counts, counts[::-1]], dtype=float))
+    assert value[0] == pytest.approx(value[1])
+    assert 0.0 <= value[0] <= 1.0 + 1e-12
+
+
+def test_summary_by_hand() -> None:
+    assert scores.summary([4, 1, 1]) == {"mean": 2.0, "min": 1.0, "median": 1.0, "max": 4.0}
+
+
+def test_bootstrap_interval_is_that_of_the_normal_law() -> None:
+    values = np.random.default_rng(3).normal(10.0, 2.0, 400)
+    low, high = resample.interval(resample.mean(values), 2000, seed=0)
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
+    assert resample.interval(resample.mean(values), 2000, seed=0) == (low, high)
+    assert resample.interval(resample.mean(values), 2000, seed=1) != (low, high)
+
+
+def _draw_replies(rng: random.Random, count: int) -> list[str]:
+    """Replies of five words of a Zipf-like vocabulary of 200."""
+    return [" ".join(str(int(200 ** rng.random())) for _ in range(5)) for _ in range(count)]
+
+
+def _distinct(replies: list[str], n: int = 1) -> Distinct:
+    return Distinct([scores.ngrams(reply, n) for reply in replies], scores.dist_of_counts)
+
+
+@settings(max_examples=50)
+@given(st.lists(words, min_size=2, max_size=6), st.integers(1, 2))
+def test_leave_one_out_is_dist_of_the_others(replies: list[str], n: int) -> None:
+    expected = [scores.dist(replies[:place] + replies[place + 1 :], n) for place in range(len(replies))]
+    assert resample._leave_one_out(_distinct(replies, n)).tolist() == pytest.approx(expected)
+
+
+def test_interval_of_dist_is_no_narrower_than_the_spread_of_fresh_samples() -> None:
+    rng = random.Random(5)
+    values = [scores.dist(_draw_replies(rng, 150), 1) for _ in range(300)]
+    widths = []
+    for _ in range(40):
+        low, high = resample.interval(_distinct(_draw_replies(rng, 150)), 10, seed=0)
+        widths.append((high - low) / (2 * 1.96))
+    # The jackknife's variance errs to the safe side (Efron and Stein 1981); here by 28 % in the deviation.
+    assert 0.95 < np.mean(widths) / np.std(values) < 1.5
+
+
+def test_grouping_keeps_the_value_and_widens_the_interval_of_dependent_rows() -> None:
+    values = np.repeat(np.random.default_rng(0).normal(size=50), 8)  # eight equal turns per dialogue
+    units = np.repeat(np.arange(50), 8).tolist()
+    rows, groups = resample.mean(values), resample.grouped(resample.mean(values), units)
+    assert groups.value() == pytest.approx(rows.value())
+    width = [high - low for low, high in (resample.interval(one, 1000, 0) for one in (rows, groups))]
+    assert width[1] / width[0] == pytest.approx(math.sqrt(8), rel=0.15)
+    replies = ["a b", "b c", "c"]
+    assert resample.grouped(_distinct(replies), [0, 1, 0]) == Distinct(
+        [["a", "b", "c"], ["b", "c"]], scores.dist_of_counts
+    )
+
+
+@pytest.mark.parametrize("form", ["sums", "distinct"])
+def test_randomisation_p_value_is_that_of_all_swaps(form: str) -> None:
+    rng = random.Random(2)
+    left = [" ".join(rng.choice("abcdefgh") for _ in range(4)) for _ in range(8)]
+    right = [" ".join(rng.choice("abcd") for _ in range(4)) for _ in range(8)]
+
+    def measured(replies: list[str]) -> resample.Measure:
+        if form == "distinct":
+            return _distinct(replies)
+        return resample.mean(np.asarray([float(reply.count("a")) for reply in replies]))
+
+    observed = measured(left).value() - measured(right).value()
+    assert observed != 0.0
+    extreme = 0
+    for swap in itertools.product((False, True), repeat=8):
+        ours = [b if moved else a for a, b, moved in zip(left, right, swap, strict=True)]
+        theirs = [a if moved else b for a, b, moved in zip(left, right, swap, strict=True)]
+        extreme += abs(measured(ours).value() - measured(theirs).value()) >= abs(observed) - 1e-9
+    found = resample.paired(measured(left), measured(right), 4000, seed=0)
+    assert found.difference == pytest.approx(observed)
+    assert found.p == pytest.approx(extreme / 2**8, abs=0.03)
+    assert found.low <= found.difference <= found.high
+
+
+def test_paired_tells_a_real_difference_from_none() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=300)
+    better = resample.paired(resample.mean(base + 0.2 + 0.1 * rng.normal(size=300)), resample.mean(base), 999, seed=0)
+    assert better.p == pytest.approx(1 / 1000)
+    assert 0.0 < better.low < better.difference < better.high
+    same = resample.paired(resample.mean(base), resample.mean(base), 999, seed=0)
+    assert (same.difference, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+    with pytest.raises(TypeError, match="different forms"):
+        resample.paired(resample.mean(base), _distinct(["a"]), 10, seed=0)
