@@ -101,11 +101,15 @@ class Backbone(nn.Module):
 
     def generate(self, **kwargs: Any) -> torch.Tensor:
         """`transformers`' own generate on padded rows, with its own attention masks and cache."""
+        recomputing = [module for module in self.lm.modules() if module.training]
+        self.lm.eval()  # a layer that recomputes its activations drops the cache: the second token would be wrong
         self.lm.set_attn_implementation("eager" if self.backend == "eager" else "sdpa")
         try:
             tokens: torch.Tensor = self.lm.generate(**kwargs)
         finally:
             self.lm.set_attn_implementation(PACKED)
+            for module in recomputing:
+                module.training = True
         return tokens
 
     @torch.no_grad()
