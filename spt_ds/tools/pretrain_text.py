@@ -68,8 +68,11 @@ def without_demo(conversations: Sequence[Conversation], demo: Path) -> list[Conv
     """Leave out the demo dialogues, and whoever shares a persona family with one of valid or test."""
     ids: dict[str, set[str]] = {}
     for name in SPLITS:
-        lines = (demo / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        ids[name] = {json.loads(line)["id"] for line in lines}
+        path = demo / f"{name}.jsonl"
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; make it with python -m spt_ds.tools.demo_dialogues")
+        lines = path.read_text(encoding="utf-8").split("\n")
+        ids[name] = {json.loads(line)["id"] for line in filter(None, lines)}
     family = families(conversations)
     taken = {one for name in ids["valid"] | ids["test"] if name in family for one in family[name]}
     return [c for c in apart(conversations, family, taken) if c.id not in ids["train"]]
