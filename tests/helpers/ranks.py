@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOAD = ["torch", "transformers", "transformers.models.llama.modeling_llama", "transformers.models.opt.modeling_opt",
-           "deepspeed", "datasets", "spt_ds.engine.trainer"]  # fmt: skip
+           "deepspeed", "datasets", "spt_ds.engine.trainer", "spt_ds.model.quant_load"]  # fmt: skip
 MEMORY_LIMIT_BYTES = 16 * 2**30
 
 _context = multiprocessing.get_context("forkserver")
