@@ -25,6 +25,10 @@ from spt_ds.model.quant_source import refuse_foreign_quantisation
 # Of the largest logit; transformers' own softmax and norms compute in fp32 even where the weights are fp64.
 CHECK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 6e-2}
 CHECK_LOGIT = 1000.0  # far above the caps that models put on their logits (15 to 50)
+SUPPORTED = (
+    "a base is needed whose attention goes through transformers' attention interface, with positions given from "
+    "outside and a plain head: OPT, Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OLMo and others have been run"
+)
 
 
 class Backbone(nn.Module):
@@ -128,7 +132,10 @@ class Backbone(nn.Module):
             self_check(
                 self.lm, lambda: self.head(self.run(self.embed(ids), Layout(lens, positions, self.backend, device)))
             )
-        plain, high = self.run(self.embed(ids), Layout(lens, positions, self.backend, device)).split(lens)
+        try:
+            plain, high = self.run(self.embed(ids), Layout(lens, positions, self.backend, device)).split(lens)
+        except (AttributeError, KeyError, TypeError) as error:  # the base's own code meets a call it was not made for
+            raise ModelError(f"{type(self.lm).__name__} cannot read packed rows ({error}); {SUPPORTED}") from error
         # A cap is invisible on small logits. The second row's hidden states are therefore stretched until its logits
         # are large, by a power of two so that no dtype rounds.
         stretch = float((CHECK_LOGIT / self.head(high).abs().max()).log2().ceil().exp2())
@@ -142,7 +149,7 @@ class Backbone(nn.Module):
         if not gap <= allowed:
             raise ModelError(
                 f"{type(self.lm).__name__}: packed rows give other logits than the base's own forward "
-                f"(largest relative difference {gap:.2g}, allowed {allowed:.0e}); this architecture is not supported"
+                f"(largest relative difference {gap:.2g}, allowed {allowed:.0e}); {SUPPORTED}"
             )
 
     def _own_logits(self, ids: torch.Tensor, stretch: float) -> torch.Tensor:
@@ -196,25 +203,34 @@ def load_base_config(config: ModelConfig) -> PretrainedConfig:
 
 def load_lm(config: ModelConfig, base: PretrainedConfig, shard: Callable[[nn.Module], None] | None = None) -> Any:
     """Load (or draw) the weights, sharded as they are read when an HfDeepSpeedConfig is alive or `shard` is given."""
-    dtype = base_dtype(config.base_bits)
-    refuse_foreign_quantisation(base, config, base_path(config.base))
-    if config.base_bits in (4, 8):
-        from spt_ds.model.quant_load import load_quantized
+    dtype, path = base_dtype(config.base_bits), base_path(config.base)
+    refuse_foreign_quantisation(base, config, path)
+    try:
+        if config.base_bits in (4, 8):
+            from spt_ds.model.quant_load import load_quantized
 
-        return load_quantized(config, base, base_path(config.base), shard, dtype)
+            return load_quantized(config, base, path, shard, dtype)
+        return _full_precision(config, base, path, dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.base: no weights can be loaded from {path}: {_first_line(error)}") from error
+    except KeyError as error:
+        if error.args != (PACKED,):
+            raise
+        raise ModelError(
+            f"model.base: {base.model_type} picks its attention from a list of its own; {SUPPORTED}"
+        ) from error
+
+
+def _full_precision(config: ModelConfig, base: PretrainedConfig, path: str, dtype: torch.dtype) -> Any:
     if config.random_init:
         # Under ZeRO-3 transformers zeroes the pad row of a weight that is already sharded; there is none to zero.
         pad, base.pad_token_id = base.pad_token_id, None
         lm = AutoModelForCausalLM.from_config(base, dtype=dtype, attn_implementation=PACKED)
         base.pad_token_id = lm.config.pad_token_id = pad
         return lm
-    path = base_path(config.base)
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, config=base, dtype=dtype, attn_implementation=PACKED, revision=config.revision
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.base: no weights can be loaded from {path}: {_first_line(error)}") from error
+    return AutoModelForCausalLM.from_pretrained(
+        path, config=base, dtype=dtype, attn_implementation=PACKED, revision=config.revision
+    )
 
 
 def build_backbone(
