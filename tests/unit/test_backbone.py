@@ -1,0 +1,325 @@
+"""Loading the frozen base, its start-up check, and the text of every error a user can cause there."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
+    GPTJConfig,
+    GPTNeoConfig,
+    GraniteConfig,
+    MambaConfig,
+    MistralConfig,
+    MptConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    StableLmConfig,
+    T5Config,
+)
+
+from spt_ds.config.schema import ModelConfig
+from spt_ds.errors import ModelError
+from spt_ds.log import get_logger
+from spt_ds.model import backbone as backbone_module
+from spt_ds.model.attention import PACKED, Layout, choose_backend
+from spt_ds.model.backbone import Backbone, build_backbone, load_tokenizer
+from spt_ds.model.rows import embed, target_states
+from tests.helpers.tiny import VOCABULARY, random_batch, tiny_backbone, tiny_config, tiny_lm, tiny_spt
+from tests.numerics.steps import counts_of
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+GATED: dict[str, Any] = {
+    **SIZES,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BLOOM: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 4}
+GPTJ: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
+MPT: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 16, "n_layers": 2, "n_heads": 4}
+NEO: dict[str, Any] = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 16, "num_layers": 2, "num_heads": 4},
+    "attention_types": [[["global", "local"], 1]],
+}
+
+
+def check(backbone: Backbone) -> None:
+    backbone(lambda base: base.check())
+
+
+def backbone_of(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Backbone:
+    lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(dtype))
+    return Backbone(lm, "sdpa")
+
+
+def saved(config: PretrainedConfig, folder: Path) -> str:
+    """A folder with the configuration and nothing else."""
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def build(folder: str, **settings: Any) -> Backbone:
+    settings = {"base_bits": 32, "random_init": True, **settings}
+    return build_backbone(ModelConfig(base=folder, **settings), CPU, strict=False)
+
+
+class TestCheck:
+    @pytest.mark.parametrize("backend", ["sdpa", "eager"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("arch", ["opt", "opt_project", "llama", "gemma", "gemma2", "phi"])
+    def test_passes_supported_bases(self, arch: str, dtype: torch.dtype, backend: str) -> None:
+        backbone = tiny_backbone(arch, dtype, backend)
+        check(backbone)
+        assert backbone.config._attn_implementation == PACKED
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_sees_capped_logits_however_small_the_logits_are(self, dtype: torch.dtype) -> None:
+        """Gemma 2 at initialisation: its cap of 30 moves these logits by less than bf16 rounds."""
+        backbone = tiny_backbone("gemma2", dtype, final_logit_softcapping=30.0)
+        logits = backbone.lm(input_ids=torch.arange(5)[None], use_cache=False, layout=rows((5,))).logits
+        assert float(logits.abs().max()) < 15
+        with pytest.raises(ModelError, match=r"Gemma2ForCausalLM.*other logits"):
+            check(backbone)
+
+    def test_sees_capped_attention(self) -> None:
+        with pytest.raises(ModelError, match="uses softcap"):
+            check(tiny_backbone("gemma2", torch.float32, attn_logit_softcapping=50.0))
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            CohereConfig(**GATED, pad_token_id=0, logit_scale=0.25),
+            GraniteConfig(**GATED, logits_scaling=8.0),
+            BloomConfig(**BLOOM),
+            MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, eos_token_id=2, bos_token_id=1),
+        ],
+        ids=lambda config: config.model_type,
+    )
+    def test_sees_what_packed_rows_cannot_do(self, config: PretrainedConfig) -> None:
+        """Logits scaled behind the head (Cohere, Granite), no attention interface (Bloom), no attention (Mamba)."""
+        with pytest.raises(ModelError, match=r"other logits.*attention interface"):
+            check(backbone_of(config))
+
+    @pytest.mark.parametrize("factor", [1.01, 0.99])
+    def test_sees_logits_scaled_by_a_percent(self, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        backbone = tiny_backbone("llama", torch.float32)
+        right = backbone.lm.forward
+
+        def scaled(**kwargs: Any) -> Any:
+            out = right(**kwargs)
+            out.logits = out.logits * factor
+            return out
+
+        monkeypatch.setattr(backbone.lm, "forward", scaled)
+        with pytest.raises(ModelError, match=r"difference 0\.(0099|01)"):
+            check(backbone)
+
+    def test_sees_embeddings_scaled_outside_the_embedding(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A base that reads ids in another way than embeddings."""
+        backbone = tiny_backbone("llama", torch.float32)
+        right = backbone.lm.model.forward
+
+        def scaled(input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
+            if input_ids is not None:
+                inputs_embeds = backbone.embed(input_ids) * 4
+            return right(inputs_embeds=inputs_embeds, **kwargs)
+
+        monkeypatch.setattr(backbone.lm.model, "forward", scaled)
+        with pytest.raises(ModelError, match="other logits"):
+            check(backbone)
+
+    @pytest.mark.parametrize("arch", ["opt", "llama"])
+    def test_sees_positions_that_are_not_handed_on(self, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        backbone = tiny_backbone(arch, torch.float32)
+        right = backbone.run
+        wrong = torch.arange(8)[None]
+
+        def run(embeddings: torch.Tensor, layout: Layout) -> torch.Tensor:
+            layout.position_ids = wrong.flip(1) if len(embeddings) == 8 else layout.position_ids
+            return right(embeddings, layout)
+
+        monkeypatch.setattr(backbone, "run", run)
+        with pytest.raises(ModelError, match="other logits"):
+            check(backbone)
+
+    def test_sees_not_a_number(self) -> None:
+        backbone = tiny_backbone("llama", torch.float32)
+        with torch.no_grad():
+            backbone.lm.get_input_embeddings().weight[4] = float("nan")
+        with pytest.raises(ModelError, match="difference nan"):
+            check(backbone)
+
+    def test_says_that_keywords_are_not_handed_on(self) -> None:
+        config = StableLmConfig(**GATED)
+        with pytest.raises(ModelError, match="StableLmAttention does not hand keywords on"):
+            check(backbone_of(config))
+
+    def test_says_that_the_base_cannot_read_packed_rows(self) -> None:
+        with pytest.raises(ModelError, match=r"MptForCausalLM cannot read packed rows .*OPT, Llama"):
+            check(backbone_of(MptConfig(**MPT)))
+
+
+def rows(lens: tuple[int, ...]) -> Layout:
+    return Layout(lens, torch.cat([torch.arange(n) for n in lens]), "sdpa", CPU)
+
+
+class TestSlidingWindow:
+    CONFIG = MistralConfig(**GATED, sliding_window=12)
+
+    @pytest.mark.parametrize("placement", ["prefix", "suffix"])
+    def test_a_row_longer_than_the_window_is_refused(self, placement: str) -> None:
+        """In suffix placement a row is a context and one of its branches: 2 + 8 + 3 - 1 = 12 fit, 13 do not."""
+        backbone = backbone_of(self.CONFIG)
+        spt = tiny_spt(backbone, count=6, dtype=torch.float32, prompts={"placement": placement})
+        fits = random_batch(((8, 3), (2, 2)))
+        backbone(spt.micro_losses, fits, counts_of(fits))
+        longer = random_batch(((9, 3), (2, 2)))
+        with pytest.raises(ModelError, match=r"rows of 13 tokens exceed.*window of 12; lower data\.max_tokens"):
+            backbone(spt.micro_losses, longer, counts_of(longer))
+
+
+class TestLoading:
+    def test_random_init_freezes_everything(self, tmp_path: Path) -> None:
+        backbone = build(saved(tiny_config("opt", dropout=0.2), tmp_path))
+        check(backbone)
+        assert not any(p.requires_grad for p in backbone.parameters())
+        assert not backbone.lm.training
+        assert backbone.lm.config.pad_token_id == 1
+
+    @pytest.mark.parametrize(("bits", "dtype"), [(32, torch.float32), (16, torch.bfloat16)])
+    def test_weights_are_read_in_the_dtype_of_base_bits(self, bits: int, dtype: torch.dtype, tmp_path: Path) -> None:
+        source = tiny_lm("llama", torch.float32)
+        source.save_pretrained(tmp_path)
+        backbone = build(str(tmp_path), base_bits=bits, random_init=False)
+        for name, weight in backbone.lm.state_dict().items():
+            assert torch.equal(weight, source.state_dict()[name].to(dtype)), name
+
+    def test_no_rate_of_dropout_is_left(self, tmp_path: Path) -> None:
+        """Not only in `eval()`: a layer that recomputes its activations has its training flag set."""
+        rates = {"dropout": 0.2, "attention_dropout": 0.2, "layerdrop": 0.2, "activation_dropout": 0.2}
+        backbone = build(saved(tiny_config("opt", **rates), tmp_path))
+        left = [name for m in backbone.lm.modules() for name, value in vars(m).items() if "drop" in name and value]
+        assert left == []
+
+    def test_a_head_that_is_not_linear_is_refused(self) -> None:
+        lm = tiny_lm("opt", torch.float32)
+        lm.set_output_embeddings(torch.nn.Sequential(torch.nn.Linear(16, VOCABULARY)))
+        with pytest.raises(ModelError, match="head of OPTForCausalLM is Sequential; a plain linear head"):
+            Backbone(lm, "sdpa")
+
+    @pytest.mark.parametrize(
+        "config", [GPTJConfig(**GPTJ), FalconConfig(**SIZES), GPTNeoConfig(**NEO)], ids=lambda config: config.model_type
+    )
+    def test_bases_with_attention_classes_of_their_own(self, config: PretrainedConfig, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match=rf"{config.model_type} picks its attention from a list.*OPT, Llama"):
+            build(saved(config, tmp_path))
+
+    def test_an_encoder_decoder_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match=r"no weights can be loaded.*T5Config"):
+            build(saved(T5Config(vocab_size=VOCABULARY, d_model=16, num_layers=1), tmp_path))
+
+    @pytest.mark.parametrize("name", ["/nowhere/base", "./nowhere", "a/b/c"])
+    def test_a_missing_folder(self, name: str) -> None:
+        with pytest.raises(ModelError, match=rf"no folder {name}; give a folder with config.json and weights"):
+            build(name)
+
+    def test_a_folder_without_a_configuration(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="no configuration can be read from"):
+            build(str(tmp_path))
+
+    def test_a_configuration_of_an_unknown_type(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
+        with pytest.raises(ModelError, match=r"no configuration can be read from .*no_such_model"):
+            build(str(tmp_path))
+
+    def test_a_folder_without_weights(self, tmp_path: Path) -> None:
+        folder = saved(tiny_config("llama"), tmp_path)
+        with pytest.raises(ModelError, match=rf"no weights can be loaded from {folder}: .*safetensors"):
+            build(folder, random_init=False)
+
+    def test_a_folder_without_a_tokenizer(self, tmp_path: Path) -> None:
+        folder = saved(tiny_config("llama"), tmp_path)
+        with pytest.raises(ModelError, match=f"no tokenizer can be read from {folder}"):
+            load_tokenizer(ModelConfig(base=folder))
+
+    @pytest.mark.parametrize("eos", [None, "</s>"])
+    def test_a_tokenizer_needs_an_end_of_sequence_token(self, eos: str | None, tmp_path: Path) -> None:
+        words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+        PreTrainedTokenizerFast(tokenizer_object=words, eos_token=eos).save_pretrained(tmp_path)
+        config = ModelConfig(base=str(tmp_path))
+        if eos is None:
+            with pytest.raises(ModelError, match="no end-of-sequence token; replies could not end"):
+                load_tokenizer(config)
+        else:
+            tokenizer = load_tokenizer(config)
+            assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 1)
+
+
+class TestBackend:
+    def test_cpu_uses_sdpa(self) -> None:
+        assert choose_backend("auto", CPU, torch.bfloat16, strict=True) == "sdpa"
+        assert choose_backend("sdpa", CPU, torch.float32, strict=True) == "sdpa"
+        assert choose_backend("eager", CPU, torch.float32, strict=True) == "eager"
+
+    @pytest.mark.parametrize(("asked", "need"), [("flash", "flash-attn package"), ("varlen", "torch >= 2.11")])
+    def test_a_kernel_that_cannot_run_here(self, asked: str, need: str, caplog: pytest.LogCaptureFixture) -> None:
+        with pytest.raises(ModelError, match=rf"model\.attention: {asked}, using sdpa: .*{need}.*strict"):
+            choose_backend(asked, CPU, torch.float32, strict=True)
+        logger = get_logger()
+        logger.addHandler(caplog.handler)
+        try:
+            assert choose_backend(asked, CPU, torch.float32, strict=False) == "sdpa"
+        finally:
+            logger.removeHandler(caplog.handler)
+        said = [record for record in caplog.records if f"model.attention: {asked}" in record.message]
+        assert [record.levelno for record in said] == [logging.WARNING]
+
+
+def test_suffix_without_recorded_keys_is_refused() -> None:
+    """A base whose attention layers all claim index 0, or none: the branches find no keys of their context."""
+    backbone = tiny_backbone("llama")
+    spt = tiny_spt(backbone, prompts={"placement": "suffix"})
+    batch = random_batch(((4, 2),))
+    right = backbone.run
+
+    def forgets(embeddings: torch.Tensor, layout: Layout) -> torch.Tensor:
+        out = right(embeddings, layout)
+        layout.recorded = {}
+        return out
+
+    backbone.run = forgets  # type: ignore[method-assign]
+    with pytest.raises(ModelError, match=r"layer 0 kept no keys of the context.*placement: suffix"):
+        backbone(spt.micro_losses, batch, counts_of(batch))
+
+
+def test_tolerances_cover_the_dtypes_of_base_bits() -> None:
+    for bits in (4, 8, 16, 32):
+        assert backbone_module.base_dtype(bits) in backbone_module.CHECK_TOLERANCE
+
+
+def test_states_keep_the_precision_of_the_base() -> None:
+    """Prompts are fp32 whatever the base; they are rounded to it once, on the way in."""
+    backbone = tiny_backbone("llama", torch.bfloat16)
+    batch = random_batch(((4, 2),))
+    prompts = torch.randn(2, 1, 3, 16, requires_grad=True)
+    states = backbone(target_states, batch, embed(backbone, batch), prompts, "prefix")
+    assert states.dtype == torch.bfloat16
+    states.float().sum().backward()
+    assert prompts.grad is not None
+    assert prompts.grad.dtype == torch.float32
