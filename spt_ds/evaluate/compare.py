@@ -142,9 +142,10 @@ def read_run(folder: Path) -> Run:
         raise DataError(f"{folder}: no such run folder; give folders that hold predictions.jsonl or scores.json")
     options = _read_options(folder / CONFIG)
     name, seed = options.get("name", folder.resolve().name), options.get("train.seed")
-    for key, value, kind in (("name", name, str), ("train.seed", seed, int)):
-        if value is not None and not isinstance(value, kind):
-            raise DataError(f"{folder / CONFIG}: {key} is {value!r}, expected a {kind.__name__}")
+    if not isinstance(name, str):
+        raise DataError(f"{folder / CONFIG}: name is {name!r}, expected a string")
+    if seed is not None and not isinstance(seed, int):
+        raise DataError(f"{folder / CONFIG}: train.seed is {seed!r}, expected a whole number")
     return Run(folder, name, seed, options, _read_scores(folder))
 
 
@@ -197,7 +198,8 @@ def _flat(prefix: str, tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _read_scores(folder: Path) -> Scores:
+def _read_scores(run: Path) -> Scores:
+    folder = predictions.locate(run, predictions.FILE_NAME, evaluation.FILE_NAME)
     written, source = folder / evaluation.FILE_NAME, folder / predictions.FILE_NAME
     if not written.exists():
         return evaluation.evaluate(folder)

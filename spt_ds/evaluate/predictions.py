@@ -14,6 +14,7 @@ from typing import Any
 from spt_ds.errors import DataError
 
 FILE_NAME = "predictions.jsonl"
+DEFAULT_FOLDER = "generate"  # where `spt-ds generate` puts the file in a run folder
 MAX_NATS = 700  # exp(700) is about the largest double
 
 
@@ -97,15 +98,22 @@ _FIELDS: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
 }
 
 
+def locate(folder: Path, *names: str) -> Path:
+    """Return `folder`, or its `generate` folder if only that one holds any file of `names`."""
+    inner = folder / DEFAULT_FOLDER
+    outside, inside = (any((place / name).exists() for name in names) for place in (folder, inner))
+    return inner if inside and not outside else folder
+
+
 def read_predictions(path: str | Path) -> PredictionFile:
-    """Read and check `path`, a predictions file or a folder that holds `predictions.jsonl`.
+    """Read and check `path`: a predictions file, or a folder that holds one, itself or in its folder `generate`.
 
     Raises DataError, with `file:line`, for a file that is missing, empty or not UTF-8, for a line that is not a
     JSON object, for a missing or wrong field, and for an index that is repeated, skipped or out of order.
     """
     path = Path(path)
     if path.is_dir():
-        path = path / FILE_NAME
+        path = locate(path, FILE_NAME) / FILE_NAME
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:

@@ -239,6 +239,13 @@ def test_leave_one_out_is_dist_of_the_others(replies: list[str], n: int) -> None
     assert resample._leave_one_out(_distinct(replies, n)).tolist() == pytest.approx(expected)
 
 
+def test_jackknife_interval_by_hand() -> None:
+    # DIST-1 is 50 of both, 100 and 50 of one alone: the error is sqrt(1/2 (25^2 + 25^2)) = 25.
+    assert resample.interval(_distinct(["a a", "a b"]), 1, seed=0) == pytest.approx(
+        (50 - 1.96 * 25, 50 + 1.96 * 25), abs=1e-2
+    )
+
+
 def test_interval_of_dist_is_no_narrower_than_the_spread_of_fresh_samples() -> None:
     rng = random.Random(5)
     values = [scores.dist(_draw_replies(rng, 150), 1) for _ in range(300)]

@@ -1,0 +1,197 @@
+"""`spt-ds compare`: grouping by recipe, gains over the baseline, and runs that must not be compared."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spt_ds.errors import DataError
+from spt_ds.evaluate import command, evaluation
+from spt_ds.evaluate.compare import Comparison, Group, compare, main
+from spt_ds.evaluate.evaluation import evaluate
+
+REFERENCES = ["i like my dogs .", "me too , a lot", "hello there friend", "i work as a nurse ."]
+
+
+def run(
+    folder: Path, replies: list[str], *, name: str | None = None, seed: int = 0, lr: float = 1e-3, **extra: Any
+) -> Path:
+    """A run folder with predictions and, if it has a name, a configuration."""
+    folder.mkdir()
+    rows = [
+        {"index": place, "id": str(place), "dialogue_id": str(place), "reference": reference, "raw": reply, **extra}
+        for place, (reply, reference) in enumerate(zip(replies, REFERENCES, strict=True))
+    ]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if name is not None:
+        (folder / "config.yaml").write_text(f"name: {name}\ntrain: {{seed: {seed}}}\noptim: {{lr: {lr}}}\n")
+    return folder
+
+
+def f1(folder: Path) -> float:
+    return evaluate(folder).values["f1_spt"]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> dict[str, Path]:
+    return {
+        "base": run(tmp_path / "base", ["i like dogs"] * 4),
+        "spt0": run(tmp_path / "spt0", ["i like my dogs", "me too", "hello", "a nurse ."], name="spt", seed=0),
+        "spt1": run(tmp_path / "spt1", ["my dogs", "me", "hello there", "a nurse"], name="spt", seed=1),
+    }
+
+
+def test_seeds_of_a_recipe_are_averaged_and_set_against_the_baseline(runs: dict[str, Path]) -> None:
+    found = compare([runs["spt0"], runs["spt1"], runs["base"]], runs["base"])
+    assert [group.name for group in found.groups] == ["base", "spt"]
+    assert [len(group.runs) for group in found.groups] == [1, 2]
+    one, other, base = f1(runs["spt0"]), f1(runs["spt1"]), f1(runs["base"])
+    spt = found.groups[1]
+    assert spt.mean["f1_spt"] == pytest.approx((one + other) / 2)
+    assert spt.std["f1_spt"] == pytest.approx(abs(one - other) / 2**0.5)
+    assert found.baseline.std == {}
+    gain = (one + other) / 2 - base
+    assert found.gains(spt)["f1_spt"] == pytest.approx((gain, 100 * gain / base))
+    assert set(found.gains(found.baseline).values()) <= {(0.0, 0.0), (0.0, None)}
+    dist = [found.gains(spt)[key][1] for key in ("dist1", "dist2")]
+    assert found.diversity_gain(spt) == pytest.approx(sum(part for part in dist if part is not None) / 2)
+
+
+def test_the_papers_diversity_gain_follows_from_its_table() -> None:
+    def group(name: str, dist1: float, dist2: float) -> Group:
+        return Group(name, [], {"dist1": dist1, "dist2": dist2}, {})
+
+    spt = group("spt", 5.69, 22.86)
+    found = Comparison([group("pt", 2.80, 12.91), spt], [])
+    assert found.diversity_gain(spt) == pytest.approx(90.1, abs=0.1)
+
+
+def test_wide_table_has_gains_below_each_recipe(runs: dict[str, Path]) -> None:
+    found = compare([runs["spt0"], runs["spt1"]], runs["base"])
+    table = found.wide()
+    assert list(table.columns)[:8] == ["recipe", "runs", "F1", "BLEU", "R-1", "R-2", "R-L", "DIST-1"]
+    assert [row[0] for row in table.rows] == ["base", "spt", "  gain", "  gain %"]
+    spt = found.groups[1]
+    assert table.rows[1][2] == f"{spt.mean['f1_spt']:.2f} ± {spt.std['f1_spt']:.2f}"
+    gain, percent = found.gains(spt)["f1_spt"]
+    assert table.rows[2][2] == f"{gain:+.2f}"
+    assert table.rows[3][2] == f"{percent:+.2f} %"
+
+
+def test_a_gain_over_zero_has_no_percentage(tmp_path: Path) -> None:
+    zero = run(tmp_path / "zero", ["x"] * 4)
+    found = compare([run(tmp_path / "some", REFERENCES)], zero)
+    assert found.gains(found.groups[1])["f1_spt"] == (100.0, None)
+    place = list(found.wide().columns).index("F1")
+    assert [row[place] for row in found.wide().rows] == [0.0, 100.0, "+100.00", None]
+    assert found.diversity_gain(found.groups[1]) is None  # DIST-2 of single words is 0
+
+
+def test_a_metric_counts_only_where_all_seeds_have_it(tmp_path: Path) -> None:
+    with_nll = run(tmp_path / "a", REFERENCES, name="spt", seed=0, nll_sum=4.0, nll_tokens=4)
+    without = run(tmp_path / "b", REFERENCES, name="spt", seed=1)
+    base = run(tmp_path / "base", REFERENCES, nll_sum=8.0, nll_tokens=4)
+    found = compare([with_nll, without], base)
+    assert "ppl_token" in found.baseline.mean
+    assert "ppl_token" not in found.groups[1].mean
+    assert any(note.startswith("perplexity skipped: ") for note in found.notes)
+
+
+def test_scores_count_only_with_their_predictions(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command.main([str(runs["base"]), "--bootstrap", "0"]) == 0
+    expected = f1(runs["base"])
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", lambda path: pytest.fail("scored again"))
+        assert compare([], runs["base"]).baseline.mean["f1_spt"] == pytest.approx(expected)
+        (runs["base"] / "predictions.jsonl").rename(runs["base"] / "moved")
+        assert compare([], runs["base"]).baseline.mean["f1_spt"] == pytest.approx(expected)
+    stale = (runs["base"] / "moved").read_text().replace("i like dogs", "me too")
+    (runs["base"] / "predictions.jsonl").write_text(stale)
+    assert compare([], runs["base"]).baseline.mean["f1_spt"] == pytest.approx(f1(runs["base"])) != expected
+
+
+def test_predictions_may_lie_in_the_folder_of_generate(runs: dict[str, Path]) -> None:
+    expected = compare([runs["spt0"]], runs["base"])
+    (runs["spt0"] / "generate").mkdir()
+    (runs["spt0"] / "predictions.jsonl").rename(runs["spt0"] / "generate" / "predictions.jsonl")
+    found = compare([runs["spt0"]], runs["base"])
+    assert found.groups[1].name == "spt"
+    assert found.wide() == expected.wide()
+    # The folder itself goes before its folder `generate`.
+    (runs["spt0"] / "predictions.jsonl").write_text((runs["base"] / "predictions.jsonl").read_text())
+    assert f1(runs["spt0"]) == f1(runs["base"])
+
+
+def test_a_run_named_twice_counts_once(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs["base"].parent)
+    found = compare(["base", runs["base"], "./spt0"], runs["base"])
+    assert [(group.name, len(group.runs)) for group in found.groups] == [("base", 1), ("spt", 1)]
+
+
+def test_repeated_seeds_and_differing_options_are_noted(tmp_path: Path) -> None:
+    first = run(tmp_path / "a", REFERENCES, name="spt", seed=3)
+    second = run(tmp_path / "b", REFERENCES, name="spt", seed=3, lr=5e-4)
+    notes = compare([second], first).notes
+    assert any("seeds [3, 3] repeat" in note for note in notes)
+    assert any(note.endswith(f"{second} differs from {first} in optim.lr") for note in notes)
+    third = run(tmp_path / "c", REFERENCES, name="spt", seed=4)
+    assert not [note for note in compare([third], first).notes if "skipped" not in note]
+
+
+def test_runs_on_other_examples_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    path = runs["spt1"] / "predictions.jsonl"
+    path.write_text(path.read_text().replace("hello there friend", "hello friend"))
+    with pytest.raises(
+        DataError, match=r"spt1: data_sha256 is .* in the baseline .*base; runs are compared on the same"
+    ):
+        compare([runs["spt0"], runs["spt1"]], runs["base"])
+
+
+def test_runs_scored_otherwise_are_refused(runs: dict[str, Path]) -> None:
+    assert command.main([str(runs["spt0"]), "--bootstrap", "0", "--ead-vocabulary", "32000"]) == 0
+    with pytest.raises(DataError, match="ead_vocabulary is 32000, but 50265 in the baseline"):
+        compare([runs["spt0"]], runs["base"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [1\ntrain: 2\n", "config.yaml:2: not YAML"),
+        ("- a\n", "config.yaml: got a list, expected keys"),
+        ("name: 3\n", "config.yaml: name is 3, expected a string"),
+        ("train: {seed: x}\n", "config.yaml: train.seed is 'x', expected a whole number"),
+    ],
+)
+def test_a_broken_configuration_is_named(text: str, message: str, runs: dict[str, Path]) -> None:
+    (runs["base"] / "config.yaml").write_text(text)
+    with pytest.raises(DataError) as caught:
+        compare([], runs["base"])
+    assert str(caught.value).startswith(f"{runs['base']}/{message}")
+
+
+def test_missing_folders_end_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "no"), "--baseline", str(tmp_path / "no")]) == 2
+    assert "no: no such run folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty"), "--baseline", str(tmp_path / "empty")]) == 2
+    assert "no such predictions file" in capsys.readouterr().err
+
+
+def test_command_prints_and_writes(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(runs["spt0"]), str(runs["spt1"]), "--baseline", str(runs["base"]), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "spt: mean gain of DIST-1 and DIST-2 over base " in shown
+    found = compare([runs["spt0"], runs["spt1"]], runs["base"])
+    rows = list(csv.DictReader((tmp_path / "out" / "compare.csv").open()))
+    row = next(row for row in rows if (row["recipe"], row["metric"]) == ("spt", "f1_spt"))
+    assert float(row["gain"]) == found.gains(found.groups[1])["f1_spt"][0]
+    data = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert data["recipes"][1]["mean"] == found.groups[1].mean
+    assert [run["seed"] for run in data["recipes"][1]["runs"]] == [0, 1]
+    assert (tmp_path / "out" / "compare.md").read_text() == found.wide().markdown()
+    assert r"$\pm$" in (tmp_path / "out" / "compare.tex").read_text()
