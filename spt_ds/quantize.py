@@ -1,0 +1,133 @@
+"""`spt-ds quantize BASE OUT`: store a quantised base once, so that later runs read a quarter of the bytes.
+
+OUT gets safetensors files, config.json with our own section, and the tokenizer. Memory: one file and one layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from spt_ds.config.schema import ModelConfig
+from spt_ds.errors import ConfigError, SptError
+from spt_ds.log import get_logger
+from spt_ds.model.backbone import base_path, load_base_config, load_tokenizer
+from spt_ds.model.quant import Packing, QuantLinear
+from spt_ds.model.quant_load import finished_modules, report, skeleton
+from spt_ds.model.quant_source import SECTION, open_source, refuse_foreign_quantisation, section
+
+FILE_BYTES = 2**30
+
+Tensors = dict[str, torch.Tensor]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    try:
+        config, out = _arguments(argv)
+        write_quantised(config, out)
+    except SptError as error:
+        print(f"spt-ds quantize: {error}", file=sys.stderr)
+        return 2
+    print(f"{out}: set model.base to it and model.base_bits: {config.base_bits}")
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> tuple[ModelConfig, Path]:
+    parser = argparse.ArgumentParser(prog="spt-ds quantize", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("base", help="`embedded`, a folder, or a hub id")
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--bits", type=int, default=4, choices=[4, 8])
+    parser.add_argument("--type", default="nf4", help="4-bit code book: nf4 (default) or fp4")
+    parser.add_argument("--block-size", type=int, default=64, help="weights that share one scale (default 64)")
+    parser.add_argument("--double-quant", action="store_true", help="quantise the scales of a 4-bit base too")
+    parser.add_argument(
+        "--skip", action="append", metavar="NAME", help="linear layers that stay in 16 bits (default lm_head)"
+    )
+    args = parser.parse_args(argv)
+    quant = {"type": args.type, "block_size": args.block_size, "double_quant": args.double_quant}
+    if args.skip is not None:
+        quant["skip_modules"] = args.skip
+    try:
+        config = ModelConfig.model_validate(
+            {"base": args.base, "revision": args.revision, "base_bits": args.bits, "quant": quant}
+        )
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']}" for e in error.errors())
+        raise ConfigError(problems) from error
+    if args.out.exists():
+        raise ConfigError(f"{args.out} is already there; give a folder that is not, or delete it")
+    return config, args.out
+
+
+def write_quantised(config: ModelConfig, out: Path) -> None:
+    """Quantise the base of `config` into the new folder `out`, which appears only when it is complete."""
+    base, path = load_base_config(config), base_path(config.base)
+    refuse_foreign_quantisation(base, config, path)
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    load_tokenizer(config).save_pretrained(part)
+    lm = skeleton(base, torch.bfloat16)
+    source = open_source(lm, config, path, torch.device("cpu"))
+    errors: dict[str, float] = {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    finished = finished_modules(lm, config, source, device, errors)
+    total = _write_files(part, _files(finished))
+    report(lm, errors, Packing.of(config))
+    lm.generation_config.save_pretrained(part)
+    setattr(base, SECTION, section(config))
+    base.architectures, base.dtype = [type(lm).__name__], "bfloat16"
+    base.save_pretrained(part)
+    for file in part.glob("*.safetensors"):  # written for the owner alone
+        shutil.copymode(part / "config.json", file)
+    part.rename(out)
+    get_logger().info("%s: %.1f MiB", out, total / 2**20)
+
+
+def _files(finished: Iterator[tuple[str, nn.Module]]) -> Iterator[Tensors]:
+    """Tensors of about `FILE_BYTES` at a time; a module's own are let go of once they are in a file."""
+    tensors: Tensors = {}
+    written: dict[int, nn.Parameter] = {}  # tied weights come once
+    for name, module in finished:
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in written:
+                tensors[f"{name}.{key}"] = parameter.detach().cpu()
+        if isinstance(module, QuantLinear):
+            del module.packed
+        else:
+            written |= {id(parameter): parameter for parameter in module.parameters(recurse=False)}
+        if sum(t.numel() * t.element_size() for t in tensors.values()) >= FILE_BYTES:
+            yield tensors
+            tensors = {}
+    yield tensors
+
+
+def _write_files(folder: Path, files: Iterator[Tensors]) -> int:
+    """Write numbered safetensors files and their index; return the bytes of the tensors."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, tensors in enumerate(files, start=1):
+        name = f"model-{number:05d}.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(sorted(tensors), name)
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
