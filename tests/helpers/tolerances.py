@@ -40,7 +40,7 @@ def value_gap(ours: torch.Tensor, twin: torch.Tensor) -> float:
     """Largest difference relative to max(1, |twin|); infinite where the shapes differ."""
     if ours.shape != twin.shape:
         return float("inf")
-    a, b = ours.double(), twin.double()
+    a, b = ours.double().cpu(), twin.double()
     return float(((a - b).abs() / b.abs().clamp_min(1.0)).max())
 
 
@@ -48,7 +48,7 @@ def grad_gap(ours: torch.Tensor, twin: torch.Tensor) -> float:
     """Norm of the difference relative to the norm of the twin; a twin of zeros leaves the absolute norm."""
     if ours.shape != twin.shape:
         return float("inf")
-    a, b = ours.double(), twin.double()
+    a, b = ours.double().cpu(), twin.double()
     scale = float(b.norm())
     return float((a - b).norm()) / (scale if scale > 0 else 1.0)
 

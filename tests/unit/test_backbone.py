@@ -15,15 +15,24 @@ from transformers import (
     BloomConfig,
     CohereConfig,
     FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
+    GPTNeoXConfig,
     GraniteConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     MptConfig,
+    Olmo2Config,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
     StableLmConfig,
+    Starcoder2Config,
     T5Config,
 )
 
@@ -34,7 +43,7 @@ from spt_ds.model import backbone as backbone_module
 from spt_ds.model.attention import PACKED, Layout, choose_backend
 from spt_ds.model.backbone import Backbone, build_backbone, load_tokenizer
 from spt_ds.model.rows import embed, target_states
-from tests.helpers.tiny import VOCABULARY, random_batch, tiny_backbone, tiny_config, tiny_lm, tiny_spt
+from tests.helpers.tiny import VOCABULARY, examples_of, random_batch, tiny_backbone, tiny_config, tiny_lm, tiny_spt
 from tests.numerics.steps import counts_of
 
 CPU = torch.device("cpu")
@@ -177,6 +186,41 @@ class TestCheck:
 
 def rows(lens: tuple[int, ...]) -> Layout:
     return Layout(lens, torch.cat([torch.arange(n) for n in lens]), "sdpa", CPU)
+
+
+SMALL: dict[str, Any] = {**GATED, "pad_token_id": 0}
+FAMILIES: list[PretrainedConfig] = [
+    MistralConfig(**SMALL, sliding_window=64),
+    Qwen2Config(**SMALL),
+    Qwen3Config(**SMALL, head_dim=8),
+    Gemma3TextConfig(**SMALL, head_dim=8),
+    Phi3Config(**SMALL),
+    GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
+    GPTNeoXConfig(**SIZES, intermediate_size=24),
+    Olmo2Config(**SMALL),
+    Starcoder2Config(**SMALL),
+    MixtralConfig(**SMALL, num_local_experts=2),
+]
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
+def test_families_that_have_been_run(config: PretrainedConfig) -> None:
+    """`check` passes, and one reply's loss in both placements is that of the base's own forward."""
+    backbone = backbone_of(config)
+    check(backbone)
+    batch = random_batch(((6, 3), (4, 2)))
+    context, response = examples_of(batch)[0]
+    for placement in ("prefix", "suffix"):
+        spt = tiny_spt(backbone, count=2, dtype=torch.float32, prompts={"placement": placement})
+        with torch.no_grad():
+            ours = backbone(spt.micro_losses, batch, counts_of(batch)).nll[1, 0]
+            pieces = [spt.trainables.bank.weight[1], backbone.embed(context)]
+            row = torch.cat([*(pieces if placement == "prefix" else pieces[::-1]), backbone.embed(response)])
+            backbone.lm.set_attn_implementation("eager")
+            logits = backbone.lm(inputs_embeds=row[None], use_cache=False).logits[0, len(row) - 4 : -1]
+            backbone.lm.set_attn_implementation(PACKED)
+        own = torch.nn.functional.cross_entropy(logits, response)
+        torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-5)
 
 
 class TestSlidingWindow:
