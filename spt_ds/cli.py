@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": ("spt_ds.evaluate.command", "score a predictions file"),
     "compare": ("spt_ds.evaluate.compare", "one table of several runs"),
     "summary": ("spt_ds.summary", "losses, scores and prompt usage of a run"),
+    "bench": ("spt_ds.bench.command", "a training step at a given shape beside a naive twin"),
     "quantize": ("spt_ds.quantize", "write a base once in 4 or 8 bits"),
     "doctor": ("spt_ds.doctor", "check machine, ranks and network before a run"),
     "config": ("spt_ds.cli", "show a resolved configuration, the schema or the recipes"),

@@ -56,7 +56,10 @@ def _generate(
     store = open_split(session, "test")
     marker = (path / checkpoint.MARKER).read_text(encoding="utf-8")
     identity = json.dumps([marker, store.data_hash, config.generate.model_dump(mode="json"), config.train.seed])
-    final = Generator(session, store, out, identity).run()
+    try:
+        final = Generator(session, store, out, identity).run()
+    finally:
+        session.sharding.close()
     get_logger().info(f"{len(store)} replies of {path.name} in {final}")
 
 

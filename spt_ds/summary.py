@@ -12,13 +12,7 @@ from typing import Any
 
 from spt_ds.errors import DataError, SptError
 
-# Row name, key in scores.json; the losses come from DONE.json.
-SCORES = (
-    ("F1 (SPT)", "f1_spt"),
-    ("BLEU", "bleu"),
-    ("DIST-1", "dist_1"),
-    ("DIST-2", "dist_2"),
-)
+SCORES = (("F1 (SPT)", "f1_spt"), ("BLEU", "bleu"), ("DIST-1", "dist1"), ("DIST-2", "dist2"))  # keys of scores.json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,12 +35,15 @@ def summary_rows(run: Path) -> list[tuple[str, str]]:
     done = _read(run / "DONE.json", "train it to the end first")
     before, after = done["valid_before"], done["valid_after"]
     rows = [("steps", f"{done['step']} on {done['world_size']} rank(s)")]
-    for name, key in (("validation loss, mean of all prompts", "nll"), ("validation loss, selected prompt", "nll_selected")):
+    for name, key in (
+        ("validation loss, mean of all prompts", "nll"),
+        ("validation loss, selected prompt", "nll_selected"),
+    ):
         rows.append((name, f"{before[key]:.4f} before, {after[key]:.4f} after"))
     predictions = run / "generate" / "predictions.jsonl"
     if (run / "generate" / "scores.json").is_file():
-        scores = _read(run / "generate" / "scores.json", "run `spt-ds evaluate` first")
-        rows += [(name, f"{_find(scores, key):.2f}") for name, key in SCORES]
+        values = _read(run / "generate" / "scores.json", "run `spt-ds evaluate` again")["values"]
+        rows += [(name, f"{values[key]:.2f}") for name, key in SCORES]
     if predictions.is_file():
         used = Counter(json.loads(line)["prompt"] for line in predictions.read_text(encoding="utf-8").splitlines())
         usage = ", ".join(f"{prompt}: {count}" for prompt, count in sorted(used.items(), key=str))
@@ -54,11 +51,6 @@ def summary_rows(run: Path) -> list[tuple[str, str]]:
         rows.append(("prompt usage", usage))
     rows.append(("run folder", str(run)))
     return rows
-
-
-def _find(scores: dict[str, Any], key: str) -> float:
-    value = scores.get("scores", scores).get(key)
-    return float(value["value"] if isinstance(value, dict) else value)
 
 
 def _read(path: Path, mend: str) -> dict[str, Any]:

@@ -64,7 +64,12 @@ def _read(source: str) -> tuple[str, str]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, and reads 1e-3 as a number as YAML 1.2 does."""
+    """SafeLoader that refuses a key given twice and, as YAML 1.2, reads 1e-3 as a number and `off` as a word."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own name and form
+        first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,7 +85,9 @@ def decide(config: Config, deepspeed_config: str | None, world: dist.World) -> t
     # Ranks decide together: the smallest memory of all counts.
     rank_bytes = min(dist.gather_json(plan.memory_per_rank(gpu, world.local_size)))
     if deepspeed_config is not None:
-        ds_plan = load_ds_config(deepspeed_config, config, world.size)
+        path = deepspeed_config
+        ds_plan = dist.agreed(lambda: load_ds_config(path, config, world.size))
+        _same_plan(ds_plan)
         placement: plan.Placement = "replicate" if ds_plan.stage < 3 else "zero3"
         if ds_plan.offload != "none":
             placement = "zero3_offload"
@@ -96,6 +99,13 @@ def decide(config: Config, deepspeed_config: str | None, world: dist.World) -> t
     for line in (why, why_recompute, *ds_plan.notes):
         get_logger().info(line)
     return ds_plan, recompute
+
+
+def _same_plan(ds_plan: DsPlan) -> None:
+    """Ranks must shard alike; the swap folder of NVMe offload alone is each process's own."""
+    shared = json.loads(json.dumps(ds_plan.engine_config))
+    shared.get("zero_optimization", {}).get("offload_param", {}).pop("nvme_path", None)
+    dist.same_everywhere("the DeepSpeed configuration", json.dumps(shared, sort_keys=True))
 
 
 def _check_window(config: Config, base: object) -> None:

@@ -71,6 +71,7 @@ class Trainer:
             return self._loop(train, valid)
         finally:
             self.metrics.close()
+            session.sharding.close()
 
     def _prepare_folder(self) -> None:
         if self.world.rank == 0:

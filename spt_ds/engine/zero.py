@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spt_ds.engine.ds_config import DsPlan
+from spt_ds.engine.ds_config import DsPlan, remove_swap_files
 from spt_ds.errors import EngineError
 from spt_ds.log import say_once
 
@@ -56,6 +56,10 @@ class Sharding:
         deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
         self._keep.append(HfDeepSpeedConfig(self.plan.engine_config))
 
+    def close(self) -> None:
+        """Remove what DeepSpeed leaves on an NVMe disk."""
+        remove_swap_files(self.plan)
+
     def shard_function(self) -> Callable[[nn.Module], None] | None:
         """A function that shards the parameters of one module at once, for bases that are loaded layer by layer."""
         if not self.on:
@@ -73,11 +77,40 @@ class Sharding:
             return root.to(self.device)
         import deepspeed
 
+        for module in root.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = FrozenLinear
         engine = deepspeed.initialize(model=root, config=self.plan.engine_config)[0]
         self._keep.append(engine)
         # The engine's own forward refuses a plain `loss.backward()`; the module has the hooks that gather and release.
         wrapped: nn.Module = engine.module
         return wrapped
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer that keeps nothing for the backward pass; takes the place of `nn.Linear` in a sharded base.
+
+    DeepSpeed replaces `functional.linear` by one that keeps every layer's input, which only a weight's gradient needs,
+    and that rounds a 16-bit layer with bias twice. The plain one would keep the gathered weight.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = _KeepNothing.apply(input, self)
+        return out
+
+
+class _KeepNothing(torch.autograd.Function):
+    """ZeRO-3's hooks gather the layer's weight before its backward pass, which reads it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+        ctx.layer = layer
+        return torch.ops.aten.linear(x, layer.weight, layer.bias)  # what DeepSpeed did not replace
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grads
+        return grad @ ctx.layer.weight, None
 
 
 def local_bytes(root: nn.Module) -> int:

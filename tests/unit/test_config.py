@@ -61,6 +61,12 @@ def test_scientific_notation_is_a_number(text: str) -> None:
     assert load_config("demo", [f"optim.lr={text}"]).optim.lr == 1e-4
 
 
+def test_off_is_a_word_and_true_is_not() -> None:
+    config = load_config("demo", ["model.activation_checkpointing=off", "engine.strict=true"])
+    assert config.model.activation_checkpointing == "off"
+    assert config.engine.strict is True
+
+
 @pytest.mark.parametrize("override", ["lr", "optim.lr", "=3", "optim..lr=3", "name.x=1", "optim.lr=[1"])
 def test_malformed_overrides(override: str) -> None:
     with pytest.raises(ConfigError):

@@ -1,0 +1,73 @@
+"""Bases of real shape with random weights, and micro-batches of real lengths, for benchmarks without downloads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
+
+from spt_ds.batch import Batch
+from spt_ds.config.schema import Config, ModelConfig
+from spt_ds.data.encode import encode_many
+from spt_ds.data.readers import read
+from spt_ds.model.attention import PACKED, choose_backend
+from spt_ds.model.backbone import Backbone, base_dtype, load_tokenizer
+from spt_ds.model.spt import Spt, build_trainables
+
+
+def _opt(hidden: int, layers: int, heads: int) -> PretrainedConfig:
+    return OPTConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * hidden,
+        word_embed_proj_dim=hidden, vocab_size=50272, max_position_embeddings=2048, dropout=0.0,
+    )  # fmt: skip
+
+
+def _llama(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocabulary: int = 32000) -> PretrainedConfig:
+    return LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        intermediate_size=ffn, vocab_size=vocabulary, max_position_embeddings=4096, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+SHAPES = {
+    "tiny": lambda: _llama(64, 2, 4, 2, 128, 1000),
+    "opt-125m": lambda: _opt(768, 12, 12),
+    "opt-1.3b": lambda: _opt(2048, 24, 32),
+    "llama-7b": lambda: _llama(4096, 32, 32, 32, 11008),
+    "llama-70b": lambda: _llama(8192, 80, 64, 8, 28672),
+}
+
+
+def build(shape: str, config: Config, device: torch.device) -> tuple[Backbone, Spt]:
+    """A backbone of random weights and the method on it; `config.model.base_bits` 16 or 32."""
+    torch.manual_seed(0)
+    dtype = base_dtype(config.model.base_bits)
+    with device:
+        lm: Any = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype, attn_implementation=PACKED)
+    backend = choose_backend(config.model.attention, device, dtype, strict=False)
+    backbone = Backbone(lm, backend)
+    backbone.checkpoint_activations(config.model.activation_checkpointing)
+    trainables = build_trainables(config, backbone, [], seed=0)
+    return backbone, Spt(config, trainables, pad_id=0)
+
+
+def micro_batch(source: str, tokenizer: str, size: int, vocabulary: int, max_tokens: int) -> Batch:
+    """The first `size` examples, each of another dialogue turn, of a real data set, as one micro-batch."""
+    loaded = load_tokenizer(ModelConfig(base=tokenizer))
+    chosen = []
+    for number, (_, encoded) in enumerate(encode_many(read(source, "auto"), loaded, max_tokens)):
+        if number % 7 == 3:  # turns from early to late, as a shuffled epoch would mix them
+            chosen.append(encoded)
+        if len(chosen) == size:
+            break
+    contexts = [torch.tensor(one.context_ids) % vocabulary for one in chosen]
+    responses = [torch.tensor(one.response_ids) % vocabulary for one in chosen]
+    return Batch(
+        torch.cat(contexts),
+        torch.cat(responses),
+        tuple(len(ids) for ids in contexts),
+        tuple(len(ids) for ids in responses),
+        tuple(range(size)),
+        (1.0,) * size,
+    )
