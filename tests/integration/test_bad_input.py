@@ -1,0 +1,103 @@
+"""What a user can get wrong ends in one clear message, exit code 2, and nothing half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spt_ds import train
+from tests.helpers.ranks import run_ranks
+
+
+def run(run_dir: Path, *overrides: str) -> tuple[int, str]:
+    """Train in a rank of its own, so that process groups and signal handlers do not leak between tests."""
+    code, text = run_ranks(1, _train, str(run_dir), overrides, timeout_s=60)[0]
+    return code, text
+
+
+def _train(world: object, run_dir: str, overrides: tuple[str, ...]) -> tuple[int, str]:
+    import contextlib
+    import io
+
+    argv = ["--config", "demo", "--run-dir", run_dir]
+    for override in ("train.max_steps=1", "data.workers=0", *overrides):
+        argv += ["--set", override]
+    spoken = io.StringIO()
+    with contextlib.redirect_stderr(spoken):
+        code = train.main(argv)
+    from spt_ds import dist
+
+    dist.init(30)
+    return code, spoken.getvalue()
+
+
+BAD_DATA = {
+    "missing": (None, "nowhere.txt"),
+    "empty": (b"", "bad.txt"),
+    "no tab": (b"1 your persona: i sing.\n2 hello there\n", "bad.txt:2"),
+    "late persona": (b"1 hi\thello\n2 your persona: i sing.\n", "bad.txt:2"),
+    "not utf-8": (b"1 your persona: i s\xffng.\n2 hi\thello\n", "bad.txt:1"),
+    "long reply": (b"1 hi\t" + b"hello there " * 300 + b"\n", "bad.txt"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_DATA))
+def test_data_files(name: str, tmp_path: Path) -> None:
+    content, where = BAD_DATA[name]
+    path = tmp_path / ("nowhere.txt" if content is None else "bad.txt")
+    if content is not None:
+        path.write_bytes(content)
+    code, text = run(tmp_path / "run", f"data.train={path}", f"data.cache_dir={tmp_path / 'cache'}")
+    assert code == 2
+    assert where in text
+    assert "Traceback" not in text
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("optim.lrr=1", "optim.lrr: unknown key; did you mean 'lr'?"),
+        ("prompts.count=0", "prompts.count"),
+        ("data.max_tokens=5000", "data.max_tokens"),
+        ("model.base=./no-such-folder", "model.base: no folder ./no-such-folder"),
+        ("model.attention=flash", "strict"),
+    ],
+)
+def test_configuration(override: str, part: str, tmp_path: Path) -> None:
+    code, text = run(tmp_path / "run", override, "engine.strict=true")
+    assert code == 2
+    assert part in text
+    assert "Traceback" not in text
+
+
+def test_base_folder_without_weights(tmp_path: Path) -> None:
+    from importlib import resources
+    from shutil import copy
+
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        copy(str(resources.files("spt_ds") / "assets" / "base" / name), base)
+    code, text = run(tmp_path / "run", f"model.base={base}")
+    assert code == 2
+    assert "no weights can be loaded" in text
+
+
+def _two_files(world: object, folder: str) -> str:
+    from spt_ds import dist, errors
+
+    assert isinstance(world, dist.World)
+    try:
+        dist.same_everywhere("data.train", f"hash of rank {world.rank}")
+    except errors.EngineError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_see_different_files_all_say_so(tmp_path: Path) -> None:
+    messages = run_ranks(2, _two_files, str(tmp_path))
+    assert messages[0] == messages[1]
+    assert "data.train differs between ranks: ranks [0]: hash of rank 0; ranks [1]: hash of rank 1" in messages[0]
