@@ -71,7 +71,7 @@ def tiny_lm(arch: str, dtype: torch.dtype = torch.float64, seed: int = 0, **over
         for name, parameter in lm.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 2:
-                spread = 0.3 if "embed" in name else 1.2 / math.sqrt(parameter.shape[1])
+                spread = 0.3 if "embed" in name else 1.0 / math.sqrt(parameter.shape[1])
                 parameter.copy_(spread * noise)
             else:
                 parameter.add_(0.3 * noise)  # biases stand around 0, norm weights around 1 (Gemma's: 0)

@@ -198,7 +198,7 @@ def bank_detached_in_retriever(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Retriever, "cosines", lambda self, bank, pooled: right(self, bank.detach(), pooled))
 
 
-def prompts_of_another_example(patch: pytest.MonkeyPatch) -> None:
+def losses_under_another_prompt(patch: pytest.MonkeyPatch) -> None:
     """The loss of each prompt is reported under its neighbour."""
     right = Spt._states
     patch.setattr(Spt, "_states", lambda *args: right(*args).roll(1, dims=0))
@@ -252,7 +252,7 @@ FAULTS = [
     Fault("contrastive_sign", contrastive_sign, {}),
     Fault("projections_swapped", projections_swapped, {}),
     Fault("bank_detached_in_retriever", bank_detached_in_retriever, {}),
-    Fault("prompts_of_another_example", prompts_of_another_example, {}),
+    Fault("losses_under_another_prompt", losses_under_another_prompt, {}),
     Fault("prompts_rounded_to_bf16", prompts_rounded_to_bf16, {}, ALL[:2]),
     Fault("logits_one_precision_lower", logits_one_precision_lower, {}, ALL[:2]),
 ]
