@@ -19,7 +19,7 @@ class Tolerance:
     grad: float
 
 
-# Two to twelve times the largest differences measured (docs/numerics.md). The fp64 losses would allow 1e-14, but torch's
+# Two to twelve times the largest differences measured (docs/numerics.md). fp64 losses would allow 1e-14, but torch's
 # cosine embedding loss adds 1e-12 to squared norms, which shows as 9e-13.
 TOLERANCES = {
     torch.float64: Tolerance(loss=1e-11, grad=1e-11),
