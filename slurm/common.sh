@@ -1,0 +1,184 @@
+# shellcheck shell=bash disable=SC2034
+# Functions of the job scripts; reading this file runs nothing. Each script does
+#
+#   spt_open FOLDER        site.env, folder, logs, the script itself; one job at a time owns a folder
+#   spt_step LOGS CMD...   CMD as every rank of the allocation; its exit status is left in SPT_CODE
+#   spt_conclude DONE      the truth as exit status, or a requeue
+#
+# Exit status of a rank: 0 done, 75 stopped on request with a checkpoint, 2 an error the user can mend, else a fault.
+
+SPT_ASKED="" # the signal with which Slurm asked this job to stop: USR1 (time limit, pre-emption) or TERM (scancel)
+SPT_CODE=0
+SPT_FOLDER=""
+SPT_STOP_SIGNAL=USR1 # what the ranks get when Slurm asks to stop
+
+spt_say() { printf '%s [job %s] %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "${SLURM_JOB_ID:-none}" "$*"; }
+
+spt_refuse() {
+    spt_say "error: $*" >&2
+    exit 2
+}
+
+# spt_option NAME ARGS...: print the value of `NAME VALUE` or `NAME=VALUE` among ARGS; fail when it is not there.
+spt_option() {
+    local name=$1
+    shift
+    while (($#)); do
+        case $1 in
+        "$name") [[ $# -ge 2 ]] && printf '%s' "$2" && return 0 ;;
+        "$name"=*) printf '%s' "${1#*=}" && return 0 ;;
+        esac
+        shift
+    done
+    return 1
+}
+
+# spt_site: read slurm/site.env, if the site has one, and find the interpreter.
+spt_site() {
+    if [[ -r slurm/site.env ]]; then
+        set -a # what a site sets is meant for the ranks too
+        # shellcheck source=/dev/null
+        . slurm/site.env
+        set +a
+    fi
+    export SPT_PYTHON=${SPT_PYTHON:-$PWD/.venv/bin/python}
+    [[ -x $SPT_PYTHON ]] || spt_refuse "SPT_PYTHON: $SPT_PYTHON cannot be run; run \`make\` once, or set it in slurm/site.env"
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+}
+
+# spt_open FOLDER: from here on everything this job says is appended to FOLDER/logs/job.log.
+spt_open() {
+    SPT_FOLDER=$1
+    trap 'SPT_ASKED=${SPT_ASKED:-USR1}' USR1
+    trap 'SPT_ASKED=TERM' TERM INT
+    spt_site
+    mkdir -p "$SPT_FOLDER/logs" "$SPT_FOLDER/slurm"
+    spt_say "log: $SPT_FOLDER/logs/job.log"
+    exec >>"$SPT_FOLDER/logs/job.log" 2>&1
+    spt_say "start ${SLURM_RESTART_COUNT:-0}: ${SLURM_NTASKS:-$SLURM_NNODES} ranks on $SLURM_JOB_NODELIST (tasks $SLURM_TASKS_PER_NODE)"
+    local owner
+    owner=$(cat "$SPT_FOLDER/slurm/owner" 2>/dev/null || true)
+    if [[ -n $owner && $owner != "$SLURM_JOB_ID" && -n $(squeue --noheader --states=R,CG --jobs="$owner" 2>/dev/null) ]]; then
+        spt_refuse "$SPT_FOLDER: job $owner is working in this folder; wait for it, or scancel it"
+    fi
+    printf '%s' "$SLURM_JOB_ID" >"$SPT_FOLDER/slurm/owner"
+    cp "$0" "$SPT_FOLDER/slurm/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.sh"
+}
+
+# spt_rendezvous: address and port of rank 0. A restart takes another port: the old one may still be held.
+spt_rendezvous() {
+    local first
+    read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    export MASTER_ADDR=$first
+    export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 12000))
+}
+
+# spt_step LOGS CMD...: one task per rank, as many as SLURM_* says; output of each node is appended to LOGS/NODE.log.
+spt_step() {
+    local logs=$1 repeater=""
+    shift
+    [[ -z $SPT_ASKED ]] || return 0
+    mkdir -p "$logs"
+    spt_rendezvous
+    local options=(--export=ALL --kill-on-bad-exit=1 "--wait=${SPT_WAIT_S:-60}" --open-mode=append "--output=$logs/%N.log")
+    [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || options+=("--cpus-per-task=$SLURM_CPUS_PER_TASK") # srun does not inherit it
+    # Every rank sees all GPUs of its node and takes that of its local rank: NCCL needs to see its peers.
+    [[ -z ${SLURM_JOB_GPUS:-}${SLURM_GPUS_ON_NODE:-} ]] || options+=(--gpu-bind=none)
+    # shellcheck disable=SC2016
+    srun "${options[@]}" bash -c '. slurm/common.sh && spt_rank "$@"' rank "$@" &
+    local child=$!
+    while :; do
+        SPT_CODE=0
+        wait "$child" || SPT_CODE=$?
+        kill -0 "$child" 2>/dev/null || break # it has ended, and that was its own status
+        if [[ -n $SPT_ASKED && -z $repeater ]]; then
+            spt_say "Slurm asks to stop ($SPT_ASKED); telling the ranks"
+            # Again and again: a rank that is still starting ignores it.
+            (while kill -s "$SPT_STOP_SIGNAL" "$child" 2>/dev/null; do sleep 5; done) &
+            repeater=$!
+        fi
+    done
+    [[ -z $repeater ]] || kill "$repeater" 2>/dev/null || true
+    spt_say "step ended with $SPT_CODE"
+}
+
+# spt_tasks_of LIST INDEX: tasks on node INDEX of a list such as "4(x2),2".
+spt_tasks_of() {
+    local index=$2 item count times
+    local -a items
+    IFS=, read -ra items <<<"$1"
+    for item in "${items[@]}"; do
+        count=${item%%(*}
+        times=1
+        [[ $item != *x* ]] || times=${item##*x} times=${times%)}
+        if ((index < times)); then
+            printf '%s' "$count"
+            return 0
+        fi
+        index=$((index - times))
+    done
+    return 1
+}
+
+# spt_rank CMD...: become one rank. srun's variables are mapped here, because nodes may have different numbers of ranks.
+spt_rank() {
+    trap '' USR1 # ignored, not deadly, until the program takes it over
+    RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_RANK=$SLURM_LOCALID
+    LOCAL_WORLD_SIZE=$(spt_tasks_of "$SLURM_STEP_TASKS_PER_NODE" "$SLURM_NODEID")
+    export RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
+    if ((LOCAL_RANK == 0 && ${SLURM_GPUS_ON_NODE:-0} > LOCAL_WORLD_SIZE)); then
+        spt_say "warning: $SLURMD_NODENAME has $SLURM_GPUS_ON_NODE GPUs for $LOCAL_WORLD_SIZE ranks; ask for --ntasks-per-node=$SLURM_GPUS_ON_NODE"
+    fi
+    exec "$@"
+}
+
+# spt_conclude DONE: end the job. The file DONE is the truth about success, not an exit status. A stop that Slurm asked
+# for is requeued; a fault is requeued SPT_MAX_FAILURES times a job; an error the user can mend never is.
+spt_conclude() {
+    local done=$1 failures="$SPT_FOLDER/slurm/$SLURM_JOB_ID.failures"
+    if [[ -s $done ]]; then
+        spt_say "done: $done"
+        exit 0
+    fi
+    if ((SPT_CODE == 0)); then
+        spt_say "the ranks ended with 0 but $done is not there"
+        SPT_CODE=1
+    fi
+    if [[ $SPT_ASKED == TERM ]]; then
+        spt_say "cancelled; the same command goes on from the newest checkpoint"
+    elif ((SPT_CODE == 2)); then
+        spt_say "an error to mend, see the node logs beside this one; not requeued"
+    elif [[ $SPT_ASKED == USR1 ]]; then
+        spt_requeue "stopped for Slurm"
+    elif ((SPT_CODE == 75)); then
+        spt_say "stopped on request; the same command goes on"
+    else
+        echo "$SPT_CODE" >>"$failures"
+        if (($(wc -l <"$failures") <= ${SPT_MAX_FAILURES:-3})); then
+            spt_requeue "fault $(wc -l <"$failures") of ${SPT_MAX_FAILURES:-3} that are forgiven"
+        fi
+        spt_say "failed too often; see the node logs beside this one"
+    fi
+    exit "$SPT_CODE"
+}
+
+# spt_requeue WHY: put this job back into the queue, at most SPT_MAX_RESTARTS times.
+spt_requeue() {
+    if ((${SLURM_RESTART_COUNT:-0} >= ${SPT_MAX_RESTARTS:-50})); then
+        spt_say "$1; not requeued: it has been restarted ${SLURM_RESTART_COUNT:-0} times (SPT_MAX_RESTARTS)"
+        exit "$SPT_CODE"
+    fi
+    # A node that was cut off comes back to find that its job runs elsewhere: that one is not to be disturbed.
+    if ! scontrol show job "$SLURM_JOB_ID" | grep -qw "Restarts=${SLURM_RESTART_COUNT:-0}"; then
+        spt_say "$1; not requeued: Slurm does not answer, or has restarted this job already"
+        exit "$SPT_CODE"
+    fi
+    spt_say "$1; requeueing"
+    trap 'exit "$SPT_CODE"' TERM
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        sleep 300 & # Slurm ends this script
+        wait $!
+    fi
+    spt_say "Slurm did not requeue this job"
+    exit "$SPT_CODE"
+}

@@ -1,0 +1,113 @@
+"""Whatever befalls a job, its run ends with the loss of the undisturbed one, and nothing is left running."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import faults, jobs
+from tests.cluster.faults import FAULTS, Cost
+from tests.cluster.sandbox import Sandbox, processes, ranks, wait_until
+from tests.cluster.slurm import Slurm, job_log
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+STEP = jobs.EVERY + 2  # a checkpoint is there, and steps after it
+
+
+def nothing_is_left() -> None:
+    def left() -> list[tuple[int, list[str]]]:
+        return [found for found in processes() if {"srun", "slurmstepd"} & {Path(word).name for word in found[1][:1]}]
+
+    wait_until("no rank and no step is left", lambda: not ranks() and not left(), 40, 1)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_goes_on_by_itself_after(
+    sandbox: Sandbox, slurm: Slurm, config: Path, tmp_path: Path, expected_loss: float, costs: list[Cost], fault: str
+) -> None:
+    run = tmp_path / "run"
+    number = slurm.train(config, run)
+    begin, step = faults.wait_for_step(run, STEP)
+    FAULTS[fault](sandbox, slurm)
+    try:
+        job = slurm.wait_for(number, timeout_s=240)
+    finally:
+        faults.mend(sandbox, slurm)
+    assert job["Restarts"] == "1"
+    assert jobs.final_loss(run) == pytest.approx(expected_loss, rel=1e-5)
+    nothing_is_left()
+    costs.append(faults.cost(fault, run, begin, step))
+    assert costs[-1].repeated <= jobs.EVERY
+
+
+def test_lives_through_a_restart_of_slurmd(
+    sandbox: Sandbox, slurm: Slurm, config: Path, tmp_path: Path, expected_loss: float
+) -> None:
+    run = tmp_path / "run"
+    number = slurm.train(config, run)
+    faults.wait_for_step(run, STEP)
+    FAULTS["`kill -9` of slurmd, for good"](sandbox, slurm)
+    slurm.start_slurmd("node2")
+    assert slurm.wait_for(number)["Restarts"] == "0"
+    assert jobs.final_loss(run) == pytest.approx(expected_loss, rel=1e-5)
+    nothing_is_left()
+
+
+def test_time_limit_saves_and_requeues(
+    slurm: Slurm, config: Path, tmp_path: Path, expected_loss: float, costs: list[Cost]
+) -> None:
+    run = tmp_path / "run"
+    patient = ["--set", "engine.collective_timeout_s=150"]
+    number = slurm.train(config, run, "--time=2", "--signal=B:USR1@90", arguments=patient)
+    faults.wait_for_step(run, STEP)
+    paused = ranks()
+    faults.pause(paused)  # the run must not be done before Slurm looks at its clock, which it does twice a minute
+    wait_until("the early signal", lambda: "asks to stop (USR1)" in job_log(run), 60)
+    faults.go_on(paused)
+    begin, step = faults.wait_for_step(run, STEP)
+    wait_until("the requeue", lambda: slurm.job(number)["Restarts"] == "1", 60)
+    slurm.call("scontrol", "update", f"JobId={number}", "TimeLimit=30")
+    slurm.wait_for(number)
+    assert jobs.final_loss(run) == pytest.approx(expected_loss, rel=1e-5)
+    nothing_is_left()
+    costs.append(faults.cost("time limit, early signal", run, begin, step))
+    assert costs[-1].repeated <= 0
+
+
+def test_scancel_saves_and_a_smaller_job_goes_on(
+    slurm: Slurm, config: Path, tmp_path: Path, expected_loss: float, costs: list[Cost]
+) -> None:
+    run = tmp_path / "run"
+    number = slurm.train(config, run, nodes=3)
+    begin, step = faults.wait_for_step(run, STEP)
+    slurm.call("scancel", str(number))
+    slurm.wait_for(number, ("CANCELLED",))
+    nothing_is_left()
+    assert not (run / "DONE.json").exists()
+    slurm.wait_for(slurm.train(config, run, nodes=2))
+    assert jobs.final_loss(run) == pytest.approx(expected_loss, rel=1e-5)
+    costs.append(faults.cost("`scancel`, submitted again on one node less", run, begin, step))
+    assert costs[-1].repeated <= 0
+    before = (run / "metrics.jsonl").read_text()
+    slurm.wait_for(slurm.train(config, run), timeout_s=20)  # done: not repeated
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_gives_up_after_too_many_faults(sandbox: Sandbox, slurm: Slurm, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    number = slurm.train(config, run, SPT_MAX_FAILURES="0")
+    faults.wait_for_step(run, 1)
+    faults.rank_killed(sandbox, slurm)
+    job = slurm.wait_for(number, ("FAILED",))
+    assert job["ExitCode"] != "0:0"
+    assert job["Restarts"] == "0"
+    assert "failed too often" in job_log(run)
+    nothing_is_left()
+
+
+def test_a_mistake_is_not_tried_again(slurm: Slurm, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = slurm.wait_for(slurm.train(config, run, arguments=["--set", "optim.no_such_key=1"]), ("FAILED",))
+    assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")
+    assert "no_such_key" in (run / "logs" / "node1.log").read_text()
