@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.cluster.sandbox import Sandbox, kill_9, processes, ranks, wait_until
 from tests.cluster.slurm import Slurm, job_log
@@ -95,7 +96,7 @@ def cost(fault: str, run: Path, begin: float, step: int) -> Cost:
     return Cost(fault, noticed, again - begin, step - start)
 
 
-def _records(run: Path) -> list[dict[str, float]]:
+def _records(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [record for line in lines if line.endswith("}") and (record := json.loads(line))["kind"] == "train"]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -17,31 +18,25 @@ from tests.helpers.tokenizers import byte_tokenizer
 
 STEPS, EVERY = 40, 5
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
-WORDS = "dog cat tea music night run book sea rain bread train lake snow green old new warm far".split()
+WORDS = ["dog", "cat", "tea", "music", "night", "run", "book", "sea", "rain", "bread", "train", "lake", "snow", "warm"]
 
 
 def make_job(folder: Path) -> Path:
     """Write base, dialogues and configuration into `folder`; return the path of the YAML file."""
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "initializer_range": 0.3,
-    }
-    base = LlamaForCausalLM(
-        LlamaConfig(vocab_size=258, max_position_embeddings=256, **shape, bos_token_id=256, eos_token_id=257)
-    )
+    settings: dict[str, Any] = {"vocab_size": 258, "bos_token_id": 256, "eos_token_id": 257, "initializer_range": 0.3}
+    settings |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = LlamaForCausalLM(LlamaConfig(**settings, max_position_embeddings=256))
     base.save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
     for split, count in (("train", 96), ("valid", 12), ("test", 6)):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(_dialogue(split, n)) + "\n" for n in range(count)))
+    data = {split: str(folder / f"{split}.jsonl") for split in ("train", "valid", "test")}
     tree = {
         "name": "tiny",
         "model": {"base": str(folder / "base"), "base_bits": 32},
         "prompts": {"count": 3, "tokens": 4},
-        "data": {split: str(folder / f"{split}.jsonl") for split in ("train", "valid", "test")},
+        "data": {**data, "max_tokens": 160, "cache_dir": str(folder / "cache"), "workers": 0},
         "optim": {"lr": 0.01},
         "train": {"max_steps": STEPS, "global_batch": 12, "micro_batch": 2},
         "engine": {"collective_timeout_s": 15},
@@ -49,7 +44,6 @@ def make_job(folder: Path) -> Path:
         "log": {"every_steps": 1},
         "generate": {"max_new_tokens": 6, "batch_size": 4},
     }
-    tree["data"] |= {"max_tokens": 160, "cache_dir": str(folder / "cache"), "workers": 0}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

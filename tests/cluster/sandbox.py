@@ -105,13 +105,13 @@ class Sandbox:
 
 
 def processes() -> Iterator[tuple[int, list[str]]]:
-    """(pid, command line) of every living process of this PID namespace; orphans that have ended are reaped."""
+    """(pid, command line) of every living process of this PID namespace."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or entry.name == "1":
             continue
         try:
             command = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
         except (FileNotFoundError, ProcessLookupError):
             continue
         if state != "Z":

@@ -1,0 +1,208 @@
+"""`spt-ds doctor`: what is wrong with this machine, or with `--distributed` these nodes, before a run finds out.
+
+One line per finding: `ok`, `warn` (a run works, but perhaps not as meant) or `FAIL`. Start it as the run will be
+started: `srun spt-ds doctor --distributed`, `torchrun --module spt_ds.doctor --distributed`. Exit code 0, or 2 when a
+line says FAIL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from spt_ds.config.load import load_config
+from spt_ds.engine.stop import EXIT_DONE, EXIT_USER_ERROR
+from spt_ds.errors import SptError
+from spt_ds.plan import GIB
+
+PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes")
+MIN_DISK_GIB = 5.0
+MAX_CLOCK_SPREAD_S = 2.0
+STALE_LOCK_S = 900  # no build of an extension takes that long
+MEASURED_MIB, REPEATS = 16, 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    level: str
+    """`ok`, `warn` or `FAIL`."""
+    text: str
+
+    def line(self) -> str:
+        return f"{self.level:<5}{self.text}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the findings, those that all ranks share on rank 0 only; return 0, or 2 when one of them is a FAIL."""
+    parser = argparse.ArgumentParser(prog="spt-ds doctor", description="Check machine, ranks and network before a run.")
+    parser.add_argument("--distributed", action="store_true", help="compare all ranks and measure an all-reduce")
+    parser.add_argument("--config", help="recipe or YAML file whose data is to be the same on every rank")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--timeout", type=int, default=60, metavar="S", help="seconds to wait for the other ranks")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+    args = parser.parse_args(argv)
+    alone = not args.distributed
+    try:
+        findings = list(machine(os.environ)) if alone else across_ranks(args)
+    except SptError as error:
+        findings = [Finding("FAIL", str(error))]
+    if alone or os.environ.get("RANK", "0") == "0" or len(findings) == 1:  # one alone: this rank has met nobody
+        print("\n".join(finding.line() for finding in findings), flush=True)
+    return EXIT_USER_ERROR if any(finding.level == "FAIL" for finding in findings) else EXIT_DONE
+
+
+def machine(environment: os._Environ[str]) -> Iterator[Finding]:
+    """Findings that one process can make: packages, devices, disk, leftovers of killed builds."""
+    yield Finding("ok", f"{socket.gethostname()}: Python {platform.python_version()}, {os.cpu_count()} CPUs")
+    for name in PACKAGES:
+        try:
+            importlib.import_module(name)
+            yield Finding("ok", f"{name} {metadata.version(name)}")
+        except (ImportError, OSError) as error:  # OSError: a library of another CUDA version
+            yield Finding("FAIL", f"{name} cannot be imported: {error}")
+    yield from _devices(environment)
+    yield _disk("run folders", Path.cwd())
+    yield _disk("cache", Path(environment.get("SPT_CACHE", Path.home())))
+    yield from _stale_locks(Path(environment.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")))
+
+
+def _devices(environment: os._Environ[str]) -> Iterator[Finding]:
+    import torch
+
+    from spt_ds import dist
+
+    place = dist.launch_variables(environment)
+    count = torch.cuda.device_count()
+    names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
+    yield Finding("ok", f"{count} GPUs: {names}" if count else "no GPU: ranks compute on the CPU and talk through gloo")
+    if count > 1 and place["WORLD_SIZE"] == 1:
+        yield Finding(
+            "warn", f"world size 1 on a host with {count} GPUs: start with `deepspeed --num_gpus {count} --module ...`"
+        )
+    if count and place["LOCAL_RANK"] >= count:
+        yield Finding("FAIL", f"local rank {place['LOCAL_RANK']} has no GPU, the host shows {count}: start fewer ranks")
+
+
+def _disk(what: str, folder: Path) -> Finding:
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free / GIB
+    text = f"{what}: {free:.0f} GiB free at {existing}"
+    return Finding("ok", text) if free >= MIN_DISK_GIB else Finding("warn", f"{text}, less than {MIN_DISK_GIB:.0f} GiB")
+
+
+def _stale_locks(folder: Path) -> Iterator[Finding]:
+    """A build of a DeepSpeed op that was killed leaves a lock on which every later start waits for ever."""
+    for lock in sorted(folder.glob("**/lock")):
+        age = time.time() - lock.stat().st_mtime
+        if age > STALE_LOCK_S:
+            yield Finding("FAIL", f"{lock}: a killed build left this lock {age / 3600:.1f} h ago; remove it")
+
+
+def across_ranks(args: argparse.Namespace) -> list[Finding]:
+    """Findings that need all ranks: the same list on each of them, unless they did not meet."""
+    from spt_ds import dist
+
+    place = dist.launch_variables(os.environ)
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    begin = time.monotonic()
+    try:
+        world = dist.init(args.timeout)
+    except (RuntimeError, ValueError) as error:  # torch's DistStoreError and DistNetworkError are RuntimeErrors
+        return [
+            Finding(
+                "FAIL",
+                f"rank {place['RANK']} on {socket.gethostname()}: not all of {place['WORLD_SIZE']} ranks met at "
+                f"{where} within {args.timeout} s ({str(error).splitlines()[0]}); was every node started, and does "
+                "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME name the network they share?",
+            )
+        ]
+    met = time.monotonic() - begin
+    dist.barrier()
+    mine = dist.agreed(lambda: _facts(args))
+    facts: list[dict[str, Any]] = dist.gather_json(mine)
+    local = dist.gather_json([finding.line() for finding in machine(os.environ) if finding.level != "ok"])
+    gib_s = _bandwidth(dist)
+    dist.shutdown()
+    findings = [Finding("ok", f"{world.size} ranks on {len({one['host'] for one in facts})} hosts met in {met:.1f} s")]
+    findings += [_same(name, facts) for name in facts[0] if name not in ("host", "clock")]
+    findings.append(_clocks([one["clock"] for one in facts]))
+    findings.append(Finding("ok", f"all-reduce of {MEASURED_MIB} MiB: {gib_s:.2f} GiB/s on {world.device.type}"))
+    for rank, lines in enumerate(local):
+        findings += [Finding(line[:5].strip(), f"rank {rank} on {facts[rank]['host']}: {line[5:]}") for line in lines]
+    return findings
+
+
+def _facts(args: argparse.Namespace) -> dict[str, Any]:
+    from spt_ds.engine.run_folder import commit
+
+    facts: dict[str, Any] = {"host": socket.gethostname(), "clock": time.time(), "code": f"{commit()} {_code_hash()}"}
+    facts |= {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+    if args.config is not None:
+        from spt_ds.data.readers import digest
+
+        data = load_config(args.config, args.overrides).data
+        facts |= {f"data.{name}": digest(getattr(data, name))[:16] for name in ("train", "valid", "test")}
+    return facts
+
+
+def _code_hash() -> str:
+    """SHA-256, shortened, over the package's files in the order of their names."""
+    state = hashlib.sha256()
+    root = Path(__file__).resolve().parent
+    for path in sorted(root.rglob("*.py")):
+        state.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return state.hexdigest()[:12]
+
+
+def _same(name: str, facts: list[dict[str, Any]]) -> Finding:
+    groups: dict[str, list[str]] = {}
+    for rank, one in enumerate(facts):
+        groups.setdefault(str(one[name]), []).append(f"rank {rank} on {one['host']}")
+    if len(groups) == 1:
+        return Finding("ok", f"{name}: {facts[0][name]} everywhere")
+    listing = "; ".join(f"{value}: {', '.join(members)}" for value, members in groups.items())
+    return Finding("FAIL", f"{name} differs: {listing}; give every node the same environment, checkout and files")
+
+
+def _clocks(clocks: list[float]) -> Finding:
+    spread = max(clocks) - min(clocks)
+    if spread <= MAX_CLOCK_SPREAD_S:
+        return Finding("ok", f"clocks within {spread:.1f} s")
+    return Finding("warn", f"clocks differ by {spread:.0f} s: times in logs cannot be compared, check NTP")
+
+
+def _bandwidth(dist: Any) -> float:
+    """GiB/s of an all-reduce, counted as bytes of the tensor over the median time."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensor = torch.ones(MEASURED_MIB * 2**18, device=device)
+    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = []
+    for _ in range(REPEATS + 1):  # the first warms up
+        tensor.fill_(1)
+        wait()
+        begin = time.perf_counter()
+        dist.all_reduce_sum(tensor)
+        wait()
+        times.append(time.perf_counter() - begin)
+    median = sorted(times[1:])[REPEATS // 2]
+    return MEASURED_MIB / 1024 / median
+
+
+if __name__ == "__main__":
+    sys.exit(main())
