@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ def _llama(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocabu
     )  # fmt: skip
 
 
+SAMPLE = 4000  # examples of the data set whose lengths are looked at
+
 SHAPES = {
     "tiny": lambda: _llama(64, 2, 4, 2, 128, 1000),
     "opt-125m": lambda: _opt(768, 12, 12),
@@ -53,14 +56,11 @@ def build(shape: str, config: Config, device: torch.device) -> tuple[Backbone, S
 
 
 def micro_batch(source: str, tokenizer: str, size: int, vocabulary: int, max_tokens: int) -> Batch:
-    """The first `size` examples, each of another dialogue turn, of a real data set, as one micro-batch."""
+    """A micro-batch whose lengths stand for those of a real data set: examples at evenly spaced quantiles of length."""
     loaded = load_tokenizer(ModelConfig(base=tokenizer))
-    chosen = []
-    for number, (_, encoded) in enumerate(encode_many(read(source, "auto"), loaded, max_tokens)):
-        if number % 7 == 3:  # turns from early to late, as a shuffled epoch would mix them
-            chosen.append(encoded)
-        if len(chosen) == size:
-            break
+    encoded = [one for _, one in encode_many(islice(read(source, "auto"), SAMPLE), loaded, max_tokens)]
+    encoded.sort(key=lambda one: len(one.context_ids) + len(one.response_ids))
+    chosen = [encoded[(2 * place + 1) * len(encoded) // (2 * size)] for place in range(size)]
     contexts = [torch.tensor(one.context_ids) % vocabulary for one in chosen]
     responses = [torch.tensor(one.response_ids) % vocabulary for one in chosen]
     return Batch(

@@ -1,0 +1,156 @@
+"""Decoding: each example once with its own prompt, the same alone, in a batch, on any split; every mode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from spt_ds.batch import Batch
+from spt_ds.config.schema import GenerateConfig
+from spt_ds.errors import ConfigError
+from spt_ds.model.attention import Layout
+from spt_ds.model.backbone import Backbone
+from spt_ds.model.decode import Decoded, choose_prompts, decode
+from spt_ds.model.spt import Spt
+from tests.helpers.tiny import pick, random_batch, tiny_backbone, tiny_spt
+
+ARCHS = ["opt", "llama"]
+PLACEMENTS = ["prefix", "suffix"]
+NEVER = 10_000  # an end-of-sequence id that no tiny base can produce
+
+
+def tiny(arch: str, placement: str, count: int = 3) -> tuple[Backbone, Spt, Batch]:
+    backbone = tiny_backbone(arch)
+    spt = tiny_spt(backbone, prompts={"count": count, "tokens": 2, "placement": placement})
+    return backbone, spt, random_batch([(3, 2), (9, 3), (5, 2), (7, 4)])
+
+
+def run(backbone: Backbone, spt: Spt, batch: Batch, end: int = NEVER, **options: Any) -> Decoded:
+    settings = GenerateConfig(**{"max_new_tokens": 6, **options})
+    with torch.no_grad():
+        out: Decoded = backbone(decode, spt, batch, settings, (end, 0), False)
+    return out
+
+
+def alone(batch: Batch, place: int) -> Batch:
+    """One example of the batch under its own index."""
+    return replace(pick(batch, [place]), indices=(batch.indices[place],))
+
+
+def direct(backbone: Backbone, spt: Spt, batch: Batch, place: int, weights: torch.Tensor, steps: int) -> list[int]:
+    """Greedy decoding of one example without a cache: the packed path, one whole pass per prompt and token."""
+    context = batch.context_ids.split(batch.context_lens)[place]
+    suffix = spt.config.prompts.placement == "suffix"
+    tokens: list[int] = []
+    for _ in range(steps):
+        mixed = torch.zeros(backbone.vocabulary, dtype=weights.dtype)
+        for k, weight in enumerate(weights):
+            if weight == 0:
+                continue
+            text, prompt = backbone.embed(context), spt.trainables.bank.weight[k]
+            parts = [text, prompt] if suffix else [prompt, text]
+            row = torch.cat([*parts, backbone.embed(torch.tensor(tokens, dtype=torch.long))])
+            layout = Layout([len(row)], torch.arange(len(row)), "sdpa", row.device)
+            mixed += weight * backbone.head(backbone.run(row, layout)[-1])
+        tokens.append(int(mixed.argmax()))
+    return tokens
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.no_grad()
+def test_replies_equal_direct_decoding_alone_and_in_a_batch(arch: str, placement: str) -> None:
+    backbone, spt, batch = tiny(arch, placement)
+    together = run(backbone, spt, batch, mode="random")
+    assert len(set(together.chosen)) > 1, "the case must mix prompts in one batch"
+    for place, k in enumerate(together.chosen):
+        assert k is not None
+        one_hot = torch.nn.functional.one_hot(torch.tensor(k), 3).double()
+        assert together.tokens[place] == direct(backbone, spt, batch, place, one_hot, 6)
+        assert run(backbone, spt, alone(batch, place), mode="random").tokens[0] == together.tokens[place]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@torch.no_grad()
+def test_fuse_mixes_all_prompts_logits(placement: str) -> None:
+    backbone, spt, batch = tiny("llama", placement)
+    out = run(backbone, spt, batch, mode="fuse")
+    assert out.chosen == [None] * 4
+    for place in range(4):
+        assert out.tokens[place] == direct(backbone, spt, batch, place, out.scores[:, place].double(), 6)
+
+
+def test_each_example_is_decoded_once_whatever_the_prompts() -> None:
+    backbone, spt, batch = tiny("opt", "prefix")
+    rows: list[int] = []
+    backbone.lm.base_model.decoder.layers[0].register_forward_hook(
+        lambda module, inputs, out: rows.append((out[0] if isinstance(out, tuple) else out).shape[0])
+    )
+    run(backbone, spt, batch)
+    assert sum(rows) == len(batch) * 6  # row-steps = examples x tokens
+
+
+def test_a_reply_ends_with_its_end_of_sequence() -> None:
+    backbone, spt, batch = tiny("llama", "prefix")
+    whole = run(backbone, spt, batch).tokens
+    end = whole[1][2]
+    for plain, cut in zip(whole, run(backbone, spt, batch, end=end).tokens, strict=True):
+        assert cut == (plain[: plain.index(end) + 1] if end in plain else plain)
+
+
+def test_sampling_does_not_depend_on_the_batch() -> None:
+    backbone, spt, batch = tiny("llama", "prefix")
+    options = {"do_sample": True, "temperature": 3.0, "top_p": 0.95}
+    together = run(backbone, spt, batch, **options).tokens
+    assert together == [run(backbone, spt, alone(batch, place), **options).tokens[0] for place in range(4)]
+    assert together != run(backbone, spt, batch).tokens
+
+
+def test_perplexity_is_the_loss_under_the_chosen_prompt() -> None:
+    backbone, spt, batch = tiny("opt", "suffix")
+    from spt_ds.model.spt import Counts
+
+    out = run(backbone, spt, batch, perplexity=True)
+    with torch.no_grad():
+        expected = backbone(spt.micro_losses, batch, Counts(1, 1)).nll
+    assert out.nll is not None
+    for place, k in enumerate(out.chosen):
+        assert k is not None
+        assert torch.allclose(out.nll[place], expected[k, place], atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"mode": "fuse", "num_beams": 2}, {"do_sample": True, "num_beams": 2},
+                                     {"mode": "fuse", "perplexity": True}])  # fmt: skip
+def test_combinations_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    backbone, spt, batch = tiny("llama", "prefix")
+    with pytest.raises(ConfigError, match="generate"):
+        run(backbone, spt, batch, **options)
+
+
+def test_beams_find_replies_of_no_lower_likelihood() -> None:
+    backbone, spt, batch = tiny("llama", "prefix")
+    assert all(len(tokens) == 6 for tokens in run(backbone, spt, batch, num_beams=3).tokens)
+
+
+def test_prompt_choice_by_mode() -> None:
+    scores = torch.tensor([[0.9, 0.1], [0.5, 0.7]])
+    assert choose_prompts("select", scores, (4, 5), 0) == [0, 1]
+    assert choose_prompts("fixed:1", scores, (4, 5), 0) == [1, 1]
+    alone_each = choose_prompts("random", scores[:, :1], (4,), 0) + choose_prompts("random", scores[:, 1:], (5,), 0)
+    assert choose_prompts("random", scores, (4, 5), 0) == alone_each
+    many = [choose_prompts("random", scores[:, :1], (index,), 0)[0] for index in range(50)]
+    assert set(many) == {0, 1}
+
+
+def test_fault_08_noise_is_added_to_scores_and_never_to_a_probability() -> None:
+    """Noise on a probability can leave [0, 1] and turn the KL loss into NaN; on scores any noise is harmless."""
+    scores = torch.tensor([[0.69], [0.31]])
+    picks = [choose_prompts("noise:50", scores, (index,), 0)[0] for index in range(200)]
+    assert 60 < sum(k == 0 for k in picks if k is not None) < 140
+    assert choose_prompts("noise:0", scores, (1,), 0) == [0]
+    from spt_ds.model.losses import selection
+
+    assert torch.isfinite(selection(torch.rand(2, 3), torch.randn(2, 3) * 50, 1.0, 1.0)).all()
