@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -200,3 +204,14 @@ def test_random_weights_are_the_same_on_every_rank_and_unlike_from_layer_to_laye
     first, second = run_ranks(2, random_bytes, bases["opt"], 1)
     assert first == second
     assert len(set(first)) == len(first) > 0
+
+
+@pytest.mark.slow
+def test_memory_benchmark_runs_and_meets_its_limit() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "quant_memory.py"
+    command = [sys.executable, str(script), "--hidden", "128", "--layers", "2", "--bits", "4", "8", "--ranks", "2"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
+    result = json.loads(out.splitlines()[-1])
+    assert result["passed"]
+    assert [row["bits"] for row in result["rows"]] == [4, 8]
+    assert all(0 < row["share_mib"] < row["growth_mib"] for row in result["rows"])
