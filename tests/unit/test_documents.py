@@ -1,0 +1,69 @@
+"""README and docs name only commands, options, recipes and files that exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from spt_ds.cli import COMMANDS
+from spt_ds.config.load import key_paths, recipe_names
+from spt_ds.config.schema import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(path: Path) -> str:
+    """The fenced code of a document, continued lines joined."""
+    text = "\n".join(re.findall(r"^```\w*\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S))
+    return text.replace("\\\n", " ")
+
+
+def source_of(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, f"no module {module}"
+    assert spec.origin is not None
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_and_options_exist(path: Path) -> None:
+    for line in blocks(path).splitlines():
+        modules = [COMMANDS[name][0] for name in re.findall(r"\bspt-ds (\w+)", line) if name in COMMANDS]
+        unknown = [name for name in re.findall(r"^\s*(?:[\w/]*bin/)?spt-ds (\w+)", line) if name not in COMMANDS]
+        assert not unknown, f"{path.name}: {line}"
+        modules += (
+            re.findall(r"--module (spt_ds[\w.]*)|-m (spt_ds[\w.]*)", line) and re.findall(r"spt_ds[\w.]+", line)[:1]
+        )
+        for module in modules:
+            known = source_of(module) + source_of("spt_ds.train")
+            for option in re.findall(r"(--[a-z][\w-]*)", line):
+                if option not in ("--num_gpus", "--module", "--hostfile", "--nproc_per_node", "--nnodes", "--version"):
+                    assert f'"{option}"' in known or "torchrun" in line, f"{path.name}: {module} knows no {option}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_recipes_and_overrides_exist(path: Path) -> None:
+    code = blocks(path)
+    for name in re.findall(r"--config ([\w.-]+)", code):
+        assert name in recipe_names() or name.isupper() or name.endswith(".yaml"), f"{path.name}: recipe {name}"
+    for key in re.findall(r"--set ([\w.]+)=", code):
+        assert key in set(key_paths(Config)) or key.isupper(), f"{path.name}: option {key}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_named_files_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (path.parent / name).exists(), f"{path.name}: link {name}"
+    for name in re.findall(r"\b((?:docs|benchmarks|ds_configs|slurm|tests)/[\w./-]+\.\w+)", text):
+        assert (ROOT / name).exists(), f"{path.name}: {name}"
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert re.search(rf"^{target}:", makefile, re.M), target
