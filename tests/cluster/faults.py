@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -40,8 +41,9 @@ def rank_killed(sandbox: Sandbox, slurm: Slurm) -> None:
 
 def launcher_killed(sandbox: Sandbox, slurm: Slurm) -> None:
     for pid, command in processes():
-        if Path(command[0]).name == "srun":
-            kill_9(pid)
+        if command and Path(command[0]).name == "srun":
+            with contextlib.suppress(ProcessLookupError):  # srun's helper ends with it
+                kill_9(pid)
 
 
 def requeued_by_hand(sandbox: Sandbox, slurm: Slurm) -> None:
@@ -58,8 +60,9 @@ def first_link_cut(sandbox: Sandbox, slurm: Slurm) -> None:
 
 
 def slurmd_killed(sandbox: Sandbox, slurm: Slurm) -> None:
-    """slurmd dies for good: Slurm gives the node up. Its ranks live on until their peers are gone."""
+    """slurmd dies for good, and a run that goes on without it, but slowly: Slurm gives the node up."""
     kill_9(sandbox.daemons["slurmd-node2"].pid)
+    pause(ranks())
 
 
 def mend(sandbox: Sandbox, slurm: Slurm) -> None:

@@ -119,12 +119,14 @@ def processes() -> Iterator[tuple[int, list[str]]]:
 
 
 def ranks(module: str = "spt_ds.train") -> list[int]:
-    """Pids of the python processes that run `module` as a rank, in the order of their start."""
-    return sorted(
-        pid for pid, command in processes() if module in command and "python" in Path(command[0]).name
-        and not any(word in ("deepspeed.launcher.launch", "torch.distributed.run") for word in command)
-        and "torchrun" not in " ".join(command[:2]) and "bin/deepspeed" not in " ".join(command[:3])
-    )  # fmt: skip
+    """Pids of the python processes that run `module` as a rank, in the order of their numbers; launchers are none."""
+    return sorted(pid for pid, command in processes() if _runs(command, module))
+
+
+def _runs(command: list[str], module: str) -> bool:
+    """Whether `command` is `python [-u] -m MODULE ...`."""
+    words = [word for word in command[:4] if word != "-u"]
+    return len(words) > 2 and "python" in Path(words[0]).name and words[1:3] == ["-m", module]
 
 
 def wait_until(what: str, condition: Callable[[], bool], timeout_s: float, every_s: float = 0.2) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster import faults, jobs
 from tests.cluster.faults import FAULTS, Cost
-from tests.cluster.sandbox import Sandbox, processes, ranks, wait_until
+from tests.cluster.sandbox import Sandbox, kill_9, processes, ranks, wait_until
 from tests.cluster.slurm import Slurm, job_log
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -29,8 +29,8 @@ def test_goes_on_by_itself_after(
     run = tmp_path / "run"
     number = slurm.train(config, run)
     begin, step = faults.wait_for_step(run, STEP)
-    FAULTS[fault](sandbox, slurm)
     try:
+        FAULTS[fault](sandbox, slurm)
         job = slurm.wait_for(number, timeout_s=240)
     finally:
         faults.mend(sandbox, slurm)
@@ -47,7 +47,7 @@ def test_lives_through_a_restart_of_slurmd(
     run = tmp_path / "run"
     number = slurm.train(config, run)
     faults.wait_for_step(run, STEP)
-    FAULTS["`kill -9` of slurmd, for good"](sandbox, slurm)
+    kill_9(sandbox.daemons["slurmd-node2"].pid)
     slurm.start_slurmd("node2")
     assert slurm.wait_for(number)["Restarts"] == "0"
     assert jobs.final_loss(run) == pytest.approx(expected_loss, rel=1e-5)

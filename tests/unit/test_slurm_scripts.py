@@ -1,0 +1,155 @@
+"""The job scripts' functions without a Slurm: its commands are replaced by small ones that write down their calls."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Path:
+    """A folder for PATH whose Slurm commands append their arguments to `calls`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    told = {
+        "scontrol": 'case $* in "show job"*) echo "Requeue=1 Restarts=1" ;; requeue*) kill $PPID ;; esac',
+        "sbatch": 'wc -l < "$CALLS" | tr -d " "',
+        "squeue": "true",
+    }
+    for name, body in told.items():
+        path = folder / name
+        path.write_text(f'#!/bin/bash\necho "{name} $*" >> "$CALLS"\n{body}\n')
+        path.chmod(0o755)
+    return folder
+
+
+def bash(script: str, commands: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": f"{commands}:{os.environ['PATH']}", "HOME": os.environ["HOME"], **variables}
+    if commands is not None:
+        environment["CALLS"] = str(commands / "calls")
+    text = f"set -euo pipefail\n. slurm/common.sh\n{script}"
+    return subprocess.run(["bash", "-c", text], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=30)
+
+
+def calls(commands: Path) -> list[str]:
+    path = commands / "calls"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"), [("4", [4]), ("2(x3)", [2, 2, 2]), ("4(x2),2", [4, 4, 2]), ("1,8(x2),3", [1, 8, 8, 3])]
+)
+def test_every_node_knows_its_number_of_ranks(listed: str, expected: list[int]) -> None:
+    found = [int(bash(f'spt_tasks_of "{listed}" {index}').stdout) for index in range(len(expected))]
+    assert found == expected
+    assert bash(f'spt_tasks_of "{listed}" {len(expected)}').returncode == 1
+
+
+def test_a_rank_gets_its_place_and_ignores_an_early_signal() -> None:
+    place = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+             "SLURM_STEP_TASKS_PER_NODE": "4,2"}  # fmt: skip
+    told = "echo $RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE; kill -USR1 $$; echo alive"
+    done = bash(f"spt_rank bash -c '{told}'", None, **place)
+    assert done.stdout.split() == ["5", "6", "1", "2", "alive"]
+
+
+def test_a_node_with_idle_gpus_is_pointed_out() -> None:
+    place = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+             "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4", "SLURMD_NODENAME": "n7"}  # fmt: skip
+    assert "n7 has 4 GPUs for 1 ranks; ask for --ntasks-per-node=4" in bash("spt_rank true", None, **place).stdout
+    assert bash("spt_rank true", None, **{**place, "SLURM_GPUS_ON_NODE": "1"}).stdout == ""
+
+
+@pytest.mark.parametrize("words", ["--a 1 --run-dir 'x y' --b", "--run-dir='x y'", "--run-dir=q --run-dir 'x y'"])
+def test_an_option_is_found_in_both_forms(words: str) -> None:
+    found = bash(f"spt_option --run-dir {words}").stdout
+    assert found == ("q" if "=q" in words else "x y")
+
+
+def test_an_option_without_value_is_not_there() -> None:
+    assert bash("spt_option --run-dir --config demo --run-dir").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "restarts", "failures", "expected", "requeued"),
+    [
+        (75, "USR1", 1, 0, 75, True),  # the early signal: saved, goes on
+        (75, "", 1, 0, 75, False),  # stopped by hand
+        (75, "TERM", 1, 0, 75, False),  # scancel
+        (2, "", 1, 0, 2, False),  # a mistake
+        (2, "USR1", 1, 0, 2, False),
+        (0, "", 1, 0, 1, False),  # 0 without DONE is no success; forgiven once more, but see failures below
+        (137, "", 1, 0, 137, True),  # a rank was killed
+        (137, "", 1, 3, 137, False),  # for the fourth time
+        (137, "", 0, 0, 137, False),  # Slurm has restarted this job already
+    ],
+)
+def test_the_exit_status_tells_the_truth(
+    tmp_path: Path, commands: Path, code: int, asked: str, restarts: int, failures: int, expected: int, requeued: bool
+) -> None:
+    (tmp_path / "slurm").mkdir()
+    failed = 3 if code == 0 else failures
+    (tmp_path / "slurm" / "9.failures").write_text("1\n" * failed)
+    script = f"SPT_FOLDER={tmp_path} SPT_CODE={code} SPT_ASKED={asked}\nspt_conclude {tmp_path}/DONE.json"
+    done = bash(script, commands, SLURM_JOB_ID="9", SLURM_RESTART_COUNT=str(restarts))
+    assert ("scontrol requeue 9" in calls(commands)) is requeued
+    assert done.returncode == expected, done.stdout + done.stderr
+
+
+def test_done_is_success_whatever_the_launcher_says(tmp_path: Path) -> None:
+    (tmp_path / "DONE.json").write_text("{}")
+    script = f"SPT_FOLDER={tmp_path} SPT_CODE=137\nspt_conclude {tmp_path}/DONE.json"
+    assert bash(script, SLURM_JOB_ID="9").returncode == 0
+
+
+def test_restarts_are_bounded(tmp_path: Path, commands: Path) -> None:
+    script = f"SPT_FOLDER={tmp_path} SPT_CODE=75 SPT_ASKED=USR1\nspt_conclude {tmp_path}/DONE.json"
+    done = bash(script, commands, SLURM_JOB_ID="9", SLURM_RESTART_COUNT="1", SPT_MAX_RESTARTS="1")
+    assert done.returncode == 75
+    assert calls(commands) == []
+
+
+def test_a_sweep_is_an_array_and_a_job_that_waits_for_it(tmp_path: Path, commands: Path) -> None:
+    lines = tmp_path / "lines"
+    lines.write_text("# names and options\nbase\n\nhigh optim.lr=1e-2\n")
+    environment = {"PATH": f"{commands}:{os.environ['PATH']}", "CALLS": str(commands / "calls")}
+    command = ["bash", "slurm/sweep.sbatch", "--nodes=2", "--", str(lines), "runs/s", "--config", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=30)
+    assert done.stdout == "array 1, table in job 2\n", done.stderr
+    first, second = calls(commands)
+    assert first == f"sbatch --parsable --nodes=2 --array=1-2 slurm/sweep.sbatch {lines} runs/s --config demo"
+    assert "--dependency=afterok:1 " in second
+    assert second.endswith(f"slurm/sweep.sbatch {lines} runs/s --config demo")
+
+
+def test_every_option_of_a_site_is_read() -> None:
+    ours = re.findall(r"^#?((?:SPT)_\w+)=", (ROOT / "slurm" / "site.env.example").read_text(), re.MULTILINE)
+    text = "".join(path.read_text() for path in (ROOT / "slurm" / "common.sh", *SCRIPTS))
+    text += "".join(path.read_text() for path in (ROOT / "spt_ds").rglob("*.py"))
+    assert ours
+    assert [name for name in ours if name not in text] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_started_by_hand_says_how_to_start_it(script: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(script)], capture_output=True, text=True, cwd=ROOT, env={"PATH": os.environ["PATH"]}
+    )
+    assert done.returncode != 0
+    assert "sbatch" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing() -> None:
+    done = subprocess.run(
+        ["shellcheck", "-x", "slurm/common.sh", *map(str, SCRIPTS)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout
