@@ -125,7 +125,7 @@ class Engine:
 
     def _add(self, out: MicroLosses, batch: Batch) -> None:
         self.sums[:3] += out.parts
-        self.sums[len(PARTS) + len(SIGNALS)] += (~torch.isfinite(out.nll)).sum()
+        self.sums[len(PARTS) + len(SIGNALS)] += out.bad.sum()
         real = torch.tensor(batch.weights, device=self.sums.device, dtype=self.sums.dtype)
         self.sums[len(PARTS) + len(SIGNALS) + 1 :].index_add_(0, out.scores.argmax(dim=0), real)
 
@@ -138,8 +138,8 @@ class Engine:
     def _raise_non_finite(self, step: int, window: Window, outs: list[MicroLosses]) -> None:
         bad: list[int] = []
         for batch, out in zip(window.micro, outs, strict=True):
-            finite = torch.isfinite(out.nll).all(dim=0) & torch.isfinite(out.scores).all(dim=0)
-            bad += [index for index, good in zip(batch.indices, finite.tolist(), strict=True) if not good]
+            wrong = (out.bad > 0) | ~torch.isfinite(out.scores).all(dim=0)
+            bad += [index for index, is_wrong in zip(batch.indices, wrong.tolist(), strict=True) if is_wrong]
         rows = [(rank, found) for rank, found in enumerate(dist.gather_json(bad)) if found]
         where = "; ".join(f"rank {rank}: examples {found}" for rank, found in rows) or "in the gradient only"
         raise NonFiniteError(

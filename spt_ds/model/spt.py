@@ -48,6 +48,7 @@ class MicroLosses:
     total: torch.Tensor  # [] weighted, divided by the step's counts
     parts: torch.Tensor  # [3] nll, selection, fusion: each divided by the step's counts, unweighted
     nll: torch.Tensor  # [K, B] mean loss per prompt and example
+    bad: torch.Tensor  # [B] target tokens whose loss is not finite: `nll` of the whole micro-batch is lost with one
     scores: torch.Tensor  # [K, B]
     pooled: torch.Tensor  # [B, D]
 
@@ -122,7 +123,8 @@ class Spt:
             ]
         )
         total = parts[0] + settings.selection * parts[1] + settings.fusion * parts[2]
-        return MicroLosses(total, parts.detach(), nll.detach(), scores.detach(), pooled)
+        bad = (~torch.isfinite(token_loss)).any(dim=0).to(member.dtype) @ member
+        return MicroLosses(total, parts.detach(), nll.detach(), bad, scores.detach(), pooled)
 
     def _states(self, backbone: Backbone, batch: Batch, embedded: Embedded) -> torch.Tensor:
         bank, placement = self.trainables.bank.weight, self.config.prompts.placement
