@@ -20,7 +20,7 @@ from spt_ds.engine.ds_config import DsPlan, remove_swap_files
 from spt_ds.errors import EngineError
 from spt_ds.log import say_once
 
-STALE_LOCK_S = 600
+STALE_LOCK_S = 600.0  # the slowest extension takes two minutes
 
 
 class Sharding:
@@ -123,15 +123,27 @@ def local_bytes(root: nn.Module) -> int:
 
 
 def check_build_locks() -> None:
-    """Raise EngineError for a build lock that a killed build left: DeepSpeed would wait for ever."""
+    """Wait for extensions that another process builds; raise EngineError for a lock that a killed build left.
+
+    DeepSpeed itself would wait for such a lock for ever, without a word.
+    """
     from torch.utils.cpp_extension import get_default_build_root
 
     build_root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in build_root.glob("**/lock"):
-        age_s = time.time() - lock.stat().st_mtime
-        if age_s > STALE_LOCK_S:
-            raise EngineError(
-                f"{lock}: a build lock is {age_s / 60:.0f} minutes old; a killed build left it and every start would "
-                "wait for it for ever. Delete the file if no compiler is running"
+    while locks := sorted(build_root.glob("**/lock")):
+        for lock in locks:
+            try:
+                age_s = time.time() - lock.stat().st_mtime
+            except FileNotFoundError:
+                continue  # built
+            if age_s > STALE_LOCK_S:
+                raise EngineError(
+                    f"{lock}: a build lock is {age_s / 60:.0f} minutes old; a killed build left it and every start "
+                    "would wait for it for ever. Delete the file if no compiler is running"
+                )
+            say_once(
+                f"waiting for another process to build {lock.parent.name}, {STALE_LOCK_S / 60:.0f} minutes at most; "
+                f"if none is running, delete {lock}",
+                logging.WARNING,
             )
-        say_once(f"waiting for another process to build {lock.parent.name} (lock {lock})")
+        time.sleep(1.0)
