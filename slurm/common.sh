@@ -79,6 +79,8 @@ spt_step() {
     shift
     [[ -z $SPT_ASKED ]] || return 0
     mkdir -p "$logs"
+    export SPT_ENDED="$SPT_FOLDER/slurm/$SLURM_JOB_ID.ended"
+    rm -f "$SPT_ENDED"
     spt_rendezvous
     local options=(--export=ALL --kill-on-bad-exit=1 "--wait=${SPT_WAIT_S:-60}" --open-mode=append "--output=$logs/%N.log")
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || options+=("--cpus-per-task=$SLURM_CPUS_PER_TASK") # srun does not inherit it
@@ -99,7 +101,11 @@ spt_step() {
         fi
     done
     [[ -z $repeater ]] || kill "$repeater" 2>/dev/null || true
-    spt_say "step ended with $SPT_CODE"
+    local first=""
+    if [[ -s $SPT_ENDED ]]; then
+        read -r SPT_CODE first <"$SPT_ENDED"
+    fi
+    spt_say "step ended with $SPT_CODE${first:+, first rank ${first/ / on }}"
 }
 
 # spt_tasks_of LIST INDEX: tasks on node INDEX of a list such as "4(x2),2".
@@ -129,7 +135,19 @@ spt_rank() {
     if ((LOCAL_RANK == 0 && ${SLURM_GPUS_ON_NODE:-0} > LOCAL_WORLD_SIZE)); then
         spt_say "warning: $SLURMD_NODENAME has $SLURM_GPUS_ON_NODE GPUs for $LOCAL_WORLD_SIZE ranks; ask for --ntasks-per-node=$SLURM_GPUS_ON_NODE"
     fi
-    exec "$@"
+    # Signals of Slurm go to the program as well as to this shell, which has to outlive it: when a rank has ended, srun
+    # kills the others, and only the first status tells why.
+    trap : TERM INT
+    local code=0
+    "$@" || code=$?
+    ((code == 0)) || echo "$code $RANK $SLURMD_NODENAME" >>"$SPT_ENDED"
+    if ((code == 2 || code == 75)); then # all ranks end so: give each the time to say why
+        for _ in {1..50}; do
+            (($(wc -l <"$SPT_ENDED") < WORLD_SIZE)) || break
+            sleep 0.2 || true
+        done
+    fi
+    exit "$code"
 }
 
 # spt_conclude DONE: end the job. The file DONE is the truth about success, not an exit status. A stop that Slurm asked

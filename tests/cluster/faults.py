@@ -94,9 +94,9 @@ def cost(fault: str, run: Path, begin: float, step: int) -> Cost:
     ended = [_seconds(line) for line in job_log(run).splitlines() if "step ended" in line]
     noticed = next((when - begin for when in ended if when >= begin - 1), None)
     resumed = re.findall(r"resuming from \S+ at step (\d+)", "".join(p.read_text() for p in run.glob("logs/node*.log")))
-    start = max((int(found) for found in resumed if int(found) <= step), default=0)
+    start = int(resumed[0]) if resumed else 0
     again = next(record["time"] for record in _records(run) if record["step"] == start + 1)
-    return Cost(fault, noticed, again - begin, step - start)
+    return Cost(fault, noticed, again - begin, max(step - start, 0))
 
 
 def _records(run: Path) -> list[dict[str, Any]]:

@@ -37,7 +37,9 @@ SlurmdParameters=config_overrides
 SchedulerParameters=bf_interval=2,sched_min_interval=100000,requeue_delay=0
 ReturnToService=2
 SlurmdTimeout={timeout}
-KillWait=20
+KillWait=10
+MessageTimeout=5
+TCPTimeout=2
 MinJobAge=3600
 TreeWidth=16
 MailProg=/bin/true
@@ -59,6 +61,7 @@ class Slurm:
         config = self.folder / "slurm.conf"
         config.write_text(CONFIG.format(control=CONTROL, folder=self.folder, timeout=SLURMD_TIMEOUT_S, nodes=nodes))
         self.environment = {**os.environ, "SLURM_CONF": str(config)}
+        self.job_environment = {**jobs.ENVIRONMENT, "SPT_PYTHON": sys.executable, "SPT_WAIT_S": "20"}
         self._start_munge()
         sandbox.start("slurmctld", ["slurmctld", "-D", "-f", str(config)], environment=self.environment)
         for host in HOSTS:
@@ -89,8 +92,7 @@ class Slurm:
     def submit(self, *arguments: str, **variables: str) -> int:
         """sbatch from the root of the checkout; returns the job's number."""
         output = f"--output={self.sandbox.folder}/job-%j.out"
-        variables = {**jobs.ENVIRONMENT, "SPT_PYTHON": sys.executable, "SPT_WAIT_S": "20", **variables}
-        return int(self.call("sbatch", "--parsable", output, *arguments, **variables))
+        return int(self.call("sbatch", "--parsable", output, *arguments, **{**self.job_environment, **variables}))
 
     def node_states(self) -> list[str]:
         return self.call("sinfo", "--noheader", "--Node", "--format=%T").split()

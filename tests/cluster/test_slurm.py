@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.cluster import jobs
 from tests.cluster.sandbox import HOSTS
 from tests.cluster.slurm import Slurm, job_log
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+TEST_EXAMPLES = 12  # two replies of the persona's owner in each of six dialogues
 
 
 @pytest.mark.parametrize("nodes", [2, 3])
@@ -23,3 +26,45 @@ def test_trains_over_nodes_as_one_process_does(
     logs = {path.stem for path in (run / "logs").glob("node*.log")}
     assert logs == set(list(HOSTS)[:nodes])
     assert f"{nodes} ranks" in job_log(run)
+
+
+def test_generation_waits_for_the_training(slurm: Slurm, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = slurm.train(config, run, arguments=["--set", "train.max_steps=2"])
+    second = slurm.submit(
+        f"--dependency=afterok:{first}", "--nodes=2", "--ntasks-per-node=1", "slurm/generate.sbatch", str(run)
+    )
+    assert slurm.job(second)["JobState"] == "PENDING"
+    slurm.wait_for(second, timeout_s=180)
+    replies = [json.loads(line) for line in (run / "generate" / "predictions.jsonl").read_text().splitlines()]
+    assert len(replies) == TEST_EXAMPLES
+    assert "bleu" in json.loads((run / "generate" / "scores.json").read_text())["values"]
+
+
+def test_sweep_makes_its_table(slurm: Slurm, config: Path, tmp_path: Path) -> None:
+    lines, root = tmp_path / "lines", tmp_path / "sweep"
+    lines.write_text("# prompts\none prompts.count=1\nthree prompts.count=3\n")
+    arguments = ["--config", str(config), "--set", "train.max_steps=2"]
+    told = slurm.call(
+        "bash", "slurm/sweep.sbatch", "--ntasks=1", "--", str(lines), str(root), *arguments, **slurm.job_environment
+    )
+    slurm.wait_for(int(told.split()[-1]), timeout_s=240)
+    table = (root / "compare.md").read_text()
+    assert "one" in table
+    assert "three" in table
+    assert "prompts.count=3" not in table
+    counts = [
+        yaml.safe_load((root / name / "config.yaml").read_text())["prompts"]["count"] for name in ("one", "three")
+    ]
+    assert counts == [1, 3]
+
+
+def test_nodes_may_have_different_numbers_of_ranks(slurm: Slurm, tmp_path: Path) -> None:
+    script = tmp_path / "place.sbatch"
+    ranks = 'spt_step "$1" bash -c \'echo "place $RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE"\''
+    script.write_text(f"#!/bin/bash\n. slurm/common.sh\nspt_open $1\n{ranks}\n")
+    slurm.wait_for(slurm.submit("--nodes=2", "--ntasks=5", str(script), str(tmp_path)), timeout_s=30)
+    text = "".join(path.read_text() for path in tmp_path.glob("node*.log"))
+    places = sorted(line.split()[1:] for line in text.splitlines() if line.startswith("place"))
+    assert places == [["0", "5", "0", "4"], ["1", "5", "1", "4"], ["2", "5", "2", "4"], ["3", "5", "3", "4"],
+                      ["4", "5", "0", "1"]]  # fmt: skip

@@ -12,6 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+# What srun tells the only rank of a step on node n7.
+ALONE = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+         "SLURM_STEP_TASKS_PER_NODE": "1", "SLURMD_NODENAME": "n7"}  # fmt: skip
 
 
 @pytest.fixture
@@ -55,17 +58,23 @@ def test_every_node_knows_its_number_of_ranks(listed: str, expected: list[int]) 
 
 def test_a_rank_gets_its_place_and_ignores_an_early_signal() -> None:
     place = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
-             "SLURM_STEP_TASKS_PER_NODE": "4,2"}  # fmt: skip
+             "SLURM_STEP_TASKS_PER_NODE": "4,2", "SLURMD_NODENAME": "n1"}  # fmt: skip
     told = "echo $RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE; kill -USR1 $$; echo alive"
     done = bash(f"spt_rank bash -c '{told}'", None, **place)
     assert done.stdout.split() == ["5", "6", "1", "2", "alive"]
 
 
 def test_a_node_with_idle_gpus_is_pointed_out() -> None:
-    place = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
-             "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4", "SLURMD_NODENAME": "n7"}  # fmt: skip
+    place = {**ALONE, "SLURM_GPUS_ON_NODE": "4"}
     assert "n7 has 4 GPUs for 1 ranks; ask for --ntasks-per-node=4" in bash("spt_rank true", None, **place).stdout
     assert bash("spt_rank true", None, **{**place, "SLURM_GPUS_ON_NODE": "1"}).stdout == ""
+
+
+def test_the_first_rank_that_ends_tells_why(tmp_path: Path) -> None:
+    place = {**ALONE, "SPT_ENDED": str(tmp_path / "ended")}
+    done = bash("spt_rank bash -c 'kill -TERM $PPID; sleep 0.2; exit 75'", None, **place)
+    assert done.returncode == 75
+    assert (tmp_path / "ended").read_text() == "75 0 n7\n"
 
 
 @pytest.mark.parametrize("words", ["--a 1 --run-dir 'x y' --b", "--run-dir='x y'", "--run-dir=q --run-dir 'x y'"])
