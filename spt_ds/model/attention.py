@@ -3,8 +3,7 @@
 The projections, norms and feed-forward layers of the base see real tokens only; rows meet in attention alone, and
 there a `Layout` keeps them apart. It travels through the base's forward as the keyword `layout`.
 
-Legend: R rows, N packed tokens, H heads (G key/value heads), E head size, S longest row, C longest context,
-B examples, K prompts.
+Legend: R rows, N packed tokens, n tokens of a row, H heads (G key/value heads), E head size, B examples, K prompts.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,31 +31,13 @@ class Layout:
     def __init__(
         self, lens: Sequence[int], positions: torch.Tensor, backend: str, device: torch.device, record: bool = False
     ) -> None:
-        lengths = torch.tensor(lens)
-        starts = lengths.cumsum(0) - lengths
         self.backend = backend
         self.lens = tuple(lens)
         self.position_ids = positions.to(device, non_blocking=True)[None]  # [1, N]
-        self.longest = int(lengths.max())
-        self.reach = self.longest  # most tokens that one token can attend to
-        slots = torch.arange(self.longest)
-        # A pad slot repeats its own row's last token: whatever stands in another row can never reach this one.
-        pad = starts[:, None] + torch.minimum(slots[None], lengths[:, None] - 1)
-        row_of = torch.repeat_interleave(torch.arange(len(lens)), lengths)
-        unpad = row_of * self.longest + torch.arange(int(lengths.sum())) - starts[row_of]
-        edges = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-        self.pad = pad.to(device, non_blocking=True)  # [R, S] packed index of each padded slot
-        self.unpad = unpad.to(device, non_blocking=True)  # [N] padded slot of each packed token
-        self.edges = edges.to(torch.int32).to(device, non_blocking=True)  # [R + 1]
+        self.longest = self.reach = max(lens)  # `reach`: most tokens that one token can attend to
+        edges = torch.tensor([0, *accumulate(lens)], dtype=torch.int32)
+        self.edges = edges.to(device, non_blocking=True)  # [R + 1]
         self.recorded: dict[int, KeyValue] | None = {} if record else None
-
-    def to_rows(self, packed: torch.Tensor) -> torch.Tensor:
-        """[1, H, N, E] -> [R, H, S, E]."""
-        return packed[0].transpose(0, 1)[self.pad].transpose(1, 2)
-
-    def to_packed(self, rows: torch.Tensor) -> torch.Tensor:
-        """[R, H, S, E] -> [1, N, H, E]."""
-        return rows.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad)[None]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal within each row."""
@@ -63,12 +45,20 @@ class Layout:
             self.recorded[layer] = (k.detach(), v.detach())
         if self.backend in ("varlen", "flash"):
             return _variable_length(self.backend, q, k, v, self.edges, self.longest, scale)
-        q, k, v = self.to_rows(q), self.to_rows(k), self.to_rows(v)
+        # Row by row: no copy, no padding, and what stands in one row cannot reach another, not even a NaN.
+        rows = zip(*(tensor.split(self.lens, dim=2) for tensor in (q, k, v)), strict=True)
+        out = [self._one(q_row, k_row, v_row, None, scale) for q_row, k_row, v_row in rows]
+        return torch.cat(out, dim=2).transpose(1, 2)
+
+    def _one(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        """One row, causal where `mask` [queries, keys] is None: q [1, H, n, E] -> [1, H, n, E]."""
         if self.backend == "eager":
-            causal = torch.ones(self.longest, self.longest, dtype=torch.bool, device=q.device).tril()
-            return self.to_packed(_eager(q, k, v, causal, scale))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        return self.to_packed(out)
+            return _eager(q, k, v, mask, scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
 
 class Branches(Layout):
@@ -83,30 +73,29 @@ class Branches(Layout):
     ) -> None:
         super().__init__([count * n for n in branch_lens], positions, context.backend, device)
         self.context = context
-        lens = torch.tensor(branch_lens, device=device)[:, None]  # [B, 1]
-        slot = torch.arange(self.longest, device=device)
-        branch, step = slot[None] // lens, slot[None] % lens  # [B, S]
-        own = (branch[:, :, None] == branch[:, None]) & (step[:, :, None] >= step[:, None])
-        context_lens = context.edges.diff().to(lens.dtype)[:, None, None]
-        shared = torch.arange(context.longest, device=device)[None, None] < context_lens
         self.reach = max(c + n for c, n in zip(context.lens, branch_lens, strict=True))
-        self.mask = torch.cat([shared.expand(-1, self.longest, -1), own], dim=2)[:, None]  # [B, 1, S, C + S]
+        self.masks = [
+            _tree(n, count, c).to(device, non_blocking=True) for n, c in zip(branch_lens, context.lens, strict=True)
+        ]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal in each branch, all of its context visible."""
         if self.context.recorded is None or layer not in self.context.recorded:
             raise ModelError(f"layer {layer} kept no keys of the context; this base cannot use placement: suffix")
-        context_k, context_v = self.context.recorded[layer]
+        contexts = (tensor.split(self.context.lens, dim=2) for tensor in self.context.recorded[layer])
+        own = (tensor.split(self.lens, dim=2) for tensor in (q, k, v))
         # No variable-length kernel takes a tree mask: SDPA does, on every device.
-        k = torch.cat([self.context.to_rows(context_k), self.to_rows(k)], dim=2)
-        v = torch.cat([self.context.to_rows(context_v), self.to_rows(v)], dim=2)
-        q = self.to_rows(q)
-        if self.backend == "eager":
-            return self.to_packed(_eager(q, k, v, self.mask, scale))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return self.to_packed(out)
+        out = [
+            self._one(q_row, torch.cat([k_context, k_row], dim=2), torch.cat([v_context, v_row], dim=2), mask, scale)
+            for q_row, k_row, v_row, k_context, v_context, mask in zip(*own, *contexts, self.masks, strict=True)
+        ]
+        return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def _tree(length: int, count: int, context: int) -> torch.Tensor:
+    """May branch token i attend to key j? [count * length, context + count * length], keys: context, then branches."""
+    own = torch.block_diag(*[torch.ones(length, length).tril()] * count).bool()
+    return torch.cat([torch.ones(count * length, context, dtype=torch.bool), own], dim=1)
 
 
 def packed_attention(
@@ -173,11 +162,14 @@ def _has_varlen() -> bool:
     return "window_size" in inspect.signature(varlen_attn).parameters
 
 
-def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """The definition, with every score in memory: [R, H, S, E], [R, G, T, E] twice, mask [.., S, T] -> [R, H, S, E]."""
+def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """The definition, with every score in memory: the twin that the kernels are tested against."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask, float("-inf"))
+    scores = q @ k.transpose(2, 3) * scale
+    if mask is None:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
     precise = scores.float() if scores.dtype != torch.float64 else scores
     return precise.softmax(-1).to(v.dtype) @ v
 

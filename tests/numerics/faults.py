@@ -95,12 +95,13 @@ def no_causal_mask(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: right(*a, **{**k, "is_causal": False}))
 
 
-def mask_of_another_row(patch: pytest.MonkeyPatch) -> None:
+def a_context_token_is_hidden(patch: pytest.MonkeyPatch) -> None:
     right = Branches.__init__
 
     def broken(self: Any, *args: Any) -> None:
         right(self, *args)
-        self.mask = self.mask.roll(1, dims=0)
+        for mask in self.masks:
+            mask[:, 0] = False
 
     patch.setattr(Branches, "__init__", broken)
 
@@ -110,8 +111,9 @@ def branches_see_each_other(patch: pytest.MonkeyPatch) -> None:
 
     def broken(self: Any, *args: Any) -> None:
         right(self, *args)
-        size = self.longest
-        self.mask[..., -size:] = torch.ones(size, size, dtype=torch.bool).tril()
+        for mask in self.masks:
+            size = len(mask)
+            mask[:, -size:] = torch.ones(size, size, dtype=torch.bool).tril()
 
     patch.setattr(Branches, "__init__", broken)
 
@@ -237,8 +239,8 @@ FAULTS = [
     Fault("packed_without_a_mask", packed_without_a_mask, {}),
     Fault("packed_without_a_mask_opt", packed_without_a_mask, {"arch": "opt"}),
     Fault("no_causal_mask", no_causal_mask, {}),
-    Fault("mask_of_another_row_sdpa", mask_of_another_row, SUFFIX),
-    Fault("mask_of_another_row_eager", mask_of_another_row, {**SUFFIX, "backend": "eager"}),
+    Fault("a_context_token_is_hidden_sdpa", a_context_token_is_hidden, SUFFIX),
+    Fault("a_context_token_is_hidden_eager", a_context_token_is_hidden, {**SUFFIX, "backend": "eager"}),
     Fault("branches_see_each_other", branches_see_each_other, SUFFIX),
     Fault("key_heads_in_the_wrong_order", key_heads_in_the_wrong_order, {"backend": "eager"}),
     Fault("swapped_kl", swapped_kl, {}),
