@@ -60,9 +60,12 @@ def first_link_cut(sandbox: Sandbox, slurm: Slurm) -> None:
 
 
 def slurmd_killed(sandbox: Sandbox, slurm: Slurm) -> None:
-    """slurmd dies for good, and a run that goes on without it, but slowly: Slurm gives the node up."""
+    """slurmd dies for good; the ranks go on without it, but so slowly that Slurm gives the node up first."""
     kill_9(sandbox.daemons["slurmd-node2"].pid)
-    pause(ranks())
+    pids = ranks()
+    pause(pids)
+    wait_until("node2 down", lambda: "down" in slurm.call("sinfo", "--noheader", "--nodes=node2", "--format=%T"), 90, 1)
+    go_on(pids)
 
 
 def mend(sandbox: Sandbox, slurm: Slurm) -> None:
@@ -116,7 +119,8 @@ def pause(pids: list[int]) -> None:
 
 def go_on(pids: list[int]) -> None:
     for pid in pids:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # ended by Slurm in the meantime
+            os.kill(pid, signal.SIGCONT)
 
 
 def wait_for_step(run: Path, step: int, timeout_s: float = 90) -> tuple[float, int]:
