@@ -20,10 +20,11 @@ def test_trains_over_three_nodes_as_one_process_does(
     slurm: Slurm, config: Path, tmp_path: Path, expected_loss: float
 ) -> None:
     run = tmp_path / "run"
-    slurm.wait_for(slurm.train(config, run, nodes=3))
+    slurm.wait_for(slurm.train(config, run, nodes=3, SPT_DOCTOR="1"))
     assert jobs.final_loss(run) == pytest.approx(expected_loss, rel=1e-5)
     assert {path.stem for path in (run / "logs").glob("node*.log")} == set(HOSTS)
     assert "3 ranks" in job_log(run)
+    assert "3 ranks on 3 hosts met" in (run / "logs" / "node1.log").read_text()
 
 
 def test_trains_over_two_nodes_and_then_generates(
