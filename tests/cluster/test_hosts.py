@@ -57,8 +57,10 @@ def test_static_torchrun_ends_on_both_sides_of_a_cut(links: Sandbox, config: Pat
     wait_until("the end of the launchers", lambda: ended(both), LEEWAY_S)
     assert all(process.returncode != 0 for process in both)
     assert seconds > CUT_S
-    for host in launch.TWO:
-        assert f"Timed out waiting {TIMEOUT_S}000ms" in links.log(f"torchrun-29503-{host}")
+    for host, other in zip(launch.TWO, reversed(launch.TWO), strict=True):
+        told = links.log(f"torchrun-29503-{host}")
+        assert f"a rank on {other} died or did not answer" in told
+        assert f"Timed out waiting {TIMEOUT_S}000ms" in told
 
 
 def test_pdsh_trains_on_two_hosts_and_ends_when_one_is_cut_off(
