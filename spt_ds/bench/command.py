@@ -1,196 +1,151 @@
-"""`spt-ds bench`: a training step at a given shape, ours beside a naive twin, in one run.
+"""`spt-ds bench`: what a piece of work costs at a given shape, ours beside a naive twin, in one run.
 
 Each case runs in a process of its own, so that its peak memory is its own. On a CPU the cost is CPU seconds of the
-process, on a GPU milliseconds between synchronisations. FLOPs are counted as 4N per token (frozen weights: forward and
-the gradient of activations, none of weights), attention left out. The last line is one JSON object.
+process, on a GPU seconds between synchronisations. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import platform
-import resource
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from spt_ds.errors import SptError
 
-CASES = ("naive", "prefix", "suffix")
-RATIOS = (("cost", "times less"), ("peak_mib", "times less memory"))
+SUBJECTS = {
+    "step": "spt_ds.bench.step",  # naive: K passes padded to one length, checkpointed, all logits in fp32
+    "decode": "spt_ds.bench.decode",  # naive: the whole batch once per distinct prompt
+    "head": "spt_ds.bench.head",  # naive: all vocabulary logits at once
+}
+# Key of a result, and what the naive twin's over ours is called.
+RATIOS = {"cost": "times less", "peak_mib": "times less memory", "row_steps": "times fewer row-steps"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the cases one after another and print a table and a JSON line."""
+    """Run the cases one after another and print a table and a JSON line; exit code 1 when one failed."""
     args = _arguments(argv)
-    context = multiprocessing.get_context("spawn")
+    subject = importlib.import_module(SUBJECTS[args.subject])
+    cases = args.cases.split(",") if args.cases else list(subject.CASES)
+    unknown = [case for case in cases if case not in subject.CASES]
+    if unknown:
+        print(f"spt-ds bench: no case {unknown[0]!r}; {args.subject} has {', '.join(subject.CASES)}", file=sys.stderr)
+        return 2
     results = []
-    for case in args.cases.split(","):
-        if case not in CASES:
-            raise SystemExit(f"spt-ds bench: unknown case {case!r}; there are {', '.join(CASES)}")
-        for prompts in _numbers(args.prompts):
-            receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(case, prompts, args, send))
-            process.start()
-            send.close()
-            try:
-                result = receive.recv()
-            except EOFError:
-                process.join()
-                result = {"case": case, "prompts": prompts, "error": f"ended with exit code {process.exitcode}"}
-            process.join()
-            results.append(result)
+    for case in cases:
+        for prompts in (int(part) for part in args.prompts.split(",")):
+            result = _in_own_process(case, prompts, args)
             print(_row(result), flush=True)
-    report: dict[str, Any] = {
-        "command": "spt-ds bench " + " ".join(sys.argv[2:] if argv is None else argv),
-        "results": results,
-    }
-    report |= {"ratios": _ratios(results), "machine": platform.processor() or platform.machine()}
-    print(json.dumps(report))
+            results.append(result)
+    given = sys.argv[2:] if argv is None else argv
+    report: dict[str, Any] = {"command": " ".join(["spt-ds bench", *given]), "machine": platform.machine()}
+    report |= {"ratios": _ratios(results), "same": _same(results)}
+    for result in results:
+        result.pop("tokens", None)
+    print(json.dumps({**report, "results": results}))
     return int(any("error" in result for result in results))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="spt-ds bench", description=__doc__.split("\n")[0])
+    parser.add_argument("subject", choices=SUBJECTS, help="a training step, decoding, or the loss head's memory")
     parser.add_argument("--shape", default="opt-125m", help="tiny, opt-125m, opt-1.3b, llama-7b, llama-70b")
-    parser.add_argument("--cases", default="naive,prefix,suffix", help="comma-separated; naive is the reference's way")
+    parser.add_argument("--cases", help="comma-separated; default all of the subject, naive first")
     parser.add_argument("--prompts", default="4", help="K; comma-separated for several")
     parser.add_argument("--tokens", type=int, default=8, help="P")
-    parser.add_argument("--batch", type=int, default=4, help="examples of the micro-batch")
+    parser.add_argument("--batch", type=int, default=4, help="examples")
     parser.add_argument("--bits", type=int, default=32, choices=[16, 32])
-    parser.add_argument("--steps", type=int, default=3, help="measured steps after one to warm up; the median counts")
+    parser.add_argument("--steps", type=int, default=3, help="measured calls after one to warm up; the median counts")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--data", default="embedded:train", help="dialogues whose lengths are used")
     parser.add_argument(
         "--tokenizer", default="embedded", help="folder or hub id of the tokenizer that makes the lengths"
     )
-    parser.add_argument("--max-tokens", type=int, default=512, help="longest text; the naive twin pads to it")
-    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--max-tokens", type=int, default=512, help="longest text; the naive step pads to it")
+    parser.add_argument("--attention", default="auto", help="as model.attention")
     parser.add_argument("--checkpointing", default="off", choices=["off", "non_reentrant", "reentrant"])
+    parser.add_argument("--new-tokens", type=int, default=32, help="decode: tokens per reply")
+    parser.add_argument("--targets", type=int, default=128, help="head: target tokens of the micro-batch")
+    parser.add_argument("--head-chunk-mib", type=int, default=128, help="head: as losses.head_chunk_mib")
     return parser.parse_args(argv)
 
 
-def _child(case: str, prompts: int, args: argparse.Namespace, send: Any) -> None:
+def _in_own_process(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(case, prompts, args, send))
+    process.start()
+    send.close()
     try:
-        send.send(measure(case, prompts, args))
-    except SptError as error:
-        send.send({"case": case, "prompts": prompts, "error": str(error)})
+        result: dict[str, Any] = receive.recv()
+    except EOFError:
+        process.join()
+        result = {"error": f"ended with exit code {process.exitcode}"}
+    process.join()
+    return {"case": case, "prompts": prompts, **result}
 
 
-def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Losses, gradient norms, cost and peak memory of one case."""
+def _child(case: str, prompts: int, args: argparse.Namespace, send: Any) -> None:
     import torch
-
-    from spt_ds.bench.naive import naive_loss
-    from spt_ds.bench.shapes import build, micro_batch
-    from spt_ds.config.load import load_config
-    from spt_ds.model.spt import Counts
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    overrides = [f"prompts.count={prompts}", f"prompts.tokens={args.tokens}", f"model.base_bits={args.bits}"]
-    overrides += [
-        f"prompts.placement={'suffix' if case == 'suffix' else 'prefix'}",
-        f"model.attention={args.attention}",
+    try:
+        send.send(importlib.import_module(SUBJECTS[args.subject]).measure(case, prompts, args))
+    except SptError as error:
+        send.send({"error": str(error)})
+
+
+def _pairs(results: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(name, naive, other) for each good result beside the naive one of as many prompts."""
+    good = [result for result in results if "error" not in result]
+    naive = {result["prompts"]: result for result in good if result["case"] == "naive"}
+    return [
+        (f"{result['case']} K={result['prompts']}", naive[result["prompts"]], result)
+        for result in good
+        if result["case"] != "naive" and result["prompts"] in naive
     ]
-    overrides += [f"model.activation_checkpointing={args.checkpointing}", "losses.contrastive=0"]
-    config = load_config("demo", overrides)
-    backbone, spt = build(args.shape, config, device)
-    batch = micro_batch(args.data, args.tokenizer, args.batch, backbone.vocabulary, args.max_tokens)
-    counts = Counts(len(batch), len(batch.response_ids))
-
-    def step() -> torch.Tensor:
-        if case == "naive":
-            loss = naive_loss(backbone, spt, batch, args.max_tokens, recompute=True)
-        else:
-            loss = backbone(spt.micro_losses, batch, counts).total
-        spt.trainables.zero_grad()
-        loss.backward()
-        return loss.detach()
-
-    before = peak_bytes(device)
-    costs, loss = timed(step, device, args.steps)
-    unit = "CPU s" if device.type == "cpu" else "s"
-    lens = batch.context_lens, batch.response_lens
-    weights = sum(p.numel() for name, p in backbone.named_parameters() if "embed" not in name)
-    tokens = _tokens(case, *lens, prompts, args)
-    cost = statistics.median(costs)
-    return {
-        "case": case, "prompts": prompts, "loss": float(loss), "cost": cost, "cost_unit": unit,
-        "peak_mib": peak_bytes(device) / 2**20, "before_mib": before / 2**20, "tokens_read": tokens,
-        "real_share": 1.0 if case != "naive" else _real(*lens, prompts, args) / tokens,
-        "tflops": 4 * weights * tokens / 1e12, "tokens_per_cost": tokens / cost,
-        "gradient": {n: float(p.grad.norm()) for n, p in spt.trainables.named_parameters() if p.grad is not None},
-    }  # fmt: skip
-
-
-def timed(step: Callable[[], Any], device: Any, steps: int) -> tuple[list[float], Any]:
-    """Costs of `steps` calls after one warm-up: CPU seconds, or seconds between synchronisations on a GPU."""
-    import torch
-
-    gpu = device.type == "cuda"
-    clock = time.perf_counter if gpu else time.process_time
-    out, costs = step(), []
-    for _ in range(steps):
-        if gpu:
-            torch.cuda.synchronize()
-        start = clock()
-        out = step()
-        if gpu:
-            torch.cuda.synchronize()
-        costs.append(clock() - start)
-    return costs, out
-
-
-def peak_bytes(device: Any) -> int:
-    """Largest memory so far: of the allocator on a GPU, resident on a CPU (Linux reports KiB)."""
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _real(contexts: tuple[int, ...], responses: tuple[int, ...], prompts: int, args: argparse.Namespace) -> int:
-    return prompts * sum(args.tokens + c + r for c, r in zip(contexts, responses, strict=True))
-
-
-def _tokens(case: str, contexts: tuple[int, ...], responses: tuple[int, ...], prompts: int, args: Any) -> int:
-    """Positions that the base's layers see in one forward pass."""
-    if case == "naive":
-        return prompts * args.batch * (args.tokens + args.max_tokens)
-    last = len(responses)  # the last target of each row is never read
-    if case == "prefix":
-        return _real(contexts, responses, prompts, args) - prompts * last
-    return sum(contexts) + prompts * (sum(args.tokens + r for r in responses) - last)
 
 
 def _ratios(results: list[dict[str, Any]]) -> dict[str, float]:
-    good = [result for result in results if "error" not in result]
-    naive = {result["prompts"]: result for result in good if result["case"] == "naive"}
-    out = {}
-    for result in good:
-        base = naive.get(result["prompts"])
-        if base is not None and result is not base:
-            for key, text in RATIOS:
-                out[f"{result['case']} K={result['prompts']}: {text}"] = round(base[key] / result[key], 2)
+    return {
+        f"{name}: {text}": round(naive[key] / ours[key], 2)
+        for name, naive, ours in _pairs(results)
+        for key, text in RATIOS.items()
+        if key in ours
+    }
+
+
+def _same(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """How far losses and gradient norms lie from the naive twin's; whether the tokens are the same."""
+    out: dict[str, Any] = {}
+    for name, naive, ours in _pairs(results):
+        if "tokens" in ours:
+            out[name] = ours["tokens"] == naive["tokens"]
+        elif ours["case"] != "suffix":  # another placement is another function
+            gaps = [abs(ours["loss"] - naive["loss"]) / abs(naive["loss"])]
+            gaps += [abs(ours["gradient"][key] - norm) / norm for key, norm in naive["gradient"].items()]
+            out[name] = float(f"{max(gaps):.2e}")
     return out
 
 
 def _row(result: dict[str, Any]) -> str:
+    name = f"{result['case']:<7} K={result['prompts']}"
     if "error" in result:
-        return f"{result['case']:<7} K={result['prompts']}  {result['error']}"
-    cost = f"{result['cost']:9.3f} {result['cost_unit']}"
-    return (
-        f"{result['case']:<7} K={result['prompts']}  loss {result['loss']:.6f}  {cost}"
-        f"  peak {result['peak_mib']:8.0f} MiB  {result['tokens_read']:6d} tokens read  real {result['real_share']:.0%}"
-    )
+        return f"{name}  {result['error']}"
+    parts = [f"{result['cost']:9.3f} {result['cost_unit']}", f"peak {result['peak_mib']:7.0f} MiB"]
+    if "loss" in result:
+        parts.append(f"loss {result['loss']:.6f}")
+    if "tokens_read" in result:
+        parts.append(f"{result['tokens_read']} tokens read, {result['real_share']:.0%} real")
+    if "row_steps" in result:
+        parts.append(f"{result['row_steps']} row-steps for {result['examples_times_tokens']} tokens")
+    return "  ".join([name, *parts])
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+if __name__ == "__main__":
+    raise SystemExit(main())
