@@ -36,10 +36,10 @@ spt_option() {
 # spt_site: read slurm/site.env, if the site has one, and find the interpreter.
 spt_site() {
     if [[ -r slurm/site.env ]]; then
-        set -a # what a site sets is meant for the ranks too
+        set -a +u # what a site sets is meant for the ranks too; modules read variables that may be unset
         # shellcheck source=/dev/null
         . slurm/site.env
-        set +a
+        set +a -u
     fi
     export SPT_PYTHON=${SPT_PYTHON:-$PWD/.venv/bin/python}
     [[ -x $SPT_PYTHON ]] || spt_refuse "SPT_PYTHON: $SPT_PYTHON cannot be run; run \`make\` once, or set it in slurm/site.env"

@@ -64,6 +64,22 @@ def test_a_rank_gets_its_place_and_ignores_an_early_signal() -> None:
     assert done.stdout.split() == ["5", "6", "1", "2", "alive"]
 
 
+def test_what_a_site_sets_reaches_the_ranks(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "site.env").write_text("SPT_PYTHON=/bin/true\nNCCL_SOCKET_IFNAME=ib0$NOT_SET_BY_ANYBODY\n")
+    (tmp_path / "slurm" / "common.sh").symlink_to(ROOT / "slurm" / "common.sh")
+    script = f"cd {tmp_path}; spt_site; bash -c 'echo $NCCL_SOCKET_IFNAME $OMP_NUM_THREADS'; echo $-"
+    told = bash(script, None, SLURM_CPUS_PER_TASK="3")
+    assert told.stdout.splitlines()[0] == "ib0 3", told.stderr
+    assert "u" in told.stdout.splitlines()[1]
+
+
+def test_an_interpreter_that_is_missing_is_named(tmp_path: Path) -> None:
+    done = bash("spt_site", None, SPT_PYTHON=str(tmp_path / "python"))
+    assert done.returncode == 2
+    assert f"SPT_PYTHON: {tmp_path / 'python'} cannot be run" in done.stderr
+
+
 def test_a_node_with_idle_gpus_is_pointed_out() -> None:
     place = {**ALONE, "SLURM_GPUS_ON_NODE": "4"}
     assert "n7 has 4 GPUs for 1 ranks; ask for --ntasks-per-node=4" in bash("spt_rank true", None, **place).stdout
