@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from spt_ds.batch import Batch
-from spt_ds.bench.measuring import peak_bytes, timed
+from spt_ds.bench.measuring import peak_bytes, reset_peak, timed
 from spt_ds.bench.shapes import build, micro_batch
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import GenerateConfig
@@ -44,6 +44,7 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     batch = micro_batch(args.data, args.tokenizer, args.batch, backbone.vocabulary, args.max_tokens)
     steps = _RowSteps(backbone)
     run = _once_per_prompt if case == "naive" else _each_once
+    reset_peak(device)
     costs, tokens = timed(lambda: run(backbone, spt, batch, args.new_tokens), device, args.steps)
     return {
         "case": case, "prompts": prompts, "cost": min(costs), "cost_unit": "CPU s" if device.type == "cpu" else "s",

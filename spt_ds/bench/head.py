@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from spt_ds.bench.measuring import peak_bytes, timed
+from spt_ds.bench.measuring import peak_bytes, reset_peak, timed
 from spt_ds.model.head import FrozenHead
 
 CASES = ("naive", "ours")
@@ -37,6 +37,7 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
 
     # Warmed up on a few rows first, so that the library's own buffers are not counted.
     F.cross_entropy(hidden[:8] @ weight.T, targets[:8]).backward()
+    reset_peak(device)
     before = peak_bytes(device)
     costs, loss = timed(step, device, args.steps)
     assert hidden.grad is not None

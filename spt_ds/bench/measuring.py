@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def timed(step: Callable[[], Any], device: Any, steps: int) -> tuple[list[float], Any]:
+def timed(step: Callable[[], Any], device: torch.device, steps: int) -> tuple[list[float], Any]:
     """Costs of `steps` calls after one warm-up: CPU seconds, or seconds between synchronisations on a GPU."""
     gpu = device.type == "cuda"
     clock = time.perf_counter if gpu else time.process_time
@@ -26,8 +26,17 @@ def timed(step: Callable[[], Any], device: Any, steps: int) -> tuple[list[float]
     return costs, out
 
 
-def peak_bytes(device: Any) -> int:
-    """Largest memory so far: of the allocator on a GPU, resident on a CPU (Linux reports KiB)."""
+def reset_peak(device: torch.device) -> None:
+    """Forget the largest memory so far (Linux: 5 written to clear_refs resets the high-water mark)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory since `reset_peak`: of the allocator on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from spt_ds.bench.measuring import peak_bytes, timed
+from spt_ds.bench.measuring import peak_bytes, reset_peak, timed
 from spt_ds.bench.naive import naive_loss
 from spt_ds.bench.shapes import build, micro_batch
 from spt_ds.config.load import load_config
@@ -44,6 +44,7 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
         loss.backward()
         return loss.detach()
 
+    reset_peak(device)
     before = peak_bytes(device)
     costs, loss = timed(step, device, args.steps)
     unit = "CPU s" if device.type == "cpu" else "s"
