@@ -8,6 +8,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -20,6 +22,17 @@ from spt_ds.errors import EngineError
 from spt_ds.log import get_logger
 
 Result = TypeVar("Result")
+# What gloo and NCCL say in the survivors of a dead or silent rank.
+_LOSS_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "timed out",
+    "remote process exited",
+    "NCCL communicator was aborted",
+)
+_processes: list[tuple[str, int]] = []  # (host, process id) of each rank
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,39 @@ def init(timeout_s: int) -> World:
         dist.init_process_group(
             "nccl" if gpu else "gloo", timeout=timeout, store=store, rank=place["RANK"], world_size=size
         )
+    _processes[:] = gather_json([socket.gethostname(), os.getpid()])
     return World(place["RANK"], size, place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"], device)
+
+
+def explain_loss(error: BaseException) -> str | None:
+    """Say which rank is gone when `error` is what a collective raises after a peer died or fell silent, else None."""
+    text = str(error)
+    if not any(sign in text for sign in _LOSS_SIGNS):
+        return None
+    host = socket.gethostname()
+    gone: list[int] = []
+    give_up_s = time.monotonic() + 1.0  # a killed process closes its connections before it is gone
+    while not gone and time.monotonic() < give_up_s:
+        gone = [rank for rank, (where, pid) in enumerate(_processes) if where == host and not _alive(pid)]
+        time.sleep(0.02)
+    if gone:
+        who = " and ".join(f"rank {rank} (pid {_processes[rank][1]} on {host})" for rank in gone)
+        return f"{who} ended in the middle of a step: killed (out of memory?), or its own message stands above"
+    elsewhere = sorted({where for where, _ in _processes} - {host})
+    suspects = f"a rank on {', '.join(elsewhere)}" if elsewhere else "a rank"
+    return (
+        f"{suspects} died or did not answer within engine.collective_timeout_s (every rank on {host} is alive): "
+        "it hangs, or the network is cut"
+    )
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this host runs; one that nobody has buried yet does not."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return not os.path.isdir("/proc/self")  # not Linux: nothing is known
 
 
 def shutdown() -> None:

@@ -66,10 +66,17 @@ def run_job(args: argparse.Namespace, work: Callable[[Config, Path], int]) -> in
     except Exception as error:  # the last frame before the interpreter's: nothing is swallowed, the code says failed
         text = traceback.format_exc()
         where = _keep_traceback(run_dir, text)
-        _speak(
-            run_dir, f"failed: {type(error).__name__}: {error}\n{text if where is None else f'traceback in {where}'}"
-        )
+        _speak(run_dir, f"failed: {_explained(error)}\n{text if where is None else f'traceback in {where}'}")
         return EXIT_FAILED
+
+
+def _explained(error: Exception) -> str:
+    from spt_ds import dist
+
+    loss = dist.explain_loss(error)
+    if loss is None:
+        return f"{type(error).__name__}: {error}"
+    return f"{loss}.\nThe same command goes on from the newest checkpoint. What the transport said: {error}"
 
 
 def exit_with(code: int) -> None:
@@ -112,7 +119,8 @@ def _speak(run_dir: Path | None, message: str) -> None:
         elif _rank() != "0":
             return  # nothing is shared yet: what fails this early fails alike on every rank
     with contextlib.suppress(BrokenPipeError):
-        print(f"spt-ds [rank {_rank()}] {message}", file=sys.stderr, flush=True)
+        # On a line of its own: a progress bar may stand where the cursor is.
+        print(f"\nspt-ds [rank {_rank()}] {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class Sharding:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         logger.setLevel(logging.WARNING)
+        # It calls torch's collectives by their old names.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         # It warns of outputs in which it finds no tensors: only the root returns such, and the root owns no weights.
         zero_utils.warned = True
         # Compiled inside init_distributed on a CPU, for minutes, and of no use between processes that gloo connects.
