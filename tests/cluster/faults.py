@@ -23,16 +23,15 @@ class Cost:
     """What one fault cost a run."""
 
     fault: str
-    noticed_s: float | None
-    """From the fault to the end of the step that it hit; None where the step went on."""
+    noticed_s: float
+    """From the fault to the end of the step that it hit, or to the next start where nobody could tell of the end."""
     again_s: float
     """From the fault to the end of the first optimizer step of the next start."""
     repeated: int
     """Optimizer steps taken twice."""
 
     def row(self) -> str:
-        noticed = "-" if self.noticed_s is None else f"{self.noticed_s:.0f}"
-        return f"| {self.fault} | {noticed} | {self.again_s:.0f} | {self.repeated} |"
+        return f"| {self.fault} | {self.noticed_s:.0f} | {self.again_s:.0f} | {self.repeated} |"
 
 
 def rank_killed(sandbox: Sandbox, slurm: Slurm) -> None:
@@ -94,8 +93,8 @@ def newest_step(run: Path) -> int:
 
 def cost(fault: str, run: Path, begin: float, step: int) -> Cost:
     """What the fault at time `begin` (seconds since 1970), after `step`, cost a run that is done by now."""
-    ended = [_seconds(line) for line in job_log(run).splitlines() if "step ended" in line]
-    noticed = next((when - begin for when in ended if when >= begin - 1), None)
+    told = [_seconds(line) for line in job_log(run).splitlines() if re.search(r"\] (step ended|start \d)", line)]
+    noticed = min(max(when - begin, 0.0) for when in told if when >= int(begin))
     resumed = re.findall(r"resuming from \S+ at step (\d+)", "".join(p.read_text() for p in run.glob("logs/node*.log")))
     start = int(resumed[0]) if resumed else 0
     again = next(record["time"] for record in _records(run) if record["step"] == start + 1)

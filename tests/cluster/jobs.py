@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.cluster.sandbox import ROOT
 from tests.helpers.tokenizers import byte_tokenizer
 
-STEPS, EVERY = 30, 5
+STEPS, EVERY = 22, 5
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
 WORDS = ["dog", "cat", "tea", "music", "night", "run", "book", "sea", "rain", "bread", "train", "lake", "snow", "warm"]
 

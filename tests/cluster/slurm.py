@@ -37,7 +37,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=bf_interval=2,sched_min_interval=100000,requeue_delay=0
 ReturnToService=2
 SlurmdTimeout={timeout}
-KillWait=10
+KillWait=8
 MessageTimeout=5
 TCPTimeout=2
 MinJobAge=3600

@@ -87,6 +87,10 @@ def test_scancel_saves_and_a_smaller_job_goes_on(
 ) -> None:
     run = tmp_path / "run"
     number = slurm.train(config, run, nodes=3)
+    faults.wait_for_step(run, 1)
+    second = slurm.wait_for(slurm.train(config, run), ("FAILED",), timeout_s=20)
+    assert second["ExitCode"] == "2:0"
+    assert f"job {number} is working in this folder" in job_log(run)
     begin, step = faults.wait_for_step(run, STEP)
     slurm.call("scancel", str(number))
     slurm.wait_for(number, ("CANCELLED",))
