@@ -1,8 +1,8 @@
 """`spt-ds doctor`: what is wrong with this machine, or with `--distributed` these nodes, before a run finds out.
 
 One line per finding: `ok`, `warn` (a run works, but perhaps not as meant) or `FAIL`. Start it as the run will be
-started: `torchrun ... -m spt_ds.doctor --distributed`; the job scripts do so with SPT_DOCTOR=1. Exit code 0, or 2 when a
-line says FAIL.
+started: `torchrun ... -m spt_ds.doctor --distributed`; the job scripts do so with SPT_DOCTOR=1. Exit code 0, or 2
+when a line says FAIL.
 """
 
 from __future__ import annotations
