@@ -12,6 +12,11 @@ from typing import Any
 
 from spt_ds.errors import DataError, SptError
 
+LOSSES = (
+    ("validation loss (nll, selection, fusion)", "loss"),
+    ("nll, mean of all prompts", "nll"),
+    ("nll, selected prompt", "nll_selected"),
+)
 SCORES = (("F1 (SPT)", "f1_spt"), ("BLEU", "bleu"), ("DIST-1", "dist1"), ("DIST-2", "dist2"))  # keys of scores.json
 
 
@@ -35,11 +40,7 @@ def summary_rows(run: Path) -> list[tuple[str, str]]:
     done = _read(run / "DONE.json", "train it to the end first")
     before, after = done["valid_before"], done["valid_after"]
     rows = [("steps", f"{done['step']} on {done['world_size']} rank(s)")]
-    for name, key in (
-        ("validation loss, mean of all prompts", "nll"),
-        ("validation loss, selected prompt", "nll_selected"),
-    ):
-        rows.append((name, f"{before[key]:.4f} before, {after[key]:.4f} after"))
+    rows += [(name, f"{before[key]:.4f} before, {after[key]:.4f} after") for name, key in LOSSES]
     predictions = run / "generate" / "predictions.jsonl"
     if (run / "generate" / "scores.json").is_file():
         values = _read(run / "generate" / "scores.json", "run `spt-ds evaluate` again")["values"]

@@ -149,7 +149,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Mean losses over a data set, each example once: nll over all prompts, and of the selected prompt alone."""
+        """Mean losses over a data set, each example once; `loss` weights them as training does, without contrast."""
         sums = torch.zeros(7, dtype=torch.float64, device=self.world.device)
         for batch in batches:
             out: MicroLosses = self.root(self.spt.micro_losses, batch, Counts(1, 1))
@@ -161,12 +161,13 @@ class Engine:
             sums[:3] += out.parts
             sums[3:] += torch.stack([selected @ tokens, best @ tokens, tokens.sum(), weights.sum()])
         nll_sum, selection, fusion, selected_sum, best_sum, tokens_sum, examples = dist.all_reduce_sum(sums).tolist()
+        weights = self.config.losses
+        means = {"nll": nll_sum / tokens_sum, "selection": selection / examples, "fusion": fusion / examples}
         return {
-            "nll": nll_sum / tokens_sum,
+            "loss": means["nll"] + weights.selection * means["selection"] + weights.fusion * means["fusion"],
+            **means,
             "nll_selected": selected_sum / tokens_sum,
             "nll_best": best_sum / tokens_sum,
-            "selection": selection / examples,
-            "fusion": fusion / examples,
             "ppl_selected": math.exp(min(selected_sum / tokens_sum, 700.0)),
         }
 

@@ -1,0 +1,45 @@
+"""The table of a finished run, from its files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from spt_ds.summary import main
+
+LOSSES = {"loss": 7.0, "nll": 2.5, "nll_selected": 2.4}
+
+
+def finished(folder: Path, *, scored: bool) -> Path:
+    done = {"step": 40, "world_size": 2, "valid_before": LOSSES, "valid_after": {**LOSSES, "loss": 5.25}}
+    (folder / "DONE.json").write_text(json.dumps(done))
+    if scored:
+        (folder / "generate").mkdir()
+        values = {"f1_spt": 12.345, "bleu": 1.0, "dist1": 2.0, "dist2": 3.0}
+        (folder / "generate" / "scores.json").write_text(json.dumps({"values": values}))
+        lines = "".join(json.dumps({"prompt": k}) + "\n" for k in (0, 2, 2))
+        (folder / "generate" / "predictions.jsonl").write_text(lines)
+    return folder
+
+
+def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(finished(tmp_path, scored=True))]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    rows = {name: text.strip() for name, text in lines.items()}
+    assert rows["steps"] == "40 on 2 rank(s)"
+    assert rows["validation loss (nll, selection, fusion)"] == "7.0000 before, 5.2500 after"
+    assert rows["F1 (SPT)"] == "12.35"
+    assert rows["prompt usage"] == "0: 1, 2: 2"
+    assert rows["run folder"] == str(tmp_path)
+
+
+def test_without_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(finished(tmp_path, scored=False))]) == 0
+    assert "F1" not in capsys.readouterr().out
+
+
+def test_a_run_that_is_not_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "train it to the end first" in capsys.readouterr().err
