@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": ("spt_ds.generate", "generate replies for evaluation"),
     "evaluate": ("spt_ds.evaluate.command", "score a predictions file"),
     "compare": ("spt_ds.evaluate.compare", "one table of several runs"),
+    "report": ("spt_ds.report.command", "one HTML page of runs: curves, prompt use, scores, examples"),
     "summary": ("spt_ds.summary", "losses, scores and prompt usage of a run"),
     "bench": ("spt_ds.bench.command", "a training step at a given shape beside a naive twin"),
     "quantize": ("spt_ds.quantize", "write a base once in 4 or 8 bits"),

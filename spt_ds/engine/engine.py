@@ -161,10 +161,10 @@ class Engine:
             sums[:3] += out.parts
             sums[3:] += torch.stack([selected @ tokens, best @ tokens, tokens.sum(), weights.sum()])
         nll_sum, selection, fusion, selected_sum, best_sum, tokens_sum, examples = dist.all_reduce_sum(sums).tolist()
-        weights = self.config.losses
+        factors = self.config.losses
         means = {"nll": nll_sum / tokens_sum, "selection": selection / examples, "fusion": fusion / examples}
         return {
-            "loss": means["nll"] + weights.selection * means["selection"] + weights.fusion * means["fusion"],
+            "loss": means["nll"] + factors.selection * means["selection"] + factors.fusion * means["fusion"],
             **means,
             "nll_selected": selected_sum / tokens_sum,
             "nll_best": best_sum / tokens_sum,

@@ -69,3 +69,10 @@ def test_nodes_may_have_different_numbers_of_ranks(slurm: Slurm, tmp_path: Path)
     places = sorted(line.split()[1:] for line in text.splitlines() if line.startswith("place"))
     assert places == [["0", "5", "0", "4"], ["1", "5", "1", "4"], ["2", "5", "2", "4"], ["3", "5", "3", "4"],
                       ["4", "5", "0", "1"]]  # fmt: skip
+
+
+def test_a_benchmark_leaves_its_line(slurm: Slurm, tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    arguments = ["step", "--shape", "tiny", "--cases", "prefix", "--steps", "1", "--batch", "2", "--max-tokens", "256"]
+    slurm.wait_for(slurm.submit("slurm/bench.sbatch", str(result), *arguments))
+    assert json.loads(result.read_text())["results"][0]["case"] == "prefix"

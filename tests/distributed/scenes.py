@@ -28,6 +28,7 @@ from tests.helpers.tiny import tiny_lm
 from tests.helpers.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(Path(__file__).with_name("scene.yaml"))
 EXAMPLES = 10  # replies in the training file that `write_dialogues` writes by default
 RESIDENT = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
 
@@ -39,17 +40,14 @@ class Scene:
     folder: Path
 
     def overrides(self, arch: str, *more: str) -> list[str]:
-        """Options of a tiny run on the fp32 base `arch`; a later option wins."""
-        given = [
-            f"model.base={self.folder / arch}", "model.base_bits=32", "model.activation_checkpointing='off'",
-            f"data.train={self.folder / 'train.jsonl'}", f"data.valid={self.folder / 'valid.jsonl'}",
-            f"data.cache_dir={self.folder / 'cache'}", "data.max_tokens=120", "data.workers=0",
-            "prompts.count=3", "prompts.tokens=2", "losses.selection=0.7", "losses.contrastive=0.9",
-            "losses.bleu_threshold=5", "optim.clip_norm=0", "optim.lr=0.01",
-            "train.global_batch=4", "train.micro_batch=1", "log.every_steps=1",
-        ]  # fmt: skip
-        last = {line.partition("=")[0]: line for line in (*given, *more)}
-        return list(last.values())
+        """Options of a tiny run on the base `arch`, beside those of scene.yaml; a later option wins."""
+        return [
+            f"model.base={self.folder / arch}",
+            f"data.train={self.folder / 'train.jsonl'}",
+            f"data.valid={self.folder / 'valid.jsonl'}",
+            f"data.cache_dir={self.folder / 'cache'}",
+            *more,
+        ]
 
     def ds(self, name: str) -> str:
         """The shipped DeepSpeed file, but that nothing of a tiny base stays resident: else nothing would be sharded."""
@@ -111,7 +109,7 @@ def write_dialogues(path: Path, replies: int, seed: int) -> None:
 
 
 def open_engine(world: dist.World, setup: Setup) -> tuple[Config, Session, Engine]:
-    config = load_config("demo", list(setup.overrides))
+    config = load_config(CONFIG, list(setup.overrides))
     session = open_session(config, setup.ds, world)
     return config, session, Engine(config, world, session.sharding, session.root, session.spt)
 

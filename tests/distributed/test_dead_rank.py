@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.scenes import ROOT, Scene
+from tests.distributed.scenes import CONFIG, ROOT, Scene
 from tests.helpers.ranks import free_port
 
 TIMEOUT_S = 8  # of a collective
@@ -26,7 +26,7 @@ def launch(scene: Scene, folder: Path, launcher: str, how: str) -> tuple[str, fl
     options = scene.overrides("llama", "train.max_steps=5", f"engine.collective_timeout_s={TIMEOUT_S}")
     command = [
         *LAUNCHERS[launcher], "--master_port", str(free_port()), str(ROOT / "tests" / "distributed" / "dying.py"),
-        "--config", "demo", "--deepspeed_config", scene.ds("zero3"), "--run-dir", str(folder / "run"),
+        "--config", CONFIG, "--deepspeed_config", scene.ds("zero3"), "--run-dir", str(folder / "run"),
         *[word for option in options for word in ("--set", option)],
     ]  # fmt: skip
     own = {

@@ -63,8 +63,8 @@ def assert_same(found: Outcome, expected: Outcome, limit: float) -> None:
     """Losses, gradients of every tensor, trained tensors and validation losses within `limit`, relative."""
     for ours, theirs in zip(found.losses, expected.losses, strict=True):
         for name, value in theirs.items():
-            # The selection loss is a small difference of large numbers: it is known to the precision of those.
-            scale = max(abs(value), 1.0)
+            # The selection loss is made of differences between prompts' nll: it is known to the precision of those.
+            scale = theirs["nll"] if name == "selection" else max(abs(value), 1.0)
             assert abs(ours[name] - value) <= limit * scale, f"{name}: {ours[name]} and {value}"
     for ours_, theirs_ in zip(found.gradients, expected.gradients, strict=True):
         gaps = {name: gap(ours_[name], theirs_[name]) for name in theirs_}
@@ -72,7 +72,7 @@ def assert_same(found: Outcome, expected: Outcome, limit: float) -> None:
     gaps = {name: gap(found.trained[name], expected.trained[name]) for name in expected.trained}
     assert max(gaps.values()) <= 10 * limit, gaps
     for name, value in expected.valid.items():
-        assert abs(found.valid[name] - value) <= 10 * limit * max(abs(value), 1.0), f"valid {name}"
+        assert abs(found.valid[name] - value) <= 10 * limit * max(abs(value), expected.valid["nll"]), f"valid {name}"
 
 
 def assert_base_untouched(ranks: list[Outcome], expected: Outcome, sharded: bool) -> None:

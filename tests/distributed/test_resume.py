@@ -16,7 +16,7 @@ from spt_ds.config.load import load_config
 from spt_ds.engine import checkpoint
 from spt_ds.engine.stop import EXIT_DONE
 from spt_ds.engine.trainer import Trainer
-from tests.distributed.scenes import Scene, gap
+from tests.distributed.scenes import CONFIG, Scene, gap
 from tests.helpers.ranks import run_ranks
 
 STEPS, SAVED_AT = 6, 3
@@ -36,7 +36,7 @@ class Run:
 
 
 def train(world: dist.World, overrides: list[str], run_dir: Path, ds: str | None) -> int:
-    return Trainer(load_config("demo", overrides), run_dir, ds, world).run()
+    return Trainer(load_config(CONFIG, overrides), run_dir, ds, world).run()
 
 
 def finish(scene: Scene, place: Place, folder: Path, steps: int = STEPS) -> Run:
