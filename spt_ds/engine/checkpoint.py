@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -80,8 +81,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 def load(path: Path) -> Checkpoint:
     """Read and verify one checkpoint; raise CheckpointError saying what is wrong with it."""
     files = _verified(path)
-    state = json.loads(files[STATE])
-    return Checkpoint(load_tensors(files[TRAINABLES]), load_tensors(files[OPTIMIZER]), state)
+    try:
+        return Checkpoint(load_tensors(files[TRAINABLES]), load_tensors(files[OPTIMIZER]), json.loads(files[STATE]))
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: not written by spt_ds ({error})") from error
 
 
 def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
