@@ -1,0 +1,113 @@
+"""The run folder: what may change between a run and its continuation, and what is written about a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from spt_ds.config.load import key_paths, load_config
+from spt_ds.config.schema import Config
+from spt_ds.engine import run_folder
+from spt_ds.errors import ConfigError
+
+
+def config(**sections: dict[str, object]) -> Config:
+    return Config.model_validate({"name": "x", **sections})
+
+
+def test_nothing_changed_is_no_difference() -> None:
+    assert run_folder.differences(config(), config()) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("model", "base", "facebook/opt-125m"),
+        ("model", "base_bits", 32),
+        ("prompts", "count", 8),
+        ("losses", "tau_gold", 0.5),
+        ("data", "train", "other.jsonl"),
+        ("data", "max_tokens", 64),
+        ("optim", "lr", 0.5),
+        ("train", "global_batch", 8),
+        ("train", "seed", 1),
+        ("retriever", "projections", "shared"),
+    ],
+)
+def test_what_moves_numbers_may_not_change(tmp_path: Path, section: str, key: str, value: object) -> None:
+    run_folder.prepare(tmp_path, config(), None)
+    with pytest.raises(ConfigError) as error:
+        run_folder.prepare(tmp_path, config(**{section: {key: value}}), None)
+    old = getattr(getattr(config(), section), key)
+    assert f"{section}.{key}: {old!r} -> {value!r}" in str(error.value)
+    assert "choose another --run-dir" in str(error.value)
+    assert load_config(str(tmp_path / "config.yaml")) == config()  # the first run's stays
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("engine", "placement", "zero3"),
+        ("checkpoint", "keep_last", 7),
+        ("log", "every_steps", 3),
+        ("generate", "max_new_tokens", 5),
+        ("train", "max_steps", 1000),
+        ("train", "micro_batch", 1),
+        ("train", "max_hours", 2.0),
+        ("data", "workers", 0),
+        ("model", "activation_checkpointing", "reentrant"),
+        ("model", "attention", "eager"),
+    ],
+)
+def test_what_moves_no_number_may_change(tmp_path: Path, section: str, key: str, value: object) -> None:
+    run_folder.prepare(tmp_path, config(), None)
+    changed = config(**{section: {key: value}})
+    run_folder.prepare(tmp_path, changed, None)
+    assert load_config(str(tmp_path / "config.yaml")) == changed
+
+
+def test_every_free_option_exists() -> None:
+    known = set(key_paths(Config))
+    assert all(any(path.startswith(f"{section}.") for path in known) for section in run_folder.FREE)
+    assert {f"{section}.{key}" for section, keys in run_folder.FREE_KEYS.items() for key in keys} <= known
+
+
+def test_all_differences_come_together() -> None:
+    found = run_folder.differences(config(), config(optim={"lr": 0.5}, train={"seed": 3}))
+    assert found == ["optim.lr: 0.001 -> 0.5", "train.seed: 0 -> 3"]
+
+
+def test_the_folder_tells_of_the_run_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    ds = tmp_path / "ds.json"
+    ds.write_text("{}")
+    run_folder.prepare(tmp_path / "run", config(), str(ds))
+    written = {path.name: path for path in (tmp_path / "run").iterdir()}
+    assert set(written) == {"config.yaml", "environment.json", "deepspeed.json", "checkpoints"}
+    environment = json.loads(written["environment.json"].read_text())
+    assert environment["variables"]["SLURM_JOB_ID"] == "17"
+    assert environment["packages"].keys() >= {"torch", "deepspeed", "transformers"}
+    assert environment["commit"]
+    assert "hunter2" not in "".join(path.read_text() for path in written.values() if path.is_file())
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/run: cannot be written .*choose another --run-dir"):
+        run_folder.prepare(tmp_path / "file" / "run", config(), None)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "DONE.json"
+    run_folder.write_text(target, "old")
+
+    def full(self: Path, *args: object, **kwargs: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_folder.write_text(target, "new")
+    assert target.read_text() == "old"
