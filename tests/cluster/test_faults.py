@@ -20,7 +20,7 @@ def nothing_is_left() -> None:
     def left() -> list[tuple[int, list[str]]]:
         return [found for found in processes() if {"srun", "slurmstepd"} & {Path(word).name for word in found[1][:1]}]
 
-    wait_until("no rank and no step is left", lambda: not ranks() and not left(), 40, 1)
+    wait_until("no rank and no step is left", lambda: not ranks() and not left(), 90, 1)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
