@@ -1,6 +1,7 @@
 # make demo   the main job on what the package ships, on two CPU ranks
 # make test   the tests
 # make check  formatting, lint and types
+# make test-cluster   a real Slurm and several hosts on this machine; needs root and Debian, says so where it cannot
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ RUN := runs/demo
 # Two ranks on two cores: more threads than cores make each of them slower.
 DEMO_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false SPT_CACHE=runs/cache
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow test-cluster check clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -35,6 +36,9 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow"
+
+test-cluster: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.cluster
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Faults of the public reference that are not about numbers or data: settings ignored, pickles, checkpoints too large."""
+"""Faults of the public reference beside numbers and data: settings ignored, pickles, checkpoints too large."""
 
 from __future__ import annotations
 
