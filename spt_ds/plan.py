@@ -17,6 +17,10 @@ from spt_ds.errors import ModelError
 GIB = 2**30
 USABLE = 0.85  # share of a rank's memory that is planned with; the rest is for fragments, buffers and the runtime
 FIXED_BYTES = GIB  # process, kernels and communication buffers
+LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters, as it stands in ds_configs/ too
+RESPONSE_TOKENS = 64  # four times the mean reply of ConvAI2
+# Models whose feed-forward has no gate although it is sized by `intermediate_size`.
+UNGATED = {"phi", "gpt_neox", "starcoder2", "nemotron"}
 
 Placement = Literal["replicate", "zero3", "zero3_offload"]
 
@@ -26,10 +30,12 @@ class BaseShape:
     """The sizes of a causal LM that decide its memory."""
 
     hidden: int
+    embed: int  # size of an embedding; OPT-350m's differs from its hidden size
     layers: int
     ffn: int
     ffn_matrices: int  # 3 with a gate (Llama), 2 without (OPT)
-    kv_share: float  # key/value heads per query head
+    queries: int  # heads times their size
+    keys: int  # key/value heads times their size
     vocabulary: int
     embeddings: int  # tables of vocabulary size: 1 when the head is tied
 
@@ -44,12 +50,16 @@ class BaseShape:
             raise ModelError(f"the base's configuration has none of {', '.join(names)}: its memory cannot be planned")
 
         hidden, heads = first("hidden_size", "n_embd"), first("num_attention_heads", "n_head")
+        head = int(config.get("head_dim") or hidden // heads)
+        gated = config.get("intermediate_size") is not None and config.get("model_type") not in UNGATED
         return cls(
             hidden=hidden,
+            embed=int(config.get("word_embed_proj_dim") or hidden),
             layers=first("num_hidden_layers", "n_layer"),
             ffn=int(config.get("intermediate_size") or config.get("ffn_dim") or 4 * hidden),
-            ffn_matrices=3 if config.get("intermediate_size") else 2,
-            kv_share=int(config.get("num_key_value_heads") or heads) / heads,
+            ffn_matrices=3 if gated else 2,
+            queries=heads * head,
+            keys=int(config.get("num_key_value_heads") or heads) * head,
             vocabulary=first("vocab_size"),
             embeddings=1 if config.get("tie_word_embeddings", True) else 2,
         )
@@ -57,49 +67,69 @@ class BaseShape:
     @property
     def layer_parameters(self) -> int:
         """Weights of one layer's matrices."""
-        attention = self.hidden * self.hidden * (2 + 2 * self.kv_share)
-        return int(attention + self.ffn_matrices * self.hidden * self.ffn)
+        return self.hidden * (2 * self.queries + 2 * self.keys + self.ffn_matrices * self.ffn)
 
     @property
     def parameters(self) -> int:
-        """All weights of the base, norms and biases (well under 1 %) left out."""
-        return self.layers * self.layer_parameters + self.embeddings * self.vocabulary * self.hidden
+        """All weights of the base; norms, biases and learned positions (1.3 % of OPT-125m, less of others) left out."""
+        return self.layers * self.layer_parameters + self.table_parameters
+
+    @property
+    def table_parameters(self) -> int:
+        """Embeddings and head, with the projections between them and the layers where they differ in size."""
+        between = 2 * self.embed * self.hidden if self.embed != self.hidden else 0
+        return self.embeddings * self.vocabulary * self.embed + between
 
     def base_bytes(self, bits: int) -> int:
         """Bytes of the weights; embeddings and head stay at 16 bits when the layers have 4 or 8."""
-        table = self.embeddings * self.vocabulary * self.hidden * (4 if bits == 32 else 2)
+        table = self.table_parameters * (4 if bits == 32 else 2)
         scales = 4 / 64 if bits in (4, 8) else 0.0  # an fp32 scale per block of 64
         return int(self.layers * self.layer_parameters * (bits / 8 + scales) + table)
 
     def activation_bytes(self, tokens: int, bits: int, *, recompute: bool) -> int:
-        """Bytes kept for the backward pass of `tokens` packed tokens.
+        """Bytes kept for the backward pass of `tokens` packed tokens; at most a quarter above what is counted.
 
-        Weights are frozen, so a linear layer keeps nothing: kept are the inputs of norms, q, k, v and the output of
-        attention, and the inputs of the activation and of the gate's product. With recomputation one layer's worth,
-        and each layer's input.
+        Weights are frozen, so a linear layer keeps nothing: kept are the inputs of norms (fp32), q, k, v and the
+        output of attention, and the inputs of the activation and of the gate's product. With recomputation one
+        layer's worth, and each layer's input.
         """
         size = 4 if bits == 32 else 2
-        norms = 2 * self.hidden * (size + 4)
-        attention = self.hidden * (2 + 2 * self.kv_share) * size
+        norms = 2 * self.hidden * 4
+        attention = 2 * (self.queries + self.keys) * size
         feed_forward = (3 if self.ffn_matrices == 3 else 1) * self.ffn * size
         layer = norms + attention + feed_forward
+        last_norm = self.hidden * 4
         if recompute:
-            return int(tokens * (self.layers * self.hidden * size + layer))
-        return int(tokens * self.layers * layer)
+            return tokens * (self.layers * self.hidden * size + layer + last_norm)
+        return tokens * (self.layers * layer + last_norm)
+
+    def context_bytes(self, tokens: int, bits: int, *, recompute: bool) -> int:
+        """Keys and values of `tokens` context tokens that the branches of `placement: suffix` read.
+
+        They live until the backward pass; without recomputation each layer's attention keeps its own copy beside.
+        """
+        return tokens * self.layers * 2 * self.keys * (4 if bits == 32 else 2) * (1 if recompute else 2)
 
 
 def trainable_bytes(config: Config, shape: BaseShape) -> int:
     """Weights, gradients and two Adam moments of bank and retriever, fp32."""
     sides = 1 if config.retriever.projections == "shared" else 2
-    count = config.prompts.count * config.prompts.tokens * shape.hidden + sides * (shape.hidden**2 + shape.hidden)
+    count = config.prompts.count * config.prompts.tokens * shape.embed + sides * (shape.embed**2 + shape.embed)
     return 16 * count
 
 
-def step_tokens(config: Config) -> int:
-    """Most packed tokens that one micro-batch can put through the base."""
-    c = config
-    per_prompt = c.prompts.tokens + (c.data.max_tokens if c.prompts.placement == "prefix" else 64)
-    return c.train.micro_batch * c.prompts.count * per_prompt
+def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:
+    """Most bytes that one micro-batch keeps for its backward pass.
+
+    With `placement: suffix` a response is taken to be at most RESPONSE_TOKENS long.
+    """
+    c, bits = config, config.model.base_bits
+    suffix = c.prompts.placement == "suffix"
+    per_prompt = c.prompts.tokens + (min(RESPONSE_TOKENS, c.data.max_tokens) if suffix else c.data.max_tokens)
+    kept = shape.activation_bytes(c.train.micro_batch * c.prompts.count * per_prompt, bits, recompute=recompute)
+    if suffix:
+        kept += shape.context_bytes(c.train.micro_batch * c.data.max_tokens, bits, recompute=recompute)
+    return kept
 
 
 def memory_per_rank(device_bytes: int | None, local_size: int) -> int:
@@ -116,6 +146,15 @@ def memory_per_rank(device_bytes: int | None, local_size: int) -> int:
     return int(available * USABLE / local_size)
 
 
+def resident_bytes(shape: BaseShape, bits: int, placement: Placement, world_size: int) -> int:
+    """Bytes of the base on one rank: its copy, or its share and what ZeRO-3 keeps gathered at one time."""
+    base = shape.base_bytes(bits)
+    if placement == "replicate":
+        return base
+    gathered = min(base, LIVE_PARAMETERS * {32: 4, 16: 2}.get(bits, 1))
+    return gathered + (base // world_size if placement == "zero3" else 0)
+
+
 def choose_placement(config: Config, shape: BaseShape, world_size: int, rank_bytes: int) -> tuple[Placement, str]:
     """Pick where the base lives for `engine.placement`, and say why in one line."""
     asked = config.engine.placement
@@ -123,16 +162,19 @@ def choose_placement(config: Config, shape: BaseShape, world_size: int, rank_byt
         return asked, f"placement: {asked} (as configured)"
     bits = config.model.base_bits
     base = shape.base_bytes(bits)
+    sharded = resident_bytes(shape, bits, "zero3", world_size)
     rest = FIXED_BYTES + trainable_bytes(config, shape)
-    rest += shape.activation_bytes(step_tokens(config), bits, recompute=True)
+    rest += step_bytes(config, shape, recompute=True)
     room = rank_bytes - rest
     sizes = f"base {base / GIB:.2f} GiB at {bits} bits, {max(room, 0) / GIB:.2f} GiB left for it on each rank"
     if base <= room:
         return "replicate", f"placement: replicate ({sizes}: sharding would only add communication)"
-    layer = int(shape.layer_parameters * bits / 8)
-    if world_size > 1 and base / world_size + 2 * layer <= room:
-        return "zero3", f"placement: zero3 ({sizes}: a share of 1/{world_size} fits)"
-    return "zero3_offload", f"placement: zero3_offload ({sizes}: not even a share of 1/{world_size} fits)"
+    if world_size > 1 and sharded <= room:
+        return "zero3", f"placement: zero3 ({sizes}: a share of 1/{world_size} and what is gathered fit)"
+    return (
+        "zero3_offload",
+        f"placement: zero3_offload ({sizes}: not even a share of 1/{world_size} and what is gathered fit)",
+    )
 
 
 def choose_checkpointing(
@@ -143,9 +185,9 @@ def choose_checkpointing(
     if asked != "auto":
         return asked, f"activation checkpointing: {asked} (as configured)"
     bits = config.model.base_bits
-    share = {"replicate": 1.0, "zero3": 1.0 / world_size, "zero3_offload": 0.0}[placement]
-    room = rank_bytes - FIXED_BYTES - trainable_bytes(config, shape) - int(shape.base_bytes(bits) * share)
-    kept = shape.activation_bytes(step_tokens(config), bits, recompute=False)
+    base = resident_bytes(shape, bits, placement, world_size)
+    room = rank_bytes - FIXED_BYTES - trainable_bytes(config, shape) - base
+    kept = step_bytes(config, shape, recompute=False)
     used = "off" if kept <= room else "non_reentrant"
     verdict = "fit" if used == "off" else "do not fit"
     return used, (

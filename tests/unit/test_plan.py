@@ -1,0 +1,225 @@
+"""The memory arithmetic against counted parameters and counted saved activations, and the choices made from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PhiConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+from spt_ds import plan
+from spt_ds.config.schema import Config
+from spt_ds.errors import ModelError
+from spt_ds.model.attention import PACKED
+from spt_ds.model.backbone import Backbone
+from spt_ds.model.rows import embed, target_states
+from spt_ds.plan import GIB, BaseShape
+from tests.helpers.tiny import make_batch, tiny_spt
+
+
+def opt(hidden: int, layers: int, heads: int, embed: int | None = None) -> OPTConfig:
+    return OPTConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        ffn_dim=4 * hidden,
+        word_embed_proj_dim=embed or hidden,
+    )
+
+
+def llama(hidden: int, layers: int, heads: int, keys: int, inner: int, vocabulary: int, **more: Any) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        intermediate_size=inner,
+        vocab_size=vocabulary,
+        **more,
+    )
+
+
+BASES: dict[str, PretrainedConfig] = {
+    "opt-125m": opt(768, 12, 12),
+    "opt-350m": opt(1024, 24, 16, embed=512),
+    "opt-6.7b": opt(4096, 32, 32),
+    "llama-2-7b": llama(4096, 32, 32, 32, 11008, 32000),
+    "llama-2-70b": llama(8192, 80, 64, 8, 28672, 32000),
+    "llama-3-8b": llama(4096, 32, 32, 8, 14336, 128256),
+    "llama-3.2-1b": llama(2048, 16, 32, 8, 8192, 128256, tie_word_embeddings=True),
+    "qwen2-0.5b": Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=151936, tie_word_embeddings=True,
+    ),
+    "gemma2-2b": Gemma2Config(),
+    "gpt2": GPT2Config(),
+    "gpt-neox": GPTNeoXConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=8),
+    "phi": PhiConfig(),
+}  # fmt: skip
+
+
+def shape_of(name: str) -> BaseShape:
+    return BaseShape.from_config(BASES[name].to_dict())
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_parameters_are_those_that_are_counted(name: str) -> None:
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(BASES[name])
+    counted = sum(parameter.numel() for parameter in lm.parameters())
+    assert 0.985 * counted <= shape_of(name).parameters <= counted  # norms, biases and positions are left out
+    assert shape_of(name).base_bytes(32) == 4 * shape_of(name).parameters
+    assert shape_of(name).base_bytes(16) == 2 * shape_of(name).parameters
+
+
+def test_a_quantised_base_keeps_its_tables() -> None:
+    shape = shape_of("llama-2-7b")
+    tables, layers = 2 * 32000 * 4096 * 2, 32 * shape.layer_parameters
+    assert shape.base_bytes(8) == tables + layers + layers // 16
+    assert shape.base_bytes(4) == tables + layers // 2 + layers // 16
+
+
+def test_a_configuration_without_sizes_is_named() -> None:
+    with pytest.raises(ModelError, match="none of num_hidden_layers, n_layer"):
+        BaseShape.from_config({"hidden_size": 8, "num_attention_heads": 2})
+
+
+SMALL = {
+    "opt": OPTConfig(
+        hidden_size=128, ffn_dim=512, num_hidden_layers=4, num_attention_heads=4, word_embed_proj_dim=128,
+        vocab_size=100, max_position_embeddings=96, activation_function="relu",
+    ),
+    "llama": LlamaConfig(
+        hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=100, max_position_embeddings=96,
+    ),
+}  # fmt: skip
+
+
+def kept_bytes(name: str, dtype: torch.dtype, recompute: str, placement: str) -> tuple[int, int]:
+    """Bytes of activations that one micro-batch keeps, and packed tokens that carry a gradient: 2 rows, K 4, P 8."""
+    lm = AutoModelForCausalLM.from_config(SMALL[name], dtype=dtype, attn_implementation=PACKED)
+    backbone = Backbone(lm, "sdpa")
+    backbone.checkpoint_activations(recompute)
+    spt = tiny_spt(backbone, count=4, tokens=8, dtype=torch.float32, prompts={"placement": placement})
+    batch = make_batch([torch.arange(56) % 100] * 2, [torch.arange(9) % 100] * 2)
+    weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+    held: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is given twice
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        bank = spt.trainables.bank.weight
+        target_states(backbone, batch, embed(backbone, batch), bank[:, None].expand(-1, 2, -1, -1), placement)
+    tokens = 2 * 4 * (8 + 8 + (56 if placement == "prefix" else 0))  # a response's last token is never read
+    return sum(storage.nbytes() for storage in held.values()), tokens
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("name", SMALL)
+def test_activations_are_those_that_are_kept(name: str, bits: int) -> None:
+    shape = BaseShape.from_config(SMALL[name].to_dict())
+    counted, tokens = kept_bytes(name, torch.bfloat16 if bits == 16 else torch.float32, "off", "prefix")
+    assert 0.97 * counted <= shape.activation_bytes(tokens, bits, recompute=False) <= 1.25 * counted
+
+
+@pytest.mark.parametrize("mode", ["non_reentrant", "reentrant"])
+@pytest.mark.parametrize("name", SMALL)
+def test_recomputed_activations_are_inputs_of_layers_and_one_layer(name: str, mode: str) -> None:
+    """What the forward pass keeps, and one layer's worth that the backward pass makes again."""
+    shape = BaseShape.from_config(SMALL[name].to_dict())
+    inputs, tokens = kept_bytes(name, torch.float32, mode, "prefix")
+    everything, _ = kept_bytes(name, torch.float32, "off", "prefix")
+    counted = inputs + everything / shape.layers
+    assert 0.95 * counted <= shape.activation_bytes(tokens, 32, recompute=True) <= 1.2 * counted
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_shared_context_costs_its_keys_and_values(name: str) -> None:
+    """The hooks see the copies in each layer's attention; the recorded ones, of the same size, are beside them."""
+    shape = BaseShape.from_config(SMALL[name].to_dict())
+    counted, tokens = kept_bytes(name, torch.float32, "off", "suffix")
+    copies = shape.context_bytes(2 * 56, 32, recompute=True)
+    assert shape.context_bytes(2 * 56, 32, recompute=False) == 2 * copies
+    planned = shape.activation_bytes(tokens, 32, recompute=False) + copies
+    assert 0.9 * counted <= planned <= 1.2 * counted
+
+
+def run(**sections: dict[str, Any]) -> Config:
+    return Config.model_validate(sections)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "ranks", "gib", "placement"),
+    [
+        ("opt-125m", 16, 2, 24, "replicate"),
+        ("llama-2-7b", 16, 8, 68, "replicate"),  # an 80 GB card: sharding would only cost
+        ("llama-2-7b", 16, 4, 14, "zero3"),
+        ("llama-2-7b", 16, 1, 12, "zero3_offload"),  # nobody to share with
+        ("llama-2-70b", 16, 8, 68, "zero3"),
+        ("llama-2-70b", 16, 2, 40, "zero3_offload"),
+        ("llama-2-70b", 4, 1, 68, "replicate"),
+    ],
+)
+def test_placement_follows_from_sizes(name: str, bits: int, ranks: int, gib: int, placement: str) -> None:
+    config = run(model={"base_bits": bits})
+    found, why = plan.choose_placement(config, shape_of(name), ranks, gib * GIB)
+    assert found == placement, why
+    assert why.startswith(f"placement: {placement} (base ")
+    assert "GiB" in why
+
+
+def test_a_configured_placement_is_kept() -> None:
+    found, why = plan.choose_placement(run(engine={"placement": "zero3"}), shape_of("gpt2"), 2, 80 * GIB)
+    assert (found, why) == ("zero3", "placement: zero3 (as configured)")
+
+
+def test_recomputation_follows_from_sizes() -> None:
+    small, large = run(train={"micro_batch": 1}), run(train={"micro_batch": 32})
+    shape = shape_of("llama-2-7b")
+    used, why = plan.choose_checkpointing(small, shape, "replicate", 1, 68 * GIB)
+    assert used == "off", why
+    used, why = plan.choose_checkpointing(large, shape, "replicate", 1, 68 * GIB)
+    assert used == "non_reentrant", why
+    assert "do not fit" in why
+    asked = run(model={"activation_checkpointing": "reentrant"})
+    assert plan.choose_checkpointing(asked, shape, "zero3", 2, GIB)[0] == "reentrant"
+
+
+def test_shared_contexts_need_less_than_rows_of_their_own() -> None:
+    shape = shape_of("llama-2-7b")
+    prefix, suffix = (run(prompts={"placement": placement}) for placement in ("prefix", "suffix"))
+    for recompute in (False, True):
+        ours = plan.step_bytes(suffix, shape, recompute=recompute)
+        assert ours < plan.step_bytes(prefix, shape, recompute=recompute) / 2
+
+
+def test_trainables_are_counted_with_gradient_and_moments() -> None:
+    """Four copies in fp32: weights, gradients, two moments."""
+    from spt_ds.model.spt import Trainables
+
+    lm = AutoModelForCausalLM.from_config(SMALL["opt"], attn_implementation=PACKED)
+    spt = tiny_spt(Backbone(lm, "sdpa"), count=4, tokens=8, dtype=torch.float32)
+    assert isinstance(spt.trainables, Trainables)
+    counted = sum(p.numel() * 16 for p in spt.trainables.parameters())
+    assert plan.trainable_bytes(spt.config, BaseShape.from_config(SMALL["opt"].to_dict())) == counted
+
+
+def test_memory_of_a_rank() -> None:
+    assert plan.memory_per_rank(100 * GIB, 8) == int(85 * GIB)
+    assert 0 < plan.memory_per_rank(None, 2) < plan.memory_per_rank(None, 1)
