@@ -7,6 +7,7 @@ Legend: N packed tokens, n rows, D embedding size, V vocabulary.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -92,10 +93,13 @@ class Backbone(nn.Module):
 
     def checkpoint_activations(self, mode: str) -> None:
         """Recompute layers in the backward pass: `off`, `non_reentrant` or `reentrant`."""
-        if mode == "off":
-            self.lm.gradient_checkpointing_disable()
-            return
-        self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": mode == "reentrant"})
+        with warnings.catch_warnings():
+            # Names that transformers renames in 5.2x and drops in 6; setup.py admits releases that know only these.
+            warnings.simplefilter("ignore", FutureWarning)
+            if mode == "off":
+                self.lm.gradient_checkpointing_disable()
+                return
+            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": mode == "reentrant"})
         # transformers now marks every embedding as needing a gradient. Ours are frozen, and a graph that hangs on the
         # pooled context would be freed by the first micro-batch's backward pass.
         self.lm.disable_input_require_grads()
