@@ -1,0 +1,159 @@
+"""Counts what ZeRO-3 gathers in one training step: K prompts in one pass against K passes, one per prompt.
+
+    python benchmarks/communication.py --prompts 4,8
+
+Two ranks on the CPU and a small bf16 Llama of which nothing stays resident, so that every use of a weight is a gather.
+The figures are calls and bytes of the gathered weights per rank and micro-batch, forward and backward. The last line
+is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spt_ds import dist
+from spt_ds.batch import Batch
+from spt_ds.config.load import load_config
+from spt_ds.config.schema import Config
+from spt_ds.engine.ds_config import DsPlan, plan_for
+from spt_ds.engine.zero import Sharding
+from spt_ds.model.backbone import build_backbone
+from spt_ds.model.prompt_bank import PromptBank
+from spt_ds.model.spt import Counts, Spt, Trainables, build_trainables
+
+RANKS = 2
+
+
+class GatherCount:
+    """Counts DeepSpeed's gathers while it is on."""
+
+    def __init__(self) -> None:
+        self.calls = self.bytes = 0
+
+    def install(self) -> None:
+        from deepspeed.comm.torch import TorchBackend
+
+        for name in ("all_gather_into_tensor", "all_gather"):
+            self._wrap(TorchBackend, name)
+
+    def _wrap(self, owner: Any, name: str) -> None:
+        right = getattr(owner, name)
+
+        def counted(backend: Any, *args: Any, **kwargs: Any) -> Any:
+            output = args[0] if args else next(iter(kwargs.values()))
+            outputs = output if isinstance(output, (list, tuple)) else [output]
+            self.calls += 1
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in outputs)
+            return right(backend, *args, **kwargs)
+
+        setattr(owner, name, counted)
+
+    def take(self) -> tuple[int, int]:
+        taken = self.calls, self.bytes
+        self.calls = self.bytes = 0
+        return taken
+
+
+def nothing_resident(config: Config) -> DsPlan:
+    """ZeRO-3 that releases every weight after its use; the defaults would keep a small model whole."""
+    plan = plan_for("zero3", config, RANKS)
+    zero = plan.engine_config["zero_optimization"]
+    for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_param_persistence_threshold"):
+        zero[key] = 0
+    zero["stage3_prefetch_bucket_size"] = 0
+    return plan
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    lens = ((40, 9), (25, 12))
+    contexts = [torch.randint(256, (c,), generator=generator) for c, _ in lens]
+    responses = [torch.randint(256, (r,), generator=generator) for _, r in lens]
+    context_lens, response_lens = zip(*lens, strict=True)
+    return Batch(torch.cat(contexts), torch.cat(responses), context_lens, response_lens, (0, 1), (1.0, 1.0))
+
+
+def measure(folder: str, prompts: list[int]) -> list[dict[str, Any]]:
+    """One row per K, checkpointing and way."""
+    config = load_config("demo", [f"model.base={folder}", "model.base_bits=16", f"prompts.count={max(prompts)}"])
+    count = GatherCount()
+    sharding = Sharding(nothing_resident(config), torch.device("cpu"))
+    sharding.before_load()
+    count.install()
+    backbone = build_backbone(config.model, torch.device("cpu"), strict=True, shard=sharding.shard_function())
+    base_bytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in backbone.parameters())
+    root = sharding.wrap(backbone)
+    whole: Trainables = root(lambda inner: build_trainables(config, inner, [], 0))
+    examples, rows = batch(), []
+
+    def step(first: int, last: int) -> None:
+        part = Trainables(PromptBank(whole.bank.weight.detach()[first:last].clone()), whole.retriever)
+        root(Spt(config, part, 0).micro_losses, examples, Counts(2 * RANKS, 42)).total.backward()
+
+    for checkpointing in ("off", "non_reentrant"):
+        backbone.checkpoint_activations(checkpointing)
+        for k in prompts:
+            for way, spans in (("one pass", [(0, k)]), ("K passes", [(i, i + 1) for i in range(k)])):
+                for _ in range(2):  # the first time DeepSpeed records the order of its layers
+                    count.take()
+                    for span in spans:
+                        step(*span)
+                calls, gathered = count.take()
+                row = {"K": k, "checkpointing": checkpointing, "way": way, "calls": calls, "bytes": gathered}
+                rows.append({**row, "base_bytes": base_bytes})
+    return rows
+
+
+def rank_main(rank: int, port: int, folder: str, prompts: list[int], out: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    torch.set_num_threads(1)
+    dist.init(120)
+    rows = measure(folder, prompts)
+    if rank == 0:
+        Path(out).write_text(json.dumps(rows), encoding="utf-8")
+    dist.barrier()
+    dist.shutdown()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", default="4,8", help="K; comma-separated for several")
+    args = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        base = LlamaConfig(hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4,
+                           num_key_value_heads=2, vocab_size=256, tie_word_embeddings=True)  # fmt: skip
+        LlamaForCausalLM(base).save_pretrained(f"{folder}/base")
+        prompts = [int(part) for part in args.prompts.split(",")]
+        out = f"{folder}/rows.json"
+        torch.multiprocessing.spawn(rank_main, (port, f"{folder}/base", prompts, out), nprocs=RANKS)
+        rows = json.loads(Path(out).read_text(encoding="utf-8"))
+    ratios = {}
+    print(
+        f"base {rows[0]['base_bytes']:,} B\n{'K':>3} {'checkpointing':<14} {'way':<9} {'calls':>6} {'bytes':>12}  fewer"
+    )
+    for ours, passes in zip(rows[::2], rows[1::2], strict=True):
+        ratio = round(passes["bytes"] / ours["bytes"], 2)
+        ratios[f"K={ours['K']} checkpointing {ours['checkpointing']}"] = ratio
+        for row, text in ((passes, ""), (ours, f"{ratio} times")):
+            start = f"{row['K']:>3} {row['checkpointing']:<14} {row['way']:<9}"
+            print(f"{start} {row['calls']:>6} {row['bytes']:>12,}  {text}")
+    print(json.dumps({"ratios": ratios, "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
