@@ -1,10 +1,10 @@
-"""Measures the peak memory of a rank while a base is quantised and sharded as it is read.
+"""Measures the peak memory of a rank while a base is read, quantised where asked, and sharded.
 
-    python benchmarks/quant_memory.py [--ranks 1 2] [--bits 4 8 16] [--layers 16] [--folder KEEP]
+    python benchmarks/load_memory.py [--ranks 1 2] [--bits 4 8 16] [--layers 16] [--folder KEEP]
 
 Writes a Llama base with random bf16 weights (445 MB by default), loads it under ZeRO-3 as a run does, and samples the
-anonymous memory (RssAnon) of every rank. Limit at 4 and 8 bits: a rank grows by no more than its share of the base +
-one bf16 layer + 200 MiB, modules that are imported for loading included. What the process held before (`before_mib`:
+anonymous memory (RssAnon) of every rank. Limit: a rank grows by no more than its share of the base + one bf16 layer +
+200 MiB, modules that are imported for loading included. What the process held before (`before_mib`:
 Python, torch, transformers, DeepSpeed) is no part of it. CPU and gloo; the last line is one JSON object, the exit code
 is 1 when a limit is passed.
 """
@@ -155,7 +155,7 @@ def main() -> int:
         files = sorted(folder.glob("*.safetensors"))
         base, layer = sum(file.stat().st_size for file in files), files[-1].stat().st_size
         rows = [row(folder, ranks, bits, layer) for bits in args.bits for ranks in args.ranks]
-    passed = all(r["growth_mib"] <= r["limit_mib"] for r in rows if r["bits"] < 16)
+    passed = all(r["growth_mib"] <= r["limit_mib"] for r in rows)
     result = {"base_mb": round(base / 1e6), "layer_mib": round(layer / MIB, 1), "cpu": platform.machine()}
     print(json.dumps({**result, "rows": rows, "passed": passed}))
     return int(not passed)
