@@ -208,7 +208,7 @@ def test_random_weights_are_the_same_on_every_rank_and_unlike_from_layer_to_laye
 
 @pytest.mark.slow
 def test_memory_benchmark_runs_and_meets_its_limit() -> None:
-    script = Path(__file__).parents[2] / "benchmarks" / "quant_memory.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "load_memory.py"
     command = [sys.executable, str(script), "--hidden", "128", "--layers", "2", "--bits", "4", "8", "--ranks", "2"]
     out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
     result = json.loads(out.splitlines()[-1])
