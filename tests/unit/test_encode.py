@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +20,7 @@ from tests.helpers.tokenizers import byte_tokenizer, joining_tokenizer, piece_to
 
 FAMILIES = [byte_tokenizer, trained_byte_tokenizer, piece_tokenizer]
 BOS, EOS = 256, 257  # of the byte tokenizer
-GOLDEN = Path(os.environ.get("SPT_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden")) / "opt_tiny_k3"
+GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden_opt_tiny_k3"
 BYTES = byte_tokenizer()
 
 turns = st.lists(st.text(alphabet="abQR: .,", min_size=1).filter(str.strip), max_size=6)
@@ -148,7 +147,6 @@ def test_fingerprint_tells_tokenizers_apart() -> None:
     assert len(prints) == 3
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden numbers at {GOLDEN}; set SPT_GOLDEN")
 def test_golden_texts_give_the_golden_ids() -> None:
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN)
     texts = json.loads((GOLDEN / "batch.json").read_text(encoding="utf-8"))

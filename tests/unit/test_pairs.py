@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from itertools import combinations, permutations
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from spt_ds.data.pairs import contrast_pairs, pair_text, sentence_bleu_matrix
 
-GOLDEN = Path(os.environ.get("SPT_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden")) / "opt_tiny_k3"
+GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden_opt_tiny_k3"
 # Few words, so that texts share n-grams, repeat them, and are often shorter than four words.
 texts = st.lists(st.text(alphabet="ab3,.-& ", max_size=24), min_size=2, max_size=5)
 
@@ -59,7 +58,6 @@ def test_examples_are_compared_by_persona_and_without_one_by_dialogue() -> None:
     assert pair_text((), ("hi", "hello")) == "hi hello"
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden numbers at {GOLDEN}; set SPT_GOLDEN")
 def test_golden_pairs() -> None:
     golden = np.load(GOLDEN / "golden.npz")
     personas = json.loads((GOLDEN / "batch.json").read_text(encoding="utf-8"))["persona_list"]
