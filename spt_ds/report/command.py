@@ -1,0 +1,82 @@
+"""`spt-ds report RUN...`: one HTML file of runs that needs no network and no script."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import spt_ds
+from spt_ds.engine.run_folder import write_text
+from spt_ds.errors import SptError
+from spt_ds.report.markup import Markup, join, tag
+from spt_ds.report.runs import Run, read_runs
+from spt_ds.report.style import CSS
+
+# Nothing is fetched and nothing runs, whatever the texts of a run hold.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read the runs and write the page; return 0, or 2 for a fault of the user's, told in one line on stderr."""
+    parser = argparse.ArgumentParser(prog="spt-ds report", description="One self-contained HTML page of runs.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE",
+                        help="the page (default %(default)s)")  # fmt: skip
+    args = parser.parse_args(argv)
+    try:
+        text = page(read_runs(args.runs))
+        try:
+            write_text(args.out, text)
+        except OSError as error:
+            raise SptError(f"{args.out}: cannot be written ({error.strerror}); give another file with --out") from error
+    except SptError as error:
+        print(f"spt-ds report: {error}", file=sys.stderr)
+        return 2
+    print(f"written: {args.out} ({len(text.encode()) / 1024:.0f} KiB)")
+    return 0
+
+
+def page(runs: Sequence[Run]) -> str:
+    """Return the whole HTML document. Raises SptError when matplotlib is not installed."""
+    from spt_ds.report import sections  # needs matplotlib, which the command line shall not
+
+    parts = {
+        "Runs": sections.overview,
+        "Scores": sections.scores,
+        "Losses": sections.losses,
+        "Throughput": sections.throughput,
+        "Prompt use": sections.prompt_use,
+        "Scores over the bank": sections.bank_scores,
+        "Examples": sections.examples,
+        "Configuration": sections.configuration,
+        "Hardware and versions": sections.machines,
+    }
+    bodies: list[Markup] = []
+    for title, section in parts.items():
+        heading = f"{_anchor(title)}-heading"
+        inner = (tag("h2", title, id=heading), section(runs))
+        bodies.append(tag("section", *inner, id=_anchor(title), aria_labelledby=heading))
+    links = (tag("li", tag("a", title, href=f"#{_anchor(title)}")) for title in parts)
+    title = "Report: " + ", ".join(run.label for run in runs)
+    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    body = (
+        tag("a", "Skip to the report", href="#report", class_="skip"),
+        tag("header", tag("h1", title), tag("nav", tag("ul", *links), aria_label="Sections")),
+        tag("main", *bodies, id="report"),
+        tag("footer", f"Written by spt-ds {spt_ds.__version__} on {made}."),
+    )
+    head = (
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", title),
+        tag("style", Markup(CSS)),
+    )
+    return join([Markup("<!DOCTYPE html>\n"), tag("html", tag("head", *head), tag("body", *body), lang="en")]) + "\n"
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")

@@ -1,0 +1,177 @@
+"""Plots as inline SVG. Colours of text and lines are variables of the page, so that they follow its light or dark mode.
+
+Shape letters: K prompts, C columns. No text of a run gets into a plot: names are in the page around it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spt_ds.errors import SptError
+from spt_ds.report.markup import Markup
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+except ImportError as error:
+    raise SptError(
+        f"plots are drawn by matplotlib, which cannot be imported ({error}); "
+        "install it with: pip install 'spt-ds[report]'"
+    ) from error
+
+Floats = NDArray[np.float64]
+
+# Each keeps a contrast of 3:1 or more on both backgrounds.
+PALETTE = ("#2f7fd6", "#cc6a12", "#2b945a", "#d6336c", "#8b5cd6", "#0e8f9c", "#97702f", "#7b8494")
+# Colours that stand for variables of the page until the SVG is written.
+INK, LINE = "#010101", "#020202"
+VARIABLES = {INK: "var(--ink)", LINE: "var(--line)"}
+STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "spt-ds",  # the same plot has the same ids each time
+    "text.parse_math": False,
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": LINE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+}
+PX_PER_INCH = 110  # a little over CSS's 96: brings 9 pt near the page's small text
+MOST_POINTS = 400  # of a line; more are averaged in groups
+MOST_LABELS = 14  # on the horizontal axis of a heat map
+MOST_NUMBERS = (12, 16)  # rows and columns of a heat map up to which each cell holds its number
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot: (x, y) points and its looks."""
+
+    points: Sequence[tuple[float, float]]
+    colour: str
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A heat map: `values` `[K, C]` (NaN: no cell), a label for each column, names of axes and scale."""
+
+    values: Floats
+    columns: Sequence[str]
+    across: str
+    scale: str
+    form: str
+    """Format of a cell's number, such as `.0f`."""
+    marked: Sequence[int | None] = ()
+    """The prompt that gets a dot, for each column."""
+    limits: tuple[float, float] | None = None
+
+
+def colour(place: int) -> str:
+    """The colour of the run at `place`; from the ninth on they repeat."""
+    return PALETTE[place % len(PALETTE)]
+
+
+def curves(name: str, alt: str, lines: Sequence[Line]) -> Markup:
+    """Draw lines over optimizer steps. `name` is the plot's own in the page, `alt` says what it shows."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.7, 2.35), layout="constrained")
+        axes = figure.add_subplot()
+        for line in lines:
+            steps, values = thinned(line.points)
+            few = len(steps) <= 30
+            axes.plot(
+                steps, values, color=line.colour, linewidth=1.5, linestyle="--" if line.dashed else "-",
+                marker="o" if few else None, markersize=3,
+            )  # fmt: skip
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("step")
+        return _svg(figure, name, alt, "max-width")
+
+
+def heat(name: str, alt: str, one: Heat) -> Markup:
+    """Draw a heat map, prompts from the top down."""
+    prompts, count = one.values.shape
+    with matplotlib.rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
+        figure = Figure(figsize=(min(7.6, 2.6 + 0.55 * count), min(1.1 + 0.3 * prompts, 6.5)), layout="constrained")
+        axes = figure.add_subplot()
+        low, high = one.limits or (None, None)
+        image = axes.imshow(
+            one.values, aspect="auto", interpolation="none", cmap="cividis", vmin=low, vmax=high
+        )  # "none" keeps cells sharp in SVG at any size
+        every = -(-count // MOST_LABELS)
+        ticks = [*range(0, count - every, every), count - 1]  # the last column always has its label
+        axes.set_xticks(ticks, [one.columns[tick] for tick in ticks])
+        axes.yaxis.set_major_locator(MaxNLocator(min(prompts, 12), integer=True))
+        axes.set_ylim(prompts - 0.5, -0.5)
+        axes.set_xlabel(one.across)
+        axes.set_ylabel("prompt")
+        axes.tick_params(length=0)
+        dots = [(place, prompt) for place, prompt in enumerate(one.marked) if prompt is not None]
+        if dots:
+            axes.scatter(
+                [x for x, _ in dots], [y for _, y in dots], s=14, color="#ffffff", edgecolors="#000000", linewidths=0.8
+            )
+        elif prompts <= MOST_NUMBERS[0] and count <= MOST_NUMBERS[1]:
+            _write_numbers(axes, image, one)
+        bar = figure.colorbar(image, ax=axes, pad=0.02)
+        bar.outline.set_visible(False)
+        bar.set_label(one.scale)
+        return _svg(figure, name, alt, "width")
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> tuple[Floats, Floats]:
+    """Return x and y `[P]`, P up to MOST_POINTS: means over groups of neighbours where there are more."""
+    table = np.asarray(points, dtype=np.float64)
+    if len(table) > MOST_POINTS:
+        table = np.stack([group.mean(axis=0) for group in np.array_split(table, MOST_POINTS)])
+    return table[:, 0], table[:, 1]
+
+
+def _write_numbers(axes: Any, image: Any, one: Heat) -> None:
+    for (prompt, place), value in np.ndenumerate(one.values):
+        if np.isfinite(value):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
+            text = format(float(value), one.form)
+            axes.text(place, prompt, text, ha="center", va="center", fontsize=8, color="#ffffff" if dark else "#000000")
+
+
+def _svg(figure: Any, name: str, alt: str, bound: str) -> Markup:
+    """The figure as an element of a page: no ids but its own, no references to anything outside.
+
+    `bound` is the property of CSS that gets its width: `max-width` for a plot that shrinks with its box.
+    """
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True)
+    text = out.getvalue()
+    box = re.search(r'viewBox="[^"]+"', text)
+    body = re.search(r"<svg[^>]*>(.*)</svg>", text, re.DOTALL)
+    assert box is not None, "matplotlib wrote no SVG"
+    assert body is not None, "matplotlib wrote no SVG"
+    inner = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", body[1], flags=re.DOTALL)
+    for old, new in (('id="', f'id="{name}-'), ('xlink:href="#', f'href="#{name}-'), ("url(#", f"url(#{name}-")):
+        inner = inner.replace(old, new)
+    inner = inner.replace("xlink:href=", "href=")
+    for old, new in VARIABLES.items():
+        inner = inner.replace(old, new)
+    width = f"{bound}:{figure.get_figwidth() * PX_PER_INCH:.0f}px"
+    return Markup(f'<svg {box[0]} role="img" aria-label="{escape(alt, quote=True)}" style="{width}">{inner}</svg>')

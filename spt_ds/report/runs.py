@@ -1,0 +1,219 @@
+"""Reads a run folder for a report. What is not there yet is noted; what is there and damaged is an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from spt_ds.config.load import key_paths, load_config
+from spt_ds.config.schema import Config
+from spt_ds.engine import run_folder
+from spt_ds.errors import DataError
+from spt_ds.evaluate import evaluation, predictions
+from spt_ds.evaluate.evaluation import Scores
+from spt_ds.evaluate.predictions import Prediction, PredictionFile
+from spt_ds.evaluate.scores import clean, f1_spt
+
+DEEPSPEED = "deepspeed.json"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One line of the predictions, with the dialogue around it."""
+
+    row: Prediction
+    persona: tuple[str, ...]
+    history: tuple[str, ...]
+    """Utterances from the first on; the last one is the partner's."""
+    turn: int | None
+    """Number of the utterance in its dialogue, from 0; None where the file does not tell."""
+    text: str
+    """The prediction as it is scored."""
+    f1: float
+    """Word overlap with the reference, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds."""
+
+    folder: Path
+    label: str
+    options: dict[str, Any]
+    """The configuration by key path."""
+    environment: dict[str, Any]
+    """Hardware, versions and variables by key path; empty where they are not recorded."""
+    lines: list[dict[str, Any]]
+    """metrics.jsonl: each has `step`, `kind` (train, valid) and `time` (seconds since 1970), and the values."""
+    done: dict[str, Any] | None
+    """The summary at the end of training, or None."""
+    deepspeed: str | None
+    replies: list[Reply]
+    scores: Scores | None
+    missing: list[str]
+    """What is not there and how to get it."""
+
+    def series(self, kind: str, key: str) -> list[tuple[int, float]]:
+        """(step, value) of each line of `kind` that has a number under `key`."""
+        return [(line["step"], line[key]) for line in self.lines if line["kind"] == kind and _is_number(line.get(key))]
+
+    def paces(self) -> list[tuple[int, float]]:
+        """(step, optimizer steps per second) of each stretch that ends in a training line.
+
+        A stretch begins at the line before, of whatever kind, so no validation lies in it; saving of checkpoints does.
+        The first one, with its warm-up, is left out where there are others.
+        """
+        found = [
+            (after["step"], (after["step"] - before["step"]) / (after["time"] - before["time"]))
+            for before, after in pairwise(self.lines)
+            if after["kind"] == "train" and after["step"] > before["step"] and after["time"] > before["time"]
+        ]
+        return found[1:] or found
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders, each once, and name them by their last part, or whole where that is not unique.
+
+    Raises DataError or ConfigError for a folder that is no run and for a file in it that cannot be read.
+    """
+    unique = list({folder.resolve(): folder for folder in folders}.values())
+    names = [folder.resolve().name for folder in unique]
+    return [
+        read_run(folder, name if names.count(name) == 1 else str(folder))
+        for folder, name in zip(unique, names, strict=True)
+    ]
+
+
+def read_run(folder: Path, label: str) -> Run:
+    """Read one run folder."""
+    config = folder / run_folder.CONFIG
+    if not config.is_file():
+        what = f"holds no {run_folder.CONFIG}" if folder.is_dir() else "no such folder"
+        raise DataError(f"{folder}: {what}; give a run folder, as `spt-ds train` writes one")
+    loaded = load_config(str(config))
+    missing: list[str] = []
+
+    def present(path: Path, mend: str) -> bool:
+        if not path.is_file():
+            missing.append(f"{path.name} is not there: {mend}")
+        return path.is_file()
+
+    environment, done = folder / run_folder.ENVIRONMENT, folder / run_folder.DONE
+    metrics, deepspeed = folder / run_folder.METRICS, folder / DEEPSPEED
+    has_environment = present(environment, "hardware and versions are not known")
+    lines = read_lines(metrics) if present(metrics, "no step has been logged yet") else []
+    is_done = present(done, "training has not come to its end")
+    file, scores = _scored(folder, missing)
+    return Run(
+        folder=folder,
+        label=label,
+        options=options_of(loaded),
+        environment=_flat("", _object(environment)) if has_environment else {},
+        lines=lines,
+        done=_object(done) if is_done else None,
+        deepspeed=_text(deepspeed) if deepspeed.is_file() else None,
+        replies=_replies(file) if file else [],
+        scores=scores,
+        missing=missing,
+    )
+
+
+def options_of(config: Config) -> dict[str, Any]:
+    """Return every option by its key path."""
+    return {path: reduce(getattr, path.split("."), config) for path in key_paths(Config)}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl. A last line without its end is one that a kill cut, and is left out."""
+    found = []
+    for number, text in enumerate(_text(path).splitlines(keepends=True), start=1):
+        if not text.endswith("\n"):
+            break
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not JSON ({error}); remove the line") from error
+        if not isinstance(line, dict) or not (
+            isinstance(line.get("step"), int) and isinstance(line.get("kind"), str) and _is_number(line.get("time"))
+        ):
+            raise DataError(f"{path}:{number}: expected an object with 'step', 'kind' and 'time'; remove the line")
+        found.append(line)
+    return found
+
+
+def extremes(replies: Sequence[Reply], most: int) -> tuple[list[Reply], list[Reply]]:
+    """Return up to `most` replies of highest and of lowest F1, best and worst first; no reply is in both."""
+    ranked = sorted(replies, key=lambda reply: (-reply.f1, reply.row.index))
+    worst = ranked[max((len(ranked) + 1) // 2, len(ranked) - most) :]
+    return ranked[: min((len(ranked) + 1) // 2, most)], worst[::-1]
+
+
+def _scored(folder: Path, missing: list[str]) -> tuple[PredictionFile | None, Scores | None]:
+    """The predictions and the scores that belong to them."""
+    place = predictions.locate(folder, predictions.FILE_NAME, evaluation.FILE_NAME)
+    source, written = place / predictions.FILE_NAME, place / evaluation.FILE_NAME
+    file = predictions.read_predictions(source) if source.is_file() else None
+    if file is None:
+        missing.append(f"{source.name} is not there: write it with `spt-ds generate {folder}`")
+    scores = evaluation.load_scores(written) if written.is_file() else None
+    mend = f"write it with `spt-ds evaluate {folder}`"
+    if scores is None:
+        missing.append(f"{written.name} is not there: {mend}")
+    elif file and scores.settings.predictions_sha256 != file.sha256:
+        missing.append(f"{written.name} belongs to other predictions and is left out: {mend}")
+        scores = None
+    return file, scores
+
+
+def _replies(file: PredictionFile) -> list[Reply]:
+    replies = []
+    for row, line in zip(file.rows, file.path.read_bytes().split(b"\n"), strict=False):
+        found = json.loads(line)
+        where = f"{file.path}:{row.index + 1}"
+        turn = found.get("turn")
+        if turn is not None and (not isinstance(turn, int) or turn < 0):
+            raise DataError(f"{where}: field 'turn' is {turn!r}, expected null or a whole number from 0 on")
+        persona, history = (_strings(where, found, name) for name in ("persona", "history"))
+        text = clean(row.raw)
+        replies.append(Reply(row, persona, history, turn, text, f1_spt(text, row.reference)))
+    return replies
+
+
+def _strings(where: str, found: dict[str, Any], name: str) -> tuple[str, ...]:
+    value = found.get(name, [])
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise DataError(f"{where}: field {name!r} is {value!r}, expected a list of strings")
+    return tuple(value)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_text(path))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); the training that wrote it can be run again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: got a {type(found).__name__}, expected a JSON object")
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+
+
+def _flat(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(f"{prefix}{key}.", value) if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
