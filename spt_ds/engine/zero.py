@@ -68,9 +68,15 @@ class Sharding:
         if not self.on:
             return None
         import deepspeed
+        from deepspeed.utils import groups
 
         def shard(module: nn.Module) -> None:
-            deepspeed.zero.Init(module=module, config_dict_or_path=self.plan.engine_config)
+            # The groups of a second copy per host can be made once only: the first call makes them.
+            deepspeed.zero.Init(
+                module=module,
+                config_dict_or_path=self.plan.engine_config,
+                zero_param_parallel_group=groups._ZERO_PARAM_INTRA_PARALLEL_GROUP,
+            )
 
         return shard
 

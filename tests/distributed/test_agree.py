@@ -143,7 +143,7 @@ def ask_after(trainer: Trainer, step: int, ask: Any) -> None:
                 ask()
             yield window
 
-    trainer._windows = stream  # type: ignore[method-assign]
+    trainer._windows = stream  # type: ignore[method-assign,assignment]
 
 
 def request(trainer: Trainer, how: str) -> None:

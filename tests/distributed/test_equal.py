@@ -16,12 +16,14 @@ import torch
 from torch.utils.cpp_extension import get_default_build_root
 
 from spt_ds import dist
+from spt_ds.config.load import load_config
+from spt_ds.engine.ds_config import load_ds_config
 from tests.distributed.conftest import Reference
-from tests.distributed.scenes import Outcome, Scene, Setup, gap, measure, open_engine, windows
+from tests.distributed.scenes import CONFIG, Outcome, Scene, Setup, gap, measure, open_engine, windows
 from tests.helpers.ranks import run_ranks
 
 FP32, BF16 = 1e-6, 1e-5
-SHIPPED = ("zero2", "zero3", "zero3_offload_cpu")
+SHIPPED = ("zero2", "zero3", "zero3_offload_cpu", "zeropp")
 # (base, bits, placement of the prompts, activation checkpointing): every pair of values at least once.
 CASES = [
     ("opt", 32, "prefix", "off"),
@@ -102,7 +104,13 @@ def check(scene: Scene, one_process: Reference, world: int, ds: str, cases: list
 
 @pytest.mark.parametrize(
     ("world", "ds", "cases"),
-    [(2, "zero2", CASES[:1]), (2, "zero3", CASES), (3, "zero3", CASES[2:4]), (3, "zero3_offload_cpu", CASES[1::6])],
+    [
+        (2, "zero2", CASES[:1]),
+        (2, "zero3", CASES),
+        (3, "zero3", CASES[2:4]),
+        (3, "zero3_offload_cpu", CASES[1::6]),
+        (2, "zeropp", CASES[6:7]),
+    ],
 )
 def test_ranks_equal_one_process(
     scene: Scene, one_process: Reference, world: int, ds: str, cases: list[tuple[str, int, str, str]]
@@ -115,6 +123,32 @@ def test_ranks_equal_one_process(
 @pytest.mark.parametrize("ds", SHIPPED)
 def test_every_combination_equals_one_process(scene: Scene, one_process: Reference, world: int, ds: str) -> None:
     check(scene, one_process, world, ds, EVERY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_second_copy_per_host_equals_one_process(scene: Scene, bits: int) -> None:
+    """zeropp.json on two hosts of two ranks: each host holds the base once more."""
+    asked = Setup(scene.ds("zeropp"), scene.overrides("llama", f"model.base_bits={bits}"))
+    (expected,) = run_ranks(1, first_gradient, Setup(None, asked.overrides))
+    for found in run_ranks(4, on_two_hosts, asked):
+        assert gap(found, expected) <= FP32
+
+
+def on_two_hosts(world: dist.World, setup: Setup) -> np.ndarray:
+    """`first_gradient` where the launcher says that a host has two ranks."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    plan = load_ds_config(setup.ds, load_config(CONFIG, list(setup.overrides)), world.size)
+    assert plan.engine_config["zero_optimization"]["zero_hpz_partition_size"] == 2
+    return first_gradient(world, setup)
+
+
+def first_gradient(world: dist.World, setup: Setup) -> np.ndarray:
+    """All gradients of a first step as one row."""
+    config, session, engine = open_engine(world, setup)
+    engine.train_window(next(windows(config, session, world).windows(0)), 0, 2, (0.0, 0.0))
+    row: np.ndarray = engine.gradients.numpy().copy()
+    return row
 
 
 def test_nvme_equals_one_process(
