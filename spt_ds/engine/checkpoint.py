@@ -47,6 +47,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     step = checkpoint.state["step"]
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.writing"
+    if _is_whole(final):
+        # A run that was killed after its last save takes no step before it saves again: the same numbers are there
+        # already, and to replace them would leave a moment without them.
+        return final
     files = {
         TRAINABLES: save_tensors(_plain(checkpoint.trainables)),
         OPTIMIZER: save_tensors(_plain(checkpoint.optimizer)),
@@ -64,9 +68,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         for name, data in (*files.items(), (MARKER, json.dumps(marker, indent=2).encode())):
             _write(temporary / name, data)
         _flush_folder(temporary)
-        if final.exists():  # the same step of an earlier, killed attempt: the marker goes first
-            (final / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(final)
+        shutil.rmtree(final, ignore_errors=True)  # left by a kill without its marker
         temporary.rename(final)
         _flush_folder(folder)
     except OSError as error:
@@ -162,6 +164,14 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _verified(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _verified(path: Path) -> dict[str, bytes]:

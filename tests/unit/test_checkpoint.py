@@ -143,9 +143,13 @@ def test_a_half_written_folder_is_never_looked_at(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "step-00000002").state["step"] == 2
 
 
-def test_the_same_step_is_written_anew(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, make(1))
+def test_a_whole_checkpoint_is_never_replaced_and_a_damaged_one_is(tmp_path: Path) -> None:
+    """Replacing one of the same step left a moment without it: a kill then lost the newest state of a run."""
+    first = make(1)
+    path = checkpoint.save(tmp_path, first)
     again = Checkpoint({"other": torch.ones(2)}, {}, {"step": 1})
+    assert same(checkpoint.load(checkpoint.save(tmp_path, again)), first)
+    (path / checkpoint.STATE).write_text("{}", encoding="utf-8")
     assert same(checkpoint.load(checkpoint.save(tmp_path, again)), again)
 
 
