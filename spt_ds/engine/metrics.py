@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spt_ds.engine.run_folder import METRICS
+from spt_ds.engine.run_folder import METRICS, write_text
 from spt_ds.errors import ConfigError
+from spt_ds.log import say_once
 
 
 class Metrics:
@@ -35,9 +38,9 @@ class Metrics:
     def _forget_after(self, step: int) -> None:
         """Drop lines of steps that a killed run took after its last checkpoint: they are taken again."""
         if self._path.is_file():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self._path.write_text("".join(kept), encoding="utf-8")
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step(line) <= step]
+            write_text(self._path, "".join(f"{line}\n" for line in kept))
 
     def tick(self) -> None:
         """One step done."""
@@ -49,8 +52,11 @@ class Metrics:
         if not self.active:
             return
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk stops a run where checkpoint.on_save_error says so, not here
+            say_once(f"{self._path}: lines are lost ({error.strerror}); training goes on", logging.WARNING)
         shown = {key: values[key] for key in ("loss", "nll", "nll_selected") if key in values}
         if kind == "train":
             self._bar.set_postfix({key: f"{value:.4f}" for key, value in shown.items()}, refresh=False)
@@ -68,6 +74,14 @@ class Metrics:
             self._bar.close()
         if self._board is not None:
             self._board.close()
+
+
+def _step(line: str) -> float:
+    """Step of one line; infinite where a kill or a full disk cut it short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _writer(run_dir: Path) -> Any:

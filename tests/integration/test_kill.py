@@ -46,7 +46,7 @@ def train(world: dist.World, options: list[str], run_dir: Path, ds: str, die_at:
 
 
 def kill_in_save(die_at: int) -> None:
-    """Make the n-th flush, rename or removal within saves the last thing this process does; a save makes ten."""
+    """Make the n-th flush, rename or removal within saves the last thing this process does; a save makes some ten."""
     calls, saving = 0, False
 
     def deadly(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,7 +200,7 @@ def test_killed_twenty_times(case: Case, tmp_path: Path) -> None:
     assert len(set(resumed)) >= 3  # from the start, and from several checkpoints
 
 
-@pytest.mark.parametrize("die_at", [3, 8])
+@pytest.mark.parametrize("die_at", [3, 9])
 def test_killed_in_a_save(case: Case, tmp_path: Path, die_at: int) -> None:
     """Between two files, and after the folder was renamed."""
     run_dir = tmp_path / "run"
