@@ -1,6 +1,6 @@
 """Measures the peak memory of a rank while a base is read, quantised where asked, and sharded.
 
-    python benchmarks/load_memory.py [--ranks 1 2] [--bits 4 8 16] [--layers 16] [--folder KEEP]
+    python benchmarks/load_memory.py [--ranks 1 2] [--bits 4 8 16] [--layers 16] [--random-init] [--folder KEEP]
 
 Writes a Llama base with random bf16 weights (445 MB by default), loads it under ZeRO-3 as a run does, and samples the
 anonymous memory (RssAnon) of every rank. Limit: a rank grows by no more than its share of the base + one bf16 layer +
@@ -91,8 +91,8 @@ class Peak:
         self._thread.join()
 
 
-def measure_rank(folder: str, bits: int) -> dict[str, Any]:
-    """Load the base on this rank; bytes before, at the peak, and owned afterwards."""
+def measure_rank(folder: str, bits: int, random_init: bool) -> dict[str, Any]:
+    """Load (or draw) the base on this rank; bytes before, at the peak, and owned afterwards."""
     import torch
 
     from spt_ds import dist
@@ -107,14 +107,14 @@ def measure_rank(folder: str, bits: int) -> dict[str, Any]:
     sharding.before_load()
     before, start = anonymous_bytes(), time.perf_counter()
     with Peak() as peak:
-        config = ModelConfig.model_validate({"base": folder, "base_bits": bits})
+        config = ModelConfig.model_validate({"base": folder, "base_bits": bits, "random_init": random_init})
         backbone = build_backbone(config, world.device, strict=False, shard=sharding.shard_function())
     load_s = time.perf_counter() - start
     dist.barrier()
     return {"before": before, "peak": peak.bytes, "share": local_bytes(backbone), "load_s": load_s}
 
 
-def measure(folder: Path, ranks: int, bits: int) -> list[dict[str, Any]]:
+def measure(folder: Path, ranks: int, bits: int, random_init: bool) -> list[dict[str, Any]]:
     """`measure_rank` on every rank, each a process of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -128,6 +128,7 @@ def measure(folder: Path, ranks: int, bits: int) -> list[dict[str, Any]]:
             "MALLOC_MMAP_THRESHOLD_": "65536", "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
         command = [sys.executable, __file__, "--measure-rank", str(folder), str(bits)]
+        command += ["--random-init"] if random_init else []
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     lines = [process.communicate(timeout=TIMEOUT_S)[0].strip().splitlines() for process in processes]
     if any(process.returncode for process in processes):
@@ -142,10 +143,11 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--folder", type=Path, help="keep the base here; default a temporary folder")
+    parser.add_argument("--random-init", action="store_true", help="draw the weights instead of reading them")
     parser.add_argument("--measure-rank", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure_rank:
-        print(json.dumps(measure_rank(args.measure_rank[0], int(args.measure_rank[1]))))
+        print(json.dumps(measure_rank(args.measure_rank[0], int(args.measure_rank[1]), args.random_init)))
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
@@ -154,16 +156,16 @@ def main() -> int:
             write_base(folder, args.hidden, args.layers)
         files = sorted(folder.glob("*.safetensors"))
         base, layer = sum(file.stat().st_size for file in files), files[-1].stat().st_size
-        rows = [row(folder, ranks, bits, layer) for bits in args.bits for ranks in args.ranks]
+        rows = [row(folder, ranks, bits, args.random_init, layer) for bits in args.bits for ranks in args.ranks]
     passed = all(r["growth_mib"] <= r["limit_mib"] for r in rows)
     result = {"base_mb": round(base / 1e6), "layer_mib": round(layer / MIB, 1), "cpu": platform.machine()}
     print(json.dumps({**result, "rows": rows, "passed": passed}))
     return int(not passed)
 
 
-def row(folder: Path, ranks: int, bits: int, layer: int) -> dict[str, Any]:
+def row(folder: Path, ranks: int, bits: int, random_init: bool, layer: int) -> dict[str, Any]:
     """One line of the table: the worst rank."""
-    results = measure(folder, ranks, bits)
+    results = measure(folder, ranks, bits, random_init)
     worst = max(results, key=lambda result: result["peak"] - result["share"])
     out = {
         "bits": bits,

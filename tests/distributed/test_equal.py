@@ -196,6 +196,16 @@ def test_fillers_count_for_nothing(scene: Scene, one_process: Reference, world: 
     assert len({len(found.examples) for found in ranks}) == 1
 
 
+@pytest.mark.parametrize("ds", [None, "zero3"])
+def test_random_weights_are_the_same_on_every_rank(scene: Scene, ds: str | None) -> None:
+    """Which they are depends on the placement: a base for benchmarks, not for results."""
+    asked = Setup(ds and scene.ds(ds), scene.overrides("opt", "model.random_init=true"))
+    (expected,) = run_ranks(1, first_gradient, asked)
+    assert np.linalg.norm(expected) > 0
+    for found in run_ranks(2, first_gradient, asked):
+        assert gap(found, expected) <= FP32
+
+
 def test_the_comparison_sees_a_mean_of_means(scene: Scene, one_process: Reference) -> None:
     """The fault of many trainers: each rank divides by its own tokens. Far above the tolerance."""
     asked = Setup(scene.ds("zero3"), scene.overrides("llama"))
