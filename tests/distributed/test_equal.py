@@ -106,6 +106,7 @@ def check(scene: Scene, one_process: Reference, world: int, ds: str, cases: list
     ("world", "ds", "cases"),
     [
         (2, "zero2", CASES[:1]),
+        (3, "zero2", CASES[6:7]),
         (2, "zero3", CASES),
         (3, "zero3", CASES[2:4]),
         (3, "zero3_offload_cpu", CASES[1::6]),
@@ -151,15 +152,16 @@ def first_gradient(world: dist.World, setup: Setup) -> np.ndarray:
     return row
 
 
+@pytest.mark.parametrize("world", [2, 3])
 def test_nvme_equals_one_process(
-    scene: Scene, one_process: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, one_process: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:
     skip_without_async_io()
     monkeypatch.setenv("SPT_NVME_PATH", str(tmp_path))
     cases = [("llama", 32, "prefix", "off"), ("opt", 16, "suffix", "reentrant")]
     asked = setups(scene, "zero3_offload_nvme", cases)
     expected = one_process(asked)
-    ranks = run_ranks(2, measure, asked)
+    ranks = run_ranks(world, measure, asked)
     for number, (case, theirs) in enumerate(zip(cases, expected, strict=True)):
         assert_same(ranks[0][number], theirs, FP32 if case[1] == 32 else BF16)
         assert ranks[0][number].base_differs == []
