@@ -86,18 +86,23 @@ class BaseShape:
         scales = 4 / 64 if bits in (4, 8) else 0.0  # an fp32 scale per block of 64
         return int(self.layers * self.layer_parameters * (bits / 8 + scales) + table)
 
-    def activation_bytes(self, tokens: int, bits: int, *, recompute: bool) -> int:
+    def activation_bytes(self, tokens: int, bits: int, *, recompute: bool, trained: bool = False) -> int:
         """Bytes kept for the backward pass of `tokens` packed tokens; at most a quarter above what is counted.
 
-        Weights are frozen, so a linear layer keeps nothing: kept are the inputs of norms (fp32), q, k, v and the
+        Where weights are frozen a linear layer keeps nothing: kept are the inputs of norms (fp32), q, k, v and the
         output of attention, and the inputs of the activation and of the gate's product. With recomputation one
-        layer's worth, and each layer's input.
+        layer's worth, and each layer's input. Weights that train (`trained`) add the inputs of linear layers; adapters
+        on 16-bit layers cast them to fp32, each for itself, of which this is the most there can be.
         """
         size = 4 if bits == 32 else 2
         norms = 2 * self.hidden * 4
         attention = 2 * (self.queries + self.keys) * size
         feed_forward = (3 if self.ffn_matrices == 3 else 1) * self.ffn * size
         layer = norms + attention + feed_forward
+        if trained:
+            layer += 4 * (2 * self.hidden + self.ffn)
+            if bits != 32:
+                layer += 4 * (3 * self.hidden + self.queries)
         last_norm = self.hidden * 4
         if recompute:
             return tokens * (self.layers * self.hidden * size + layer + last_norm)
@@ -112,7 +117,18 @@ class BaseShape:
 
 
 def trainable_bytes(config: Config, shape: BaseShape) -> int:
-    """Weights, gradients and two Adam moments of bank and retriever, fp32."""
+    """Weights, gradients and two Adam moments of what trains beside the base, fp32.
+
+    Of `method.type: full` the weights are the base's own; `lora` is counted as if every linear layer had an adapter.
+    """
+    kind = config.method.type
+    if kind == "none":
+        return 0
+    if kind == "full":
+        return 12 * shape.parameters
+    if kind == "lora":
+        ends = 4 * shape.hidden + 2 * (shape.queries + shape.keys) + shape.ffn_matrices * (shape.hidden + shape.ffn)
+        return 16 * shape.layers * config.method.lora.rank * ends
     sides = 1 if config.retriever.projections == "shared" else 2
     count = config.prompts.count * config.prompts.tokens * shape.embed + sides * (shape.embed**2 + shape.embed)
     return 16 * count
@@ -126,7 +142,8 @@ def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:
     c, bits = config, config.model.base_bits
     suffix = c.prompts.placement == "suffix"
     per_prompt = c.prompts.tokens + (min(RESPONSE_TOKENS, c.data.max_tokens) if suffix else c.data.max_tokens)
-    kept = shape.activation_bytes(c.train.micro_batch * c.prompts.count * per_prompt, bits, recompute=recompute)
+    tokens = c.train.micro_batch * c.prompts.count * per_prompt
+    kept = shape.activation_bytes(tokens, bits, recompute=recompute, trained=c.method.trains_base)
     if suffix:
         kept += shape.context_bytes(c.train.micro_batch * c.data.max_tokens, bits, recompute=recompute)
     return kept
@@ -167,6 +184,8 @@ def choose_placement(config: Config, shape: BaseShape, world_size: int, rank_byt
     rest += step_bytes(config, shape, recompute=True)
     room = rank_bytes - rest
     sizes = f"base {base / GIB:.2f} GiB at {bits} bits, {max(room, 0) / GIB:.2f} GiB left for it on each rank"
+    if config.method.trains_base:
+        return "replicate", f"placement: replicate ({sizes}: method.type: {config.method.type} trains weights in it)"
     if base <= room:
         return "replicate", f"placement: replicate ({sizes}: sharding would only add communication)"
     if world_size > 1 and sharded <= room:

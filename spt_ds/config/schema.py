@@ -54,13 +54,38 @@ class ModelConfig(Section):
     """Recompute layers in the backward pass; `auto` decides by memory and says why."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021) of `method.type: lora`; unused otherwise."""
+
+    rank: PositiveInt = 8
+    """Rank of each adapter."""
+    alpha: PositiveFloat = 16.0
+    """The adapters' product is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Linear layers whose name ends so get an adapter; empty takes peft's choice for the architecture."""
+
+
+class MethodConfig(Section):
+    """What trains: SPT, or one of the baselines in its place."""
+
+    type: Literal["spt", "lora", "full", "none"] = "spt"
+    """`spt`: prompts and retriever (prompt tuning where prompts.count is 1); `lora`: adapters in the base; `full`: all
+    of the base; `none`: nothing, the base is evaluated as it is. The last three have no soft prompts."""
+    lora: LoraConfig = LoraConfig()
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether weights in the base train, which then must be whole on each rank."""
+        return self.type in ("lora", "full")
+
+
 class PromptsConfig(Section):
     """The bank of soft prompts."""
 
     count: PositiveInt = 4
     """K, prompts in the bank."""
-    tokens: PositiveInt = 8
-    """P, virtual tokens per prompt."""
+    tokens: NonNegativeInt = 8
+    """P, virtual tokens per prompt; 0 with a `method.type` that has no soft prompts."""
     init: Literal["vocab", "text", "normal", "reference"] = "vocab"
     """Rows sampled from the frozen embedding table, given strings, normal at the table's deviation, or N(0, 1)."""
     init_texts: tuple[str, ...] = ()
@@ -126,6 +151,11 @@ class DataConfig(Section):
     """File format; auto looks at suffix and first line."""
     max_tokens: PositiveInt = 512
     """Longest context plus response in tokens, without virtual tokens; the oldest turns are dropped to fit."""
+    persona: bool = True
+    """Show the persona to the model; false leaves it out of every text, though not out of predictions.jsonl."""
+    few_shot: NonNegativeInt = 0
+    """Examples of the training data, drawn by train.seed, that stand before each context of validation and test
+    (`method.type: none` only). They take up to half of max_tokens."""
     max_train_examples: NonNegativeInt = 0
     """Use only the first n training examples; 0 uses all."""
     max_valid_examples: NonNegativeInt = 0
@@ -163,7 +193,7 @@ class TrainConfig(Section):
     """Length and shape of the run."""
 
     max_steps: NonNegativeInt = 0
-    """Optimizer steps; 0 takes them from `epochs`."""
+    """Optimizer steps; 0 takes them from `epochs`. With `method.type: none` there are none."""
     epochs: PositiveInt = 1
     """Passes over the training data when `max_steps` is 0."""
     global_batch: PositiveInt = 32
@@ -237,6 +267,7 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
     """Name of the run; the run folder starts with it."""
     model: ModelConfig = ModelConfig()
+    method: MethodConfig = MethodConfig()
     prompts: PromptsConfig = PromptsConfig()
     retriever: RetrieverConfig = RetrieverConfig()
     losses: LossConfig = LossConfig()
@@ -259,3 +290,51 @@ class Config(Section):
         if kind == "fixed" and int(number) >= self.prompts.count:
             raise ValueError(f"generate.mode is {self.generate.mode}, prompts run from 0 to {self.prompts.count - 1}")
         return self
+
+    @model_validator(mode="after")
+    def _method(self) -> Config:
+        kind = self.method.type
+        if self.data.few_shot and kind != "none":
+            raise ValueError(
+                f"data.few_shot is {self.data.few_shot} and method.type {kind}: worked examples stand in the place of "
+                "training; set method.type: none, or data.few_shot: 0"
+            )
+        if kind == "spt":
+            if not self.prompts.tokens:
+                raise ValueError(
+                    "prompts.tokens is 0, but method.type: spt trains soft prompts; give 1 or more, or another "
+                    "method.type (lora, full, none)"
+                )
+            return self
+        needed: dict[str, tuple[object, object]] = {
+            "prompts.count": (self.prompts.count, 1),
+            "prompts.tokens": (self.prompts.tokens, 0),
+            "prompts.placement": (self.prompts.placement, "prefix"),
+            "losses.selection": (self.losses.selection, 0),
+            "losses.fusion": (self.losses.fusion, 0),
+            "losses.contrastive": (self.losses.contrastive, 0),
+        }
+        wrong = [f"{key}: {want} (got {got})" for key, (got, want) in needed.items() if got != want]
+        if wrong:
+            raise ValueError(f"method.type: {kind} has no soft prompts to choose from; set {', '.join(wrong)}")
+        if self.method.trains_base:
+            self._trainable_base(kind)
+        return self
+
+    def _trainable_base(self, kind: str) -> None:
+        allowed = {"lora": (16, 32), "full": (32,)}[kind]
+        if self.model.base_bits not in allowed:
+            raise ValueError(
+                f"method.type: {kind} trains weights of the base, and model.base_bits is {self.model.base_bits}; set "
+                f"model.base_bits: {' or '.join(map(str, allowed))}"
+            )
+        if self.model.activation_checkpointing == "reentrant":
+            raise ValueError(
+                f"method.type: {kind} trains weights inside the layers, which model.activation_checkpointing: "
+                "reentrant loses; set it to non_reentrant, off or auto"
+            )
+        if self.engine.placement not in ("auto", "replicate"):
+            raise ValueError(
+                f"method.type: {kind} trains weights of the base, which needs all of it on each rank, and "
+                f"engine.placement is {self.engine.placement}; set engine.placement: replicate or auto"
+            )

@@ -32,6 +32,17 @@ _CHUNK = 512  # examples whose texts go to the tokenizer in one call
 
 
 @dataclass(frozen=True)
+class Shown:
+    """What the model is shown beside the dialogue itself."""
+
+    persona: bool = True  # False leaves it out
+    shots: tuple[int, ...] = ()  # ids of worked examples, which stand between BOS and each context
+
+
+PLAIN = Shown()
+
+
+@dataclass(frozen=True)
 class Encoded:
     """Ids of one example: C context tokens (BOS to the last "R:") and R response tokens (EOS last)."""
 
@@ -46,18 +57,26 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 
 
 def encode_context(
-    persona: Sequence[str], history: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    persona: Sequence[str],
+    history: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    reserved: int = 0,
+    shown: Shown = PLAIN,
 ) -> Encoded:
-    """Encode what precedes a reply that is to be generated: the ids that training would have put before it."""
-    return Encoder(tokenizer, max_tokens).context("dialogue", tuple(persona), tuple(history), reserved=0)
+    """Encode what precedes a reply that is to be generated: the ids that training would have put before it.
+
+    `reserved` tokens of the window are left for the reply.
+    """
+    return Encoder(tokenizer, max_tokens, shown).context("dialogue", tuple(persona), tuple(history), reserved)
 
 
 def encode_many(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int, shown: Shown = PLAIN
 ) -> Iterator[tuple[Example, Encoded]]:
     """Encode a stream in order; texts that neighbours share (the turns of a dialogue) are tokenised once."""
     stream = iter(examples)
-    encoder = Encoder(tokenizer, max_tokens)
+    encoder = Encoder(tokenizer, max_tokens, shown)
     while chunk := list(islice(stream, _CHUNK)):
         encoder.learn(text for example in chunk for text in _pieces(example))
         for example in chunk:
@@ -75,11 +94,12 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 class Encoder:
     """Tokenizer and window of one stream, with the ids of the pieces that its last chunk used."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, shown: Shown = PLAIN) -> None:
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no EOS token, but a reply ends with one; set its eos_token")
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
+        self._shown = shown
         self._anchor = self._tokenize([_ANCHOR])[0]
         self._ids: dict[str, list[int]] = {}
         self._bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
@@ -101,16 +121,19 @@ class Encoder:
 
     def context(self, name: str, persona: tuple[str, ...], history: tuple[str, ...], reserved: int) -> Encoded:
         """Encode a context that leaves `reserved` tokens of the window; whole turns are dropped, the oldest first."""
-        head = [*self._bos, *self._head(persona)]
+        head = [*self._bos, *self._shown.shots, *self._head(persona if self._shown.persona else ())]
         turns = [
             [*(self._partner if (len(history) - place) % 2 else self._owner), *self._piece(" " + text.strip())]
             for place, text in enumerate(history)
         ]
         fixed = len(head) + len(self._owner) + reserved
         if fixed > self._max_tokens:
+            shots = len(self._shown.shots)
+            worked = f", {shots} of it the worked examples of data.few_shot" if shots else ""
             raise DataError(
-                f"{name}: persona and response take {fixed} tokens (context {fixed - reserved}, response {reserved}), "
-                f"allowed are {self._max_tokens}; they are never cut: raise data.max_tokens or shorten the example"
+                f"{name}: persona and response take {fixed} tokens (context {fixed - reserved}{worked}, response "
+                f"{reserved}), allowed are {self._max_tokens}; they are never cut: raise data.max_tokens"
+                f"{', lower data.few_shot' if shots else ''} or shorten the example"
             )
         total = fixed + sum(map(len, turns))
         dropped = 0

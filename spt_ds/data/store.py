@@ -20,7 +20,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from spt_ds.data.dialogue import Example
-from spt_ds.data.encode import TEMPLATE_VERSION, Encoded, encode_many, fingerprint
+from spt_ds.data.encode import PLAIN, TEMPLATE_VERSION, Encoded, Shown, encode_many, fingerprint
 from spt_ds.data.readers import Format, digest, read
 from spt_ds.errors import DataError
 from spt_ds.log import get_logger
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TABLE, _META = "examples.arrow", "store.json"
-_LAYOUT_VERSION = 1  # part of every cache key: raise it when columns or readers change
+_LAYOUT_VERSION = 2  # part of every cache key: raise it when columns or readers change
 _FEATURES = Features(
     {
         "id": Value("string"),
@@ -74,6 +74,7 @@ class ExampleStore:
         self.path = path
         self.data_hash: str = meta["key"]
         self.source: str = meta["source"]
+        self.persona_shown: bool = meta["persona"]
         table = self._data.data
         self.lengths = Lengths(*(table.column(name).to_numpy() for name in ("context_len", "response_len")))
         self.truncated = int((table.column("dropped_turns").to_numpy() > 0).sum())  # examples that lost turns
@@ -93,9 +94,10 @@ class ExampleStore:
         return flat[0].astype(np.int64), flat[1].astype(np.int64)
 
     def texts(self, indices: Sequence[int]) -> list[tuple[list[str], list[str]]]:
-        """Return (persona, history) of each given example."""
+        """Return (persona, history) of each given example as the model is shown them."""
         rows = self._texts[list(indices)]
-        return list(zip(rows["persona"], rows["history"], strict=True))
+        personas = rows["persona"] if self.persona_shown else [[] for _ in indices]
+        return list(zip(personas, rows["history"], strict=True))
 
 
 def build_store(
@@ -106,11 +108,13 @@ def build_store(
     format: Format = "auto",
     max_examples: int = 0,
     cache_dir: str | None = None,
+    shown: Shown = PLAIN,
 ) -> ExampleStore:
     """Encode `source` (see `readers`), or open the store that an earlier run left for the same bytes and tokenizer.
 
-    `max_examples` 0 takes all. Several processes may build at once: each writes its own folder, the first to finish
-    renames it into place, the others use that one. DataError from the readers, the encoder or the disk.
+    `max_examples` 0 takes all; `shown` is what the model sees beside the dialogue. Several processes may build at once:
+    each writes its own folder, the first to finish renames it into place, the others use that one. DataError from the
+    readers, the encoder or the disk.
     """
     parts = {
         "source_name": source.rpartition("/")[2],  # ids of examples carry it
@@ -119,6 +123,8 @@ def build_store(
         "max_examples": max_examples,
         "tokenizer_sha256": fingerprint(tokenizer),
         "max_tokens": max_tokens,
+        "persona": shown.persona,
+        "shots": shown.shots,
         "template": TEMPLATE_VERSION,
         "layout": _LAYOUT_VERSION,
     }
@@ -128,7 +134,7 @@ def build_store(
         started = time.monotonic()
         examples = islice(read(source, format), max_examples or None)
         try:
-            _write(path, encode_many(examples, tokenizer, max_tokens), {"key": key, "source": source, **parts})
+            _write(path, encode_many(examples, tokenizer, max_tokens, shown), {"key": key, "source": source, **parts})
         except OSError as error:
             raise DataError(f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir") from error
         seconds = time.monotonic() - started

@@ -196,7 +196,8 @@ class _Checker:
             return
         why = key.why
         if path == "zero_optimization.offload_optimizer":
-            states = f" ({self.sizes.adam_mb(self.config):.1f} MB)" if self.sizes else ""
+            sized = self.sizes if self.config.method.type == "spt" else None
+            states = f" ({sized.adam_mb(self.config):.1f} MB)" if sized else ""
             why += f": the trainables' Adam states{states} stay with them on each rank; remove it"
         self.problems.append(f"{path}: {why}")
 
@@ -223,6 +224,11 @@ class _Checker:
             return
         offload = zero.get("offload_param", {})
         if stage == 3:
+            if self.config.method.trains_base:
+                self.problems.append(
+                    f"zero_optimization.stage: 3 shards the base, but method.type: {self.config.method.type} of the "
+                    "YAML trains weights in it and needs all of it on each rank; use stage 0, 1 or 2, or no file"
+                )
             if self.world_size == 1 and offload.get("device", "none") == "none":
                 self.notes.append("stage 3 with one rank shards nothing; a copy per rank does the same, faster")
             return

@@ -66,7 +66,7 @@ class Engine:
         extra = len(PARTS) + len(SIGNALS) + 1 + config.prompts.count
         sizes = [parameter.numel() for parameter in parameters]
         # Gradients and the step's sums lie in one buffer: one reduction a step, nothing copied.
-        self.buffer = torch.zeros(sum(sizes) + extra, device=world.device, dtype=parameters[0].dtype)
+        self.buffer = torch.zeros(sum(sizes) + extra, device=world.device)
         for parameter, part in zip(parameters, self.buffer[:-extra].split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)
         self.gradients, self.sums = self.buffer[:-extra], self.buffer[-extra:]
@@ -78,13 +78,12 @@ class Engine:
         return self.spt.trainables
 
     def _assert_rules(self) -> None:
-        """Our own invariants: what trains is fp32 and replicated, what is frozen has no gradient."""
+        """Our own invariants: what trains is fp32 and replicated, nothing else has a gradient."""
         assert all(p.dtype == torch.float32 and p.grad is not None for p in self.trainables.parameters())
         assert all(p.grad.dtype == torch.float32 for p in self.trainables.parameters() if p.grad is not None)
-        assert not any(p.requires_grad for p in self.root.parameters())
-        assert {id(p) for g in self.optimizer.param_groups for p in g["params"]} == {
-            id(p) for p in self.trainables.parameters()
-        }
+        trained = {id(p) for p in self.trainables.parameters()}
+        assert not any(p.requires_grad for p in self.root.parameters() if id(p) not in trained)
+        assert {id(p) for g in self.optimizer.param_groups for p in g["params"]} == trained
 
     def train_window(self, window: Window, step: int, total_steps: int, signals: tuple[float, float]) -> StepResult:
         """Take optimizer step `step` (from 0) of `total_steps`; `signals` are this rank's stop and save requests.
@@ -183,9 +182,10 @@ def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def _optimizer(optim: OptimConfig, trainables: Trainables) -> torch.optim.AdamW:
+    named = list(trainables.named_parameters())
     groups = [
-        {"params": list(trainables.bank.parameters()), "base_lr": optim.prompts_lr or optim.lr},
-        {"params": list(trainables.retriever.parameters()), "base_lr": optim.lr},
+        {"params": [p for name, p in named if name.startswith("bank.")], "base_lr": optim.prompts_lr or optim.lr},
+        {"params": [p for name, p in named if not name.startswith("bank.")], "base_lr": optim.lr},
     ]
     return torch.optim.AdamW(
         groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, foreach=True

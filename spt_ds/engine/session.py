@@ -12,13 +12,16 @@ from transformers import PreTrainedTokenizerBase
 
 from spt_ds import dist, plan
 from spt_ds.config.schema import Config
+from spt_ds.data.encode import Shown
+from spt_ds.data.shots import worked_examples
 from spt_ds.data.store import ExampleStore, build_store
 from spt_ds.engine.ds_config import DsPlan, load_ds_config, plan_for
 from spt_ds.engine.zero import Sharding, local_bytes
 from spt_ds.errors import ConfigError
 from spt_ds.log import get_logger
-from spt_ds.model.backbone import build_backbone, load_base_config, load_tokenizer
-from spt_ds.model.spt import Spt, build_trainables
+from spt_ds.model.backbone import Backbone, build_backbone, load_base_config, load_tokenizer
+from spt_ds.model.baselines import build_base_trainables
+from spt_ds.model.spt import Spt, Trainables, build_trainables
 from spt_ds.rng import keyed_seed
 
 
@@ -35,7 +38,7 @@ class Session:
 
 
 def open_session(config: Config, deepspeed_config: str | None, world: dist.World) -> Session:
-    """Load tokenizer and base as the plan says, prove the base usable, and initialise bank and retriever.
+    """Load tokenizer and base as the plan says, prove the base usable, and initialise what trains.
 
     `deepspeed_config` is the path of a DeepSpeed JSON, which then decides the placement, or None.
     """
@@ -50,17 +53,29 @@ def open_session(config: Config, deepspeed_config: str | None, world: dist.World
     root(lambda inner: inner.check())
     init_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in config.prompts.init_texts]
     seed = keyed_seed(config.train.seed, "trainables")
-    trainables = root(lambda inner: build_trainables(config, inner, init_ids, seed))
+
+    def build(inner: Backbone) -> Trainables:
+        if config.method.type == "spt":
+            return build_trainables(config, inner, init_ids, seed)
+        return build_base_trainables(config, inner, seed)
+
+    trainables = root(build)
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
+    count = sum(parameter.numel() for parameter in trainables.parameters())
+    get_logger().info(f"method: {config.method.type}, {count:,} trained parameters")
     get_logger().info(f"base: {local_bytes(root) / 2**20:.1f} MiB on this rank")
     return Session(config, world, tokenizer, sharding, root, Spt(config, trainables, pad))
 
 
 def open_split(session: Session, split: Literal["train", "valid", "test"]) -> ExampleStore:
-    """Read and tokenise one split, once per node; raise EngineError on all ranks when they see different data."""
+    """Read and tokenise one split, once per node; raise EngineError on all ranks when they see different data.
+
+    With `data.few_shot` the worked examples that stand before each context are drawn from the train split.
+    """
     data, world = session.config.data, session.world
     source = getattr(data, split)
+    shown = Shown(data.persona) if split == "train" else shown_to(session)
 
     def build() -> ExampleStore:
         return build_store(
@@ -70,12 +85,23 @@ def open_split(session: Session, split: Literal["train", "valid", "test"]) -> Ex
             format=data.format,
             max_examples=getattr(data, f"max_{split}_examples"),
             cache_dir=data.cache_dir,
+            shown=shown,
         )
 
     store = dist.leader_first(world, build)
     dist.same_everywhere(f"data.{split} ({source})", store.data_hash)
     get_logger().info(f"data.{split}: {len(store)} examples of {source}")
     return store
+
+
+def shown_to(session: Session) -> Shown:
+    """What the model is shown beside a dialogue that it answers: the same on every rank and in every start."""
+    data = session.config.data
+    shots: tuple[int, ...] = ()
+    if data.few_shot:
+        train, seed = open_split(session, "train"), keyed_seed(session.config.train.seed, "few-shot")
+        shots = worked_examples(train, session.tokenizer, data.few_shot, data.max_tokens, seed, persona=data.persona)
+    return Shown(data.persona, shots)
 
 
 def decide(config: Config, deepspeed_config: str | None, world: dist.World) -> tuple[DsPlan, str]:

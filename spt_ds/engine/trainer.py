@@ -53,9 +53,7 @@ class Trainer:
         dist.agreed(self._prepare_folder)
         session = open_session(self.config, self.deepspeed_config, self.world)
         train, valid = open_split(session, "train"), open_split(session, "valid")
-        self.total = self.config.train.max_steps or total_steps(
-            len(train), self.config.train.global_batch, self.config.train.epochs
-        )
+        self.total = self._total_steps(len(train))
         self.engine = Engine(self.config, self.world, session.sharding, session.root, session.spt)
         self._resume()
         self.metrics = Metrics(
@@ -72,6 +70,12 @@ class Trainer:
         finally:
             self.metrics.close()
             session.sharding.close()
+
+    def _total_steps(self, examples: int) -> int:
+        if self.config.method.type == "none":
+            return 0
+        settings = self.config.train
+        return settings.max_steps or total_steps(examples, settings.global_batch, settings.epochs)
 
     def _prepare_folder(self) -> None:
         if self.world.rank == 0:
@@ -103,7 +107,7 @@ class Trainer:
                 f"stopped at step {state.step} of {self.total} ({self.stop.reason or 'asked by a rank'})"
             )
             return EXIT_STOPPED
-        after = self._validate(valid)
+        after = self._validate(valid) if state.step or state.valid_before is None else state.valid_before
         self._save(final=True)
         self._finish(after)
         return EXIT_DONE
@@ -174,6 +178,7 @@ class Trainer:
             "valid_after": after,
         }
         summary |= {"best_step": self.state.best_step, "world_size": self.world.size}
+        summary["trained_parameters"] = sum(parameter.numel() for parameter in self.engine.trainables.parameters())
         run_folder.write_text(self.run_dir / run_folder.DONE, json.dumps(summary, indent=2))
         get_logger().info(f"done: {self.state.step} steps; run folder {self.run_dir}")
 

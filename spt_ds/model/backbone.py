@@ -73,9 +73,10 @@ class Backbone(nn.Module):
         return size
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [n] -> rows of the frozen table [n, D], without gradient."""
-        with torch.no_grad():
-            rows: torch.Tensor = self.lm.get_input_embeddings()(ids)
+        """ids [n] -> rows of the table [n, D]; a graph hangs on them only where the table trains."""
+        table = self.lm.get_input_embeddings()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and table.weight.requires_grad):
+            rows: torch.Tensor = table(ids)
         return rows
 
     def run(self, embeddings: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -111,7 +112,9 @@ class Backbone(nn.Module):
         """`transformers`' own generate on padded rows, with its own attention masks and cache."""
         recomputing = [module for module in self.lm.modules() if module.training]
         self.lm.eval()  # a layer that recomputes its activations drops the cache: the second token would be wrong
-        self.lm.set_attn_implementation("eager" if self.backend == "eager" else "sdpa")
+        # Gemma 2 caps its attention scores, which SDPA cannot.
+        sdpa = self.backend != "eager" and self.lm._supports_sdpa
+        self.lm.set_attn_implementation("sdpa" if sdpa else "eager")
         try:
             tokens: torch.Tensor = self.lm.generate(**kwargs)
         finally:

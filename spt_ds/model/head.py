@@ -1,9 +1,10 @@
-"""The frozen vocabulary head and its cross entropy, in chunks, with one visit to the weight per step.
+"""The vocabulary head and its cross entropy, in chunks, with one visit to the frozen weight per step.
 
 A frozen head needs no weight gradient, so the gradient of every token's loss to its hidden row is known the moment
 its logits are: it is computed chunk by chunk in the forward pass and only [n, D] is kept. The vocabulary logits exist
 for one chunk at a time, the backward pass neither recomputes them nor needs the weight, and ZeRO-3 gathers the head
-once. (The idea of a fused linear cross entropy, without its weight gradient.)
+once. (The idea of a fused linear cross entropy, without its weight gradient.) Only where all of the base trains
+(`method.type: full`) does the head have a gradient of its own.
 
 Legend: n rows, D hidden size, V vocabulary.
 """
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 MIB = 2**20
 LOGIT_COPIES = 3  # logits, probabilities and one temporary of a chunk alive together
@@ -47,8 +49,38 @@ class FrozenHead(nn.Module):
             return F.linear(hidden, self.weight, self.bias)
         precise = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         rows = max(1, chunk_mib * MIB // (LOGIT_COPIES * self.weight.shape[0] * precise.itemsize))
+        if self.weight.requires_grad:
+            return self._trained(hidden, targets, bias_scale, rows, precise)
         losses: torch.Tensor = _HeadLoss.apply(hidden, targets, self.weight, self.bias, bias_scale, rows, precise)
         return losses
+
+    def _trained(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        bias_scale: torch.Tensor | None,
+        rows: int,
+        precise: torch.dtype,
+    ) -> torch.Tensor:
+        """Losses [n] of a head that trains itself: the backward pass computes each chunk's logits again.
+
+        The weight's gradient sums over rows, each times the gradient of its loss, which is not known before.
+        """
+
+        def chunk(hidden: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+            logits = (hidden.to(self.weight.dtype) @ self.weight.T).to(precise)
+            if self.bias is not None:
+                logits = logits + (self.bias if scale is None else scale[:, None] * self.bias)
+            return F.cross_entropy(logits, targets, reduction="none")
+
+        losses = [
+            checkpoint(
+                chunk, hidden[part], targets[part], None if bias_scale is None else bias_scale[part],
+                use_reentrant=False,
+            )
+            for part in (slice(start, start + rows) for start in range(0, len(hidden), rows))
+        ]  # fmt: skip
+        return torch.cat(losses)
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -20,7 +20,7 @@ from spt_ds.model.rows import Embedded, embed, target_states
 
 
 class Trainables(nn.Module):
-    """Everything that trains: the bank and the retriever, in fp32."""
+    """Everything that trains: the bank and the retriever, in fp32; `baselines.py` has what trains in their place."""
 
     def __init__(self, bank: PromptBank, retriever: Retriever) -> None:
         super().__init__()
@@ -84,8 +84,12 @@ class Spt:
         self.trainables = trainables
         self.pad_id = pad_id
 
+    @torch.no_grad()
     def pooled(self, backbone: Backbone, batch: Batch, embedded: Embedded) -> torch.Tensor:
-        """Mean context embedding [B, D] that the retriever reads: the same function in training and generation."""
+        """Mean context embedding [B, D] that the retriever reads: the same function in training and generation.
+
+        Without a graph, also where the embedding table trains: micro-batches keep it until the end of the step.
+        """
         device = embedded.context.device
         lens = torch.tensor(batch.context_lens, device=device)
         if self.config.retriever.pool == "context":

@@ -39,12 +39,12 @@ def train(world: dist.World, overrides: list[str], run_dir: Path, ds: str | None
     return Trainer(load_config(CONFIG, overrides), run_dir, ds, world).run()
 
 
-def finish(scene: Scene, place: Place, folder: Path, steps: int = STEPS) -> Run:
+def finish(scene: Scene, place: Place, folder: Path, steps: int = STEPS, more: tuple[str, ...] = ()) -> Run:
     """Train to the end in `folder`, from wherever the folder stands."""
     world, ds = place
     overrides = scene.overrides(
         "llama", f"train.max_steps={steps}", f"checkpoint.every_steps={SAVED_AT}", "checkpoint.keep_last=9",
-        "optim.clip_norm=1", "optim.warmup_steps=2", "optim.prompts_lr=0.02", "train.eval_every_steps=2",
+        "optim.clip_norm=1", "optim.warmup_steps=2", "optim.prompts_lr=0.02", "train.eval_every_steps=2", *more,
     )  # fmt: skip
     codes = run_ranks(world, train, overrides, folder, ds and scene.ds(ds))
     assert codes == [EXIT_DONE] * world

@@ -31,6 +31,7 @@ FENCES = {
     "deepspeed": {"engine"},
     "bitsandbytes": {"model/quant.py"},
     "flash_attn": {"model/attention.py"},
+    "peft": {"model/baselines.py"},
     "torch.distributed": {"dist.py", "engine"},
 }
 WITHOUT_TORCH = [

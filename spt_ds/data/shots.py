@@ -1,0 +1,51 @@
+"""Worked examples for few-shot prompting: whole examples of the training data, as training would have read them."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+from spt_ds.data.dialogue import Example
+from spt_ds.data.encode import Encoder, Shown
+from spt_ds.data.store import ExampleStore
+from spt_ds.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHARE = 0.5  # of the window that all worked examples may take together
+
+
+def worked_examples(
+    train: ExampleStore, tokenizer: PreTrainedTokenizerBase, count: int, max_tokens: int, seed: int, *, persona: bool
+) -> tuple[int, ...]:
+    """Return the ids of `count` examples of as many dialogues, drawn by `seed`: context, reply and EOS of each.
+
+    Each may take an equal part of SHARE of `max_tokens`: its oldest turns are dropped to fit, and one whose persona and
+    reply alone do not fit is passed over. DataError when fewer than `count` fit.
+    """
+    room = int(max_tokens * SHARE) // count
+    ids: list[int] = []
+    taken: set[str] = set()
+    bos = tokenizer.bos_token_id is not None  # once at the very beginning, not before each example
+    encoder = Encoder(tokenizer, room + bos, Shown(persona))
+    for index in random.Random(seed).sample(range(len(train)), len(train)):
+        row = train[index]
+        if row["dialogue_id"] in taken:
+            continue
+        example = Example(
+            row["id"], row["dialogue_id"], row["turn"], tuple(row["persona"]), tuple(row["history"]), row["response"]
+        )
+        try:
+            encoded = encoder.example(example)
+        except DataError:  # too long even without its turns
+            continue
+        ids += [*encoded.context_ids[bos:], *encoded.response_ids]
+        taken.add(example.dialogue_id)
+        if len(taken) == count:
+            return tuple(ids)
+    raise DataError(
+        f"data.few_shot: of {train.source} {len(taken)} dialogues have an example that fits into {room} tokens "
+        f"(half of data.max_tokens: {max_tokens}, over {count}), {count} are needed; raise data.max_tokens or lower "
+        "data.few_shot"
+    )
