@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spt_ds.api import load
+    from spt_ds.config.schema import Config
+    from spt_ds.errors import SptError
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "Config": "spt_ds.config.schema",
     "SptError": "spt_ds.errors",
+    "load": "spt_ds.api",
 }
-__all__ = ["Config", "SptError", "__version__"]
+__all__ = ["Config", "SptError", "__version__", "load"]
 
 
 def __getattr__(name: str) -> object:

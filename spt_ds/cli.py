@@ -14,6 +14,7 @@ from spt_ds.errors import SptError
 COMMANDS = {
     "train": ("spt_ds.train", "train prompt bank and retriever"),
     "generate": ("spt_ds.generate", "generate replies for evaluation"),
+    "chat": ("spt_ds.chat", "a conversation in the terminal"),
     "evaluate": ("spt_ds.evaluate.command", "score a predictions file"),
     "compare": ("spt_ds.evaluate.compare", "one table of several runs"),
     "report": ("spt_ds.report.command", "one HTML page of runs: curves, prompt use, scores, examples"),

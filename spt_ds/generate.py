@@ -9,10 +9,15 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spt_ds.config.schema import Config
 from spt_ds.errors import CheckpointError, SptError
 from spt_ds.train import exit_with, run_job
+
+if TYPE_CHECKING:
+    from spt_ds.dist import World
+    from spt_ds.engine.session import Session
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,20 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_job(args, work)
 
 
-def _generate(
-    config: Config, run_dir: Path, out: Path, which: str, deepspeed_config: str | None, world: object
-) -> None:
-    from spt_ds import dist
+def _generate(config: Config, run_dir: Path, out: Path, which: str, deepspeed_config: str | None, world: World) -> None:
     from spt_ds.engine import checkpoint
     from spt_ds.engine.generator import Generator
-    from spt_ds.engine.session import open_session, open_split
+    from spt_ds.engine.session import open_split
     from spt_ds.log import get_logger
 
-    assert isinstance(world, dist.World)
-    path = dist.agreed(lambda: find_checkpoint(run_dir, which))
-    session = open_session(config, deepspeed_config, world)
-    saved = dist.agreed(lambda: checkpoint.load(path))
-    checkpoint.restore_trainables(session.spt.trainables, saved.trainables, path)
+    session, path = open_run(config, run_dir, which, deepspeed_config, world)
     store = open_split(session, "test")
     marker = (path / checkpoint.MARKER).read_text(encoding="utf-8")
     identity = json.dumps([marker, store.data_hash, config.generate.model_dump(mode="json"), config.train.seed])
@@ -61,6 +59,21 @@ def _generate(
     finally:
         session.sharding.close()
     get_logger().info(f"{len(store)} replies of {path.name} in {final}")
+
+
+def open_run(
+    config: Config, run_dir: Path, which: str, deepspeed_config: str | None, world: World
+) -> tuple[Session, Path]:
+    """Open a run with the tensors of one of its checkpoints; also return the checkpoint's folder."""
+    from spt_ds import dist
+    from spt_ds.engine import checkpoint
+    from spt_ds.engine.session import open_session
+
+    path = dist.agreed(lambda: find_checkpoint(run_dir, which))
+    session = open_session(config, deepspeed_config, world)
+    saved = dist.agreed(lambda: checkpoint.load(path))
+    checkpoint.restore_trainables(session.spt.trainables, saved.trainables, path)
+    return session, path
 
 
 def find_checkpoint(run_dir: Path, which: str) -> Path:

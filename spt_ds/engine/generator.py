@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -20,11 +21,14 @@ import torch
 from tqdm import tqdm
 
 from spt_ds import dist
+from spt_ds.batch import Batch
+from spt_ds.config.schema import GenerateConfig
 from spt_ds.data.loader import make_batch
 from spt_ds.data.store import ExampleStore
 from spt_ds.engine.session import Session
 from spt_ds.errors import DataError
 from spt_ds.evaluate.scores import clean
+from spt_ds.model.conversation import Live
 from spt_ds.model.decode import Decoded, decode
 
 PREDICTIONS = "predictions.jsonl"
@@ -34,6 +38,20 @@ def plan_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
     """Cut the examples, longest first, into batches of like length; independent of the number of ranks."""
     order = np.argsort(-lengths.astype(np.int64), kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def decode_batch(session: Session, batch: Batch, options: GenerateConfig, live: Live | None = None) -> Decoded:
+    """Decode one micro-batch; with a sharded base all ranks must come along."""
+    special = session.tokenizer.eos_token_id, session.tokenizer.pad_token_id
+    with torch.no_grad():
+        out: Decoded = session.root(decode, session.spt, batch, options, special, session.sharding.on, live)
+    return out
+
+
+def reply_text(session: Session, tokens: list[int]) -> tuple[str, str]:
+    """The text of a reply as it was generated, and as the scores clean it."""
+    raw = str(session.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    return raw, clean(raw)
 
 
 class Generator:
@@ -56,7 +74,9 @@ class Generator:
         rounds = -(-len(todo) // world.size)
         bar = tqdm(total=len(self.store), initial=len(done), unit="reply", desc="generate", file=sys.stderr,
                    disable=world.rank != 0, mininterval=0.5 if sys.stderr.isatty() else 20.0)  # fmt: skip
-        with (self.parts / f"rank-{world.rank}.jsonl").open("a", encoding="utf-8") as part:
+        own = self.parts / f"rank-{world.rank}.jsonl"
+        _drop_cut_line(own)
+        with own.open("a", encoding="utf-8") as part:
             for turn in range(rounds):
                 number = turn * world.size + world.rank
                 # With a sharded base every rank must take part in every round: one without work repeats a batch.
@@ -72,22 +92,15 @@ class Generator:
         return final
 
     def _decode(self, rows: list[int]) -> Decoded:
-        session = self.session
-        batch = make_batch(self.store, rows)
-        end, pad = session.tokenizer.eos_token_id, session.tokenizer.pad_token_id
-        with torch.no_grad():
-            out: Decoded = session.root(
-                decode, session.spt, batch, session.config.generate, (end, pad), session.sharding.on
-            )
-        return out
+        return decode_batch(self.session, make_batch(self.store, rows), self.session.config.generate)
 
     def _lines(self, rows: list[int], decoded: Decoded) -> Iterator[dict[str, Any]]:
         scores = decoded.scores.T.float().cpu().tolist()
         for place, index in enumerate(rows):
             row, tokens = self.store[index], decoded.tokens[place]
-            raw = str(self.session.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            raw, reply = reply_text(self.session, tokens)
             line = {key: row[key] for key in ("id", "dialogue_id", "turn", "persona", "history")}
-            line = {"index": index, **line, "reference": row["response"], "raw": raw, "reply": clean(raw)}
+            line = {"index": index, **line, "reference": row["response"], "raw": raw, "reply": reply}
             line |= {"prompt": decoded.chosen[place], "scores": [round(score, 6) for score in scores[place]]}
             line |= {"new_tokens": len(tokens), "context_tokens": row["context_len"]}
             if decoded.nll is not None:
@@ -114,3 +127,10 @@ class Generator:
             file.writelines(json.dumps(lines[index], ensure_ascii=False) + "\n" for index in range(len(self.store)))
         temporary.replace(final)
         shutil.rmtree(self.parts)
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Cut what a kill left behind the last whole line: the next line would be appended to it."""
+    if path.exists():
+        text = path.read_bytes()
+        os.truncate(path, text.rfind(b"\n") + 1)

@@ -6,6 +6,7 @@ Legend: K prompts, B examples, P virtual tokens, D embedding size, L longest row
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,13 @@ from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from spt_ds.batch import Batch
 from spt_ds.config.schema import GenerateConfig
 from spt_ds.errors import ConfigError
 from spt_ds.model.backbone import Backbone
+from spt_ds.model.conversation import Live, StopOn
 from spt_ds.model.rows import embed, target_states
 from spt_ds.model.spt import Spt
 from spt_ds.rng import keyed_generator
@@ -59,12 +62,18 @@ def choose_prompts(mode: str, scores: torch.Tensor, indices: tuple[int, ...], se
 
 
 def decode(
-    backbone: Backbone, spt: Spt, batch: Batch, options: GenerateConfig, special: tuple[int, int], synced: bool
+    backbone: Backbone,
+    spt: Spt,
+    batch: Batch,
+    options: GenerateConfig,
+    special: tuple[int, int],
+    synced: bool,
+    live: Live | None = None,
 ) -> Decoded:
     """Generate replies to the contexts of `batch`; run inside a call of the root module.
 
     `special` is (end-of-sequence id, pad id); `synced` keeps ranks that share a sharded base in step until the longest
-    reply of all is done.
+    reply of all is done; `live` is what a conversation adds.
     """
     embedded = embed(backbone, batch)
     bank = spt.trainables.bank.weight
@@ -92,10 +101,15 @@ def decode(
         max_new_tokens=options.max_new_tokens, num_beams=options.num_beams, eos_token_id=end, pad_token_id=pad,
         do_sample=False,  # sampling is a processor of ours, see GumbelNoise
     )  # fmt: skip
-    out = backbone.generate(
-        inputs_embeds=embeddings, attention_mask=mask, generation_config=settings, logits_processor=processors,
-        synced_gpus=synced,
-    )  # fmt: skip
+    extra: dict[str, Any] = {}
+    if live is not None:
+        extra = {"streamer": live.streamer, "stopping_criteria": StoppingCriteriaList([StopOn(live.stopped)])}
+    context = live.context if live is not None else None
+    with nullcontext() if context is None else context.reading(batch.context_ids.tolist()) as cache:
+        out = backbone.generate(  # skips the embeddings whose keys and values `cache` holds
+            inputs_embeds=embeddings, attention_mask=mask, generation_config=settings, logits_processor=processors,
+            synced_gpus=synced, past_key_values=cache, **extra,
+        )  # fmt: skip
     tokens = [_until(row, end) for row in out[: len(batch)].tolist()]
     nll = None
     if options.perplexity:

@@ -1,0 +1,205 @@
+"""`spt-ds chat RUN`: a conversation in the terminal, or with lines from a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spt_ds.errors import DataError, SptError
+
+if TYPE_CHECKING:
+    from spt_ds.api import Bot, Reply
+
+HELP = """\
+  /persona [FILE]  another persona, from FILE (a sentence a line) or typed; the turns stay
+  /reset           begin the dialogue again
+  /retry           answer the last message again
+  /prompt [K]      always answer with prompt K; `/prompt auto` lets the scores choose
+  /save FILE       write the dialogue as JSONL, which training and evaluation read too
+  /help            this list
+  /quit            leave, as the end of input does
+Anything else is said to the bot. Ctrl-C stops a reply."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message and its answer, with what was known when it was given."""
+
+    persona: tuple[str, ...]
+    history: tuple[str, ...]  # the message last
+    reply: Reply
+
+
+class Quit(Exception):
+    """Raised by /quit."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Talk until the input ends; return the exit code."""
+    parser = argparse.ArgumentParser(prog="spt-ds chat", description="Talk with a trained run.")
+    parser.add_argument("run", type=Path, help="run folder of a training")
+    parser.add_argument("--checkpoint", default="best", help="best, last, or the number of a step")
+    parser.add_argument("--persona", type=Path, metavar="FILE", help="the bot's persona, a sentence a line; else typed")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override an option, such as generate.do_sample=true")  # fmt: skip
+    args = parser.parse_args(argv)
+    from spt_ds.api import open_bot
+
+    try:
+        persona = read_persona(args.persona) if args.persona else None
+        bot = open_bot(args.run, args.checkpoint, args.overrides)
+    except SptError as error:
+        print(f"spt-ds chat: {error}", file=sys.stderr)
+        return 2
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (lines can be edited and recalled; not on every system)
+    Conversation(bot, persona).run()
+    return 0
+
+
+def read_persona(path: Path) -> tuple[str, ...]:
+    """Return the sentences of a text file, one a line; raise DataError where it cannot be read."""
+    try:
+        text = path.expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: no persona can be read ({error}); give a UTF-8 text, a sentence a line") from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+class Conversation:
+    """Reads lines, answers them and obeys commands; input and output are those of the process."""
+
+    def __init__(self, bot: Bot, persona: tuple[str, ...] | None) -> None:
+        """`persona` None asks for it first."""
+        self.bot = bot
+        self.persona = persona
+        self.turns: list[Turn] = []
+        self.unanswered: str | None = None  # the last message, when its reply was stopped or failed
+        self.prompt: int | None = None  # None: the scores choose
+        self._saved: set[Path] = set()
+
+    def run(self) -> None:
+        """Go on until /quit or the end of the input."""
+        commands = {
+            "/persona": self._persona, "/reset": self._reset, "/retry": self._retry, "/prompt": self._prompt,
+            "/save": self._save, "/help": self._help, "/quit": self._quit,
+        }  # fmt: skip
+        while True:
+            try:
+                if self.persona is None:
+                    self._persona("")
+                    print("Say something, or /help.")
+                line = input("> ").strip()
+                word, _, rest = line.partition(" ")
+                if not line.startswith("/"):
+                    self._say(line)
+                elif word in commands:
+                    commands[word](rest.strip())
+                else:
+                    print(f"{word}: no such command; /help lists them")
+            except SptError as error:
+                print(f"error: {error}")
+            except KeyboardInterrupt:
+                print()  # the line is dropped; a reply was stopped in _say
+            except (EOFError, Quit):
+                print()
+                return
+
+    def _say(self, message: str) -> None:
+        if not message:
+            return
+        history: list[str] = [*self.turns[-1].history, self.turns[-1].reply.text] if self.turns else []
+        history.append(message)
+        persona, self.unanswered = self.persona or (), message
+        try:
+            with contextlib.closing(self.bot.stream(persona, history, prompt=self.prompt)) as pieces:
+                reply = _show(pieces)
+        except KeyboardInterrupt:
+            print("\n  [stopped; the message is taken back, /retry asks it again]")
+            return
+        self.unanswered = None
+        self.turns.append(Turn(persona, tuple(history), reply))
+        print(f"\n  [{_summary(reply, self.prompt is not None)}]")
+
+    def _persona(self, path: str) -> None:
+        if path:
+            self.persona = read_persona(Path(path))
+        else:
+            print("The bot's persona, a sentence a line; an empty line ends it.")
+            sentences = []
+            while sentence := input("persona> ").strip():
+                sentences.append(sentence)
+            self.persona = tuple(sentences)
+        print(f"  [persona of {len(self.persona)} sentences]")
+
+    def _reset(self, _: str) -> None:
+        self.turns, self.unanswered = [], None
+        print("  [a new dialogue]")
+
+    def _retry(self, _: str) -> None:
+        if self.unanswered is None and self.turns:
+            self.unanswered = self.turns.pop().history[-1]
+        if self.unanswered is None:
+            print("  [nothing was said yet]")
+        else:
+            self._say(self.unanswered)
+
+    def _prompt(self, number: str) -> None:
+        if number == "auto":
+            self.prompt = None
+        elif number.isdecimal() and int(number) < self.bot.prompts:
+            self.prompt = int(number)
+        elif number:
+            print(f"/prompt {number}: give 0 to {self.bot.prompts - 1}, or auto")
+            return
+        print(f"  [prompt {'auto' if self.prompt is None else self.prompt}]")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise DataError("/save: name a file")
+        path = Path(name).expanduser()
+        try:
+            # A file of another origin is not overwritten; one that this conversation wrote is brought up to date.
+            with path.open("w" if path in self._saved else "x", encoding="utf-8") as file:
+                file.writelines(json.dumps(_record(turn), ensure_ascii=False) + "\n" for turn in self.turns)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error.strerror}); give another name") from error
+        self._saved.add(path)
+        print(f"  [{len(self.turns)} turns in {path}]")
+
+    def _help(self, _: str) -> None:
+        print(HELP)
+
+    def _quit(self, _: str) -> None:
+        raise Quit
+
+
+def _show(pieces: Generator[str, None, Reply]) -> Reply:
+    """Print pieces as they come and return what the generator returns."""
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as end:
+            reply: Reply = end.value
+            return reply
+
+
+def _summary(reply: Reply, fixed: bool) -> str:
+    answered = "all prompts, fused" if reply.prompt is None else f"prompt {reply.prompt}{' (fixed)' if fixed else ''}"
+    scores = " ".join(f"{score:.3f}" for score in reply.scores)
+    dropped = f"; the oldest {reply.dropped_turns} turns no longer fit" if reply.dropped_turns else ""
+    return f"{answered}; scores {scores}; {len(reply.tokens)} tokens{dropped}"
+
+
+def _record(turn: Turn) -> dict[str, object]:
+    reply = turn.reply
+    return {
+        "persona": turn.persona, "history": turn.history, "response": reply.text, "prompt": reply.prompt,
+        "scores": [round(score, 6) for score in reply.scores], "new_tokens": len(reply.tokens),
+    }  # fmt: skip
