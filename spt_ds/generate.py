@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for predictions.jsonl; default RUN/generate")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override an option, such as data.test=FILE or generate.mode=fuse")  # fmt: skip
+    parser.add_argument("--ppl", action="append_const", const="generate.perplexity=true", dest="overrides",
+                        help="measure the perplexity of the reference replies too")  # fmt: skip
     parser.add_argument("--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
     args = parser.parse_args(argv)

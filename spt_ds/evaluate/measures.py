@@ -119,7 +119,7 @@ def _lengths(replies: list[str]) -> dict[str, Measure]:
 
 def _no_nll(file: PredictionFile) -> str | None:
     if file.rows[0].nll_sum is None:
-        return "the file has no 'nll_sum'; generate it with: --set generate.perplexity=true"
+        return "the file has no 'nll_sum'; generate it with --ppl"
     return None
 
 

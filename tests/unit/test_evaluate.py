@@ -108,7 +108,7 @@ def test_a_file_without_prompt_or_nll_says_what_it_lacks(tmp_path: Path) -> None
     for row in rows:
         row.update(prompt=None, scores=[])
     found = evaluate(write(tmp_path / "predictions.jsonl", rows))
-    assert "generate.perplexity=true" in found.skipped["perplexity"]
+    assert "--ppl" in found.skipped["perplexity"]
     assert "names no prompt" in found.skipped["prompt use"]
     assert found.prompt_counts == []
     assert not {"ppl_token", "prompt_entropy"} & found.values.keys()
