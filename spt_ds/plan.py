@@ -38,6 +38,7 @@ class BaseShape:
     keys: int  # key/value heads times their size
     vocabulary: int
     embeddings: int  # tables of vocabulary size: 1 when the head is tied
+    masked_relu: bool  # keeps a byte where other activations keep a number (`model/activations.py`)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BaseShape:
@@ -62,6 +63,7 @@ class BaseShape:
             keys=int(config.get("num_key_value_heads") or heads) * head,
             vocabulary=first("vocab_size"),
             embeddings=1 if config.get("tie_word_embeddings", True) else 2,
+            masked_relu=config.get("model_type") == "opt" and config.get("activation_function") == "relu",
         )
 
     @property
@@ -89,18 +91,22 @@ class BaseShape:
     def activation_bytes(self, tokens: int, bits: int, *, recompute: bool, trained: bool = False) -> int:
         """Bytes kept for the backward pass of `tokens` packed tokens; at most a quarter above what is counted.
 
-        Where weights are frozen a linear layer keeps nothing: kept are the inputs of norms (fp32), q, k, v and the
-        output of attention, and the inputs of the activation and of the gate's product. With recomputation one
-        layer's worth, and each layer's input. Weights that train (`trained`) add the inputs of linear layers; adapters
-        on 16-bit layers cast them to fp32, each for itself, of which this is the most there can be.
+        Where weights are frozen a linear layer keeps nothing: kept are the inputs of norms (those of gated models
+        compute in fp32), q, k, v and, by variable-length kernels, the output of attention, and the inputs of the
+        activation and of the gate's product. With recomputation one layer's worth, and each layer's input. Weights
+        that train (`trained`) add the inputs of linear layers; adapters on 16-bit layers cast them to fp32, each for
+        itself, of which this is the most there can be.
         """
         size = 4 if bits == 32 else 2
-        norms = 2 * self.hidden * 4
+        gated = self.ffn_matrices == 3
+        norms = 2 * self.hidden * (4 if gated else size)
         attention = 2 * (self.queries + self.keys) * size
-        feed_forward = (3 if self.ffn_matrices == 3 else 1) * self.ffn * size
+        feed_forward = self.ffn if self.masked_relu else (3 if gated else 1) * self.ffn * size
         layer = norms + attention + feed_forward
         if trained:
             layer += 4 * (2 * self.hidden + self.ffn)
+            if gated:
+                layer += 4 * 2 * self.hidden  # RMS norms, which go with gates, keep what their weight multiplies
             if bits != 32:
                 layer += 4 * (3 * self.hidden + self.queries)
         last_norm = self.hidden * 4
@@ -108,12 +114,10 @@ class BaseShape:
             return tokens * (self.layers * self.hidden * size + layer + last_norm)
         return tokens * (self.layers * layer + last_norm)
 
-    def context_bytes(self, tokens: int, bits: int, *, recompute: bool) -> int:
-        """Keys and values of `tokens` context tokens that the branches of `placement: suffix` read.
-
-        They live until the backward pass; without recomputation each layer's attention keeps its own copy beside.
-        """
-        return tokens * self.layers * 2 * self.keys * (4 if bits == 32 else 2) * (1 if recompute else 2)
+    def context_bytes(self, tokens: int, bits: int) -> int:
+        """Keys and values of `tokens` context tokens, which the branches of `placement: suffix` read until the end of
+        the backward pass."""
+        return tokens * self.layers * 2 * self.keys * (4 if bits == 32 else 2)
 
 
 def trainable_bytes(config: Config, shape: BaseShape) -> int:
@@ -145,7 +149,7 @@ def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:
     tokens = c.train.micro_batch * c.prompts.count * per_prompt
     kept = shape.activation_bytes(tokens, bits, recompute=recompute, trained=c.method.trains_base)
     if suffix:
-        kept += shape.context_bytes(c.train.micro_batch * c.data.max_tokens, bits, recompute=recompute)
+        kept += shape.context_bytes(c.train.micro_batch * c.data.max_tokens, bits)
     return kept
 
 

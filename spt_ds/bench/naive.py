@@ -1,6 +1,10 @@
-"""What the public reference does, for comparison: K passes, rows padded to one length, all logits in fp32.
+"""What the public reference does in a training step, for comparison.
 
-Same losses as ours in prefix placement, written the direct way on `transformers`' own forward with its causal mask.
+Its steps, one by one: every text padded to one length; K passes of the base, one after the other, each with its
+padding mask and with the layers' activations recomputed in the backward pass; vocabulary logits of all positions in
+fp32, stacked to one [K, B, P + T, V] tensor; one cross entropy over all of its rows; the fusion example by example as
+a weighted sum of K x (P + T) rows of logits. Same losses as ours in prefix placement. Written anew on `transformers`'
+own forward; what the reference does beside (its contrastive pairs, its dropout) is left out.
 Legend: K prompts, B examples, P virtual tokens, T padded text length, V vocabulary.
 """
 
@@ -8,7 +12,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from spt_ds.batch import Batch
 from spt_ds.model.backbone import Backbone
@@ -16,53 +19,50 @@ from spt_ds.model.rows import embed
 from spt_ds.model.spt import Spt
 
 
-def naive_loss(backbone: Backbone, spt: Spt, batch: Batch, length: int, recompute: bool) -> torch.Tensor:
+def naive_loss(backbone: Backbone, spt: Spt, batch: Batch, length: int) -> torch.Tensor:
     """nll + w_sel selection + w_fus fusion of one micro-batch; scalar with gradient to bank and retriever.
 
-    Args: length T, every text is padded on the right to so many tokens; recompute, activation checkpointing. The base
-    is left with `transformers`' own attention, which the backward pass still needs.
+    `length` is T: every text is padded on the right to so many tokens. The base is left with `transformers`' own
+    attention, which the backward pass still needs.
     """
     settings, lm = spt.config.losses, backbone.lm
     lm.set_attn_implementation("sdpa")
-    embedded = embed(backbone, batch)
-    scores = spt.trainables.scores(spt.pooled(backbone, batch, embedded))  # [K, B]
-    text, targets = _padded(batch, length)
-    table = backbone.embed(text.to(scores.device))  # [B, T, D]
-    targets = targets.to(scores.device)
-    bank = spt.trainables.bank.weight
-    logits_of_all, token_losses = [], []
-    for prompt in bank:
-        rows = torch.cat([prompt.to(table.dtype).expand(len(batch), -1, -1), table], dim=1)
-
-        def run(inputs: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = lm(inputs_embeds=inputs, use_cache=False).logits
-            return logits.float()
-
-        logits = checkpoint(run, rows, use_reentrant=False) if recompute else run(rows)
-        shifted = logits[:, len(prompt) - 1 : -1]  # [B, T, V]: position P + i - 1 predicts token i
-        loss = F.cross_entropy(shifted.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
-        logits_of_all.append(shifted)
-        token_losses.append(loss.view_as(targets))
-    mask = (targets != -100).float()
-    losses = torch.stack(token_losses)  # [K, B, T]
-    nll = (losses * mask).sum(-1) / mask.sum(-1)
+    scores = spt.trainables.scores(spt.pooled(backbone, batch, embed(backbone, batch)))  # [K, B]
+    text, targets, mask = (part.to(scores.device) for part in _padded(batch, length, spt.trainables.bank.tokens))
+    logits = torch.stack([_logits(backbone, prompt, text, mask) for prompt in spt.trainables.bank.weight])
+    count = len(logits)
+    every = F.cross_entropy(
+        logits.flatten(0, 2), targets.flatten().repeat(count), reduction="none", ignore_index=-100
+    ).view(count, *targets.shape)
+    counted = (targets != -100).to(every.dtype)
+    nll = (every * counted).sum(-1) / counted.sum(-1)  # [K, B]
     gold = (-nll.detach() / settings.tau_gold).log_softmax(0)
     selection = (gold.exp() * (gold - (scores / settings.tau_sim).log_softmax(0))).sum(0).mean()
-    fused = sum(score[:, None, None] * logits for score, logits in zip(scores, logits_of_all, strict=True))
-    assert isinstance(fused, torch.Tensor)
-    fused_loss = F.cross_entropy(fused.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
-    fusion = ((fused_loss.view_as(targets) * mask).sum(-1) / mask.sum(-1)).mean()
-    total = (losses * mask).sum() / (mask.sum() * len(bank))
-    return total + settings.selection * selection + settings.fusion * fusion
+    fused = [
+        F.cross_entropy((scores[:, b, None, None] * logits[:, b]).sum(0), targets[b], ignore_index=-100)
+        for b in range(len(batch))
+    ]
+    total = (every * counted).sum() / (counted.sum() * count)
+    return total + settings.selection * selection + settings.fusion * torch.stack(fused).mean()
 
 
-def _padded(batch: Batch, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and targets [B, T]; -100 where there is no target."""
+def _logits(backbone: Backbone, prompt: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """prompt [P, D], text [B, T], mask [B, P + T] -> fp32 logits [B, P + T, V] of one pass of the base."""
+    table = backbone.embed(text)
+    rows = torch.cat([prompt.to(table.dtype).expand(len(text), -1, -1), table], dim=1)
+    logits: torch.Tensor = backbone.lm(inputs_embeds=rows, attention_mask=mask, use_cache=False).logits
+    return logits.float()
+
+
+def _padded(batch: Batch, length: int, virtual: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids [B, T], the target that each position predicts [B, P + T] (-100: none), and the padding mask."""
     text = torch.zeros(len(batch), length, dtype=torch.long)
-    targets = torch.full_like(text, -100)
+    targets = torch.full((len(batch), virtual + length), -100)
+    mask = torch.zeros(len(batch), virtual + length, dtype=torch.long)
     contexts, responses = batch.context_ids.split(batch.context_lens), batch.response_ids.split(batch.response_lens)
     for row, (context, response) in enumerate(zip(contexts, responses, strict=True)):
         end = len(context) + len(response)
         text[row, :end] = torch.cat([context, response])
-        targets[row, len(context) : end] = response
-    return text, targets
+        targets[row, virtual + len(context) - 1 : virtual + end - 1] = response
+        mask[row, : virtual + end] = 1
+    return text, targets, mask

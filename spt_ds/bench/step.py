@@ -29,7 +29,8 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
         f"prompts.placement={'suffix' if case == 'suffix' else 'prefix'}",
         f"model.attention={args.attention}",
     ]
-    overrides += [f"model.activation_checkpointing={args.checkpointing}", "losses.contrastive=0"]
+    recompute = "non_reentrant" if case == "naive" else args.checkpointing
+    overrides += [f"model.activation_checkpointing={recompute}", "losses.contrastive=0"]
     config = load_config("demo", overrides)
     backbone, spt = build(args.shape, config, device)
     batch = micro_batch(args.data, args.tokenizer, args.batch, backbone.vocabulary, args.max_tokens)
@@ -37,7 +38,7 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
 
     def step() -> torch.Tensor:
         if case == "naive":
-            loss = naive_loss(backbone, spt, batch, args.max_tokens, recompute=True)
+            loss = naive_loss(backbone, spt, batch, args.max_tokens)
         else:
             loss = backbone(spt.micro_losses, batch, counts).total
         spt.trainables.zero_grad()

@@ -8,9 +8,11 @@ Legend: R rows, N packed tokens, n tokens of a row, H heads (G key/value heads),
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -45,15 +47,19 @@ class Layout:
             self.recorded[layer] = (k.detach(), v.detach())
         if self.backend in ("varlen", "flash"):
             return _variable_length(self.backend, q, k, v, self.edges, self.longest, scale)
-        # Row by row: no copy, no padding, and what stands in one row cannot reach another, not even a NaN.
-        rows = zip(*(tensor.split(self.lens, dim=2) for tensor in (q, k, v)), strict=True)
-        out = [self._one(q_row, k_row, v_row, None, scale) for q_row, k_row, v_row in rows]
-        return torch.cat(out, dim=2).transpose(1, 2)
+        out: torch.Tensor = _RowByRow.apply(q, k, v, self, layer, scale)
+        return out
 
-    def _one(
+    def attend_row(
+        self, row: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """One row, causal: q [1, H, n, E], k and v [1, G, n, E] -> [1, H, n, E]."""
+        return self._kernel(q, k, v, None, scale)
+
+    def _kernel(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
     ) -> torch.Tensor:
-        """One row, causal where `mask` [queries, keys] is None: q [1, H, n, E] -> [1, H, n, E]."""
+        """q [1, H, n, E] on keys k and v [1, G, m, E] -> [1, H, n, E]; causal where `mask` [n, m] is None."""
         if self.backend == "eager":
             return _eager(q, k, v, mask, scale)
         return F.scaled_dot_product_attention(
@@ -82,14 +88,55 @@ class Branches(Layout):
         """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal in each branch, all of its context visible."""
         if self.context.recorded is None or layer not in self.context.recorded:
             raise ModelError(f"layer {layer} kept no keys of the context; this base cannot use placement: suffix")
-        contexts = (tensor.split(self.context.lens, dim=2) for tensor in self.context.recorded[layer])
-        own = (tensor.split(self.lens, dim=2) for tensor in (q, k, v))
         # No variable-length kernel takes a tree mask: SDPA does, on every device.
-        out = [
-            self._one(q_row, torch.cat([k_context, k_row], dim=2), torch.cat([v_context, v_row], dim=2), mask, scale)
-            for q_row, k_row, v_row, k_context, v_context, mask in zip(*own, *contexts, self.masks, strict=True)
-        ]
-        return torch.cat(out, dim=2).transpose(1, 2)
+        out: torch.Tensor = _RowByRow.apply(q, k, v, self, layer, scale)
+        return out
+
+    def attend_row(
+        self, row: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """One example's K branches together, their keys behind those of the context."""
+        assert self.context.recorded is not None
+        k_context, v_context = (tensor.split(self.context.lens, dim=2)[row] for tensor in self.context.recorded[layer])
+        return self._kernel(
+            q, torch.cat([k_context, k], dim=2), torch.cat([v_context, v], dim=2), self.masks[row], scale
+        )
+
+
+class _RowByRow(torch.autograd.Function):
+    """Attention of one row after the other: what stands in one cannot reach another, not even a NaN.
+
+    Nothing is padded, and nothing is kept for the backward pass but q, k and v: each row is attended to again there.
+    At usual lengths that is a fortieth of a step's work, and it saves attention's output and, in branches, a copy of
+    each context's keys and values in every layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, layer: int, scale: float
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.layout, ctx.layer, ctx.scale = layout, layer, scale
+        out = v.new_empty(1, q.shape[2], q.shape[1], v.shape[3])  # [1, N, H, E]
+        rows = zip(*(tensor.split(layout.lens, dim=2) for tensor in (out.transpose(1, 2), q, k, v)), strict=True)
+        for row, (place, q_row, k_row, v_row) in enumerate(rows):
+            place.copy_(layout.attend_row(row, layer, q_row, k_row, v_row, scale))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        layout: Layout = ctx.layout
+        saved = ctx.saved_tensors
+        into = [torch.empty_like(tensor) for tensor in saved]
+        pieces = (tensor.split(layout.lens, dim=2) for tensor in (grads[0].transpose(1, 2), *saved, *into))
+        for row, (grad, *own_and_places) in enumerate(zip(*pieces, strict=True)):
+            own = [tensor.detach().requires_grad_() for tensor in own_and_places[:3]]
+            with torch.enable_grad():
+                out = layout.attend_row(row, ctx.layer, own[0], own[1], own[2], ctx.scale)
+            found = torch.autograd.grad(out, own, grad)
+            for place, part in zip(own_and_places[3:], found, strict=True):
+                place.copy_(part)
+        return (*into, None, None, None)
 
 
 def _tree(length: int, count: int, context: int) -> torch.Tensor:
@@ -132,16 +179,17 @@ AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)  # the lay
 def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, strict: bool) -> str:
     """Pick the kernel for `model.attention: asked`, say it once with the reason, and return its name."""
     half_on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    flash = half_on_gpu and importlib.util.find_spec("flash_attn") is not None
+    package = _flash_package() if half_on_gpu else None
     varlen = half_on_gpu and _has_varlen()
     why = f"{dtype} on {device.type}"
     if asked == "auto":
-        used = "flash" if flash else "varlen" if varlen else "sdpa"
-        say_once(f"attention: {used} ({why}; flash-attn {'found' if flash else 'not usable'})")
+        used = "flash" if package else "varlen" if varlen else "sdpa"
+        found = f"{package} found" if package else "flash-attn not found" if half_on_gpu else "flash-attn not usable"
+        say_once(f"attention: {used} ({why}; {found})")
         return used
-    usable = {"flash": flash, "varlen": varlen}.get(asked, True)
+    usable = {"flash": package is not None, "varlen": varlen}.get(asked, True)
     if not usable:
-        need = "the flash-attn package, " if asked == "flash" else "torch >= 2.11, "
+        need = "the flash-attn package (2, or 4), " if asked == "flash" else "torch >= 2.11, "
         fallback(
             f"model.attention: {asked}",
             "sdpa",
@@ -150,8 +198,27 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, stri
             error=ModelError,
         )
         return "sdpa"
-    say_once(f"attention: {asked} (as configured; {why})")
+    say_once(f"attention: {asked} (as configured; {package + ', ' if package and asked == 'flash' else ''}{why})")
     return asked
+
+
+@cache
+def _flash_package() -> str | None:
+    """Which flash-attn can be imported: version 4 before 2 on the cards that 4 is made for (Hopper and later).
+
+    Version 4 is the module `flash_attn.cute`, a distribution of its own; some releases of 2 carry a copy of it that
+    lacks what it imports. Where version 4 stands alone `flash_attn` itself is an empty namespace.
+    """
+    versions = {"flash-attn 4": "flash_attn.cute", "flash-attn 2": "flash_attn"}
+    for name, module in versions.items():
+        if name == "flash-attn 4" and torch.cuda.get_device_capability() < (9, 0):
+            continue
+        try:
+            if hasattr(importlib.import_module(module), "flash_attn_varlen_func"):
+                return name
+        except ImportError:
+            continue
+    return None
 
 
 def _has_varlen() -> bool:
@@ -179,12 +246,27 @@ def _variable_length(
 ) -> torch.Tensor:
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (q, k, v))  # [N, H, E]
     if backend == "flash":
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(q, k, v, edges, edges, longest, longest, softmax_scale=scale, causal=True)[None]
+        return _flash(q, k, v, edges, longest, scale)[None]
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = q.shape[1] != k.shape[1]
     out = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped)
     assert isinstance(out, torch.Tensor)
     return out[None]
+
+
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    """q [N, H, E], k and v [N, G, E] -> [N, H, E]; the versions name these arguments alike."""
+    if _flash_package() == "flash-attn 4":
+        from flash_attn.cute import flash_attn_varlen_func
+    else:
+        from flash_attn import flash_attn_varlen_func
+    out = flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=edges, cu_seqlens_k=edges, max_seqlen_q=longest, max_seqlen_k=longest,
+        softmax_scale=scale, causal=True,
+    )  # fmt: skip
+    # Version 4 returns the log-sum-exp beside it.
+    found: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return found

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ModelError
+from spt_ds.model.activations import slim_activations
 from spt_ds.model.attention import PACKED, Layout, choose_backend
 from spt_ds.model.head import FrozenHead
 from spt_ds.model.quant_source import refuse_foreign_quantisation
@@ -51,6 +52,7 @@ class Backbone(nn.Module):
         lm.requires_grad_(False)
         lm.eval()
         _no_dropout(lm)
+        slim_activations(lm)
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function(self, *args)` as one call of the root module."""

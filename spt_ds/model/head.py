@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 MIB = 2**20
-LOGIT_COPIES = 3  # logits, probabilities and one temporary of a chunk alive together
+TRAINED_COPIES = 3  # logits, their log-softmax and its gradient, alive together where the head itself trains
 
 
 class FrozenHead(nn.Module):
@@ -48,11 +48,21 @@ class FrozenHead(nn.Module):
         if targets is None:
             return F.linear(hidden, self.weight, self.bias)
         precise = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        rows = max(1, chunk_mib * MIB // (LOGIT_COPIES * self.weight.shape[0] * precise.itemsize))
+        rows = max(1, chunk_mib * MIB // (self.copies(precise) * self.weight.shape[0] * precise.itemsize))
         if self.weight.requires_grad:
             return self._trained(hidden, targets, bias_scale, rows, precise)
         losses: torch.Tensor = _HeadLoss.apply(hidden, targets, self.weight, self.bias, bias_scale, rows, precise)
         return losses
+
+    def copies(self, precise: torch.dtype) -> int:
+        """How many times the logits of a chunk exist together, in units of the dtype `precise`.
+
+        A frozen head works in place: beside the logits there are the product they come from where that has another
+        dtype, and the scaled biases.
+        """
+        if self.weight.requires_grad:
+            return TRAINED_COPIES
+        return 1 + int(self.weight.dtype != precise) + int(self.bias is not None)
 
     def _trained(
         self,
@@ -100,9 +110,14 @@ class _HeadLoss(torch.autograd.Function):
         wants_scale = bias is not None and bias_scale is not None and ctx.needs_input_grad[4]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_scale = torch.empty_like(losses) if wants_scale else None
+        # All chunks use the same memory: a fresh piece of this size costs a tenth of the product on a CPU.
+        products = weight.new_empty(min(chunk_rows, len(hidden)), len(weight))
+        room = products if weight.dtype == precise else torch.empty_like(products, dtype=precise)
         for start in range(0, len(hidden), chunk_rows):
             part = slice(start, start + chunk_rows)
-            logits = (hidden[part].to(weight.dtype) @ weight.T).to(precise)
+            chunk = hidden[part].to(weight.dtype)
+            product = torch.mm(chunk, weight.T, out=products[: len(chunk)])
+            logits = product if weight.dtype == precise else room[: len(chunk)].copy_(product)
             if bias is not None:
                 logits += bias if bias_scale is None else bias_scale[part, None] * bias
             picked = logits.gather(1, targets[part, None])[:, 0]
@@ -114,7 +129,8 @@ class _HeadLoss(torch.autograd.Function):
                 slope = weights.div_(total)  # softmax minus one-hot: d loss / d logits
                 slope.scatter_add_(1, targets[part, None], slope.new_full((len(slope), 1), -1.0))
                 if grad_hidden is not None:
-                    grad_hidden[part] = (slope.to(weight.dtype) @ weight).to(hidden.dtype)
+                    rounded = slope if slope is product else product.copy_(slope)
+                    grad_hidden[part] = (rounded @ weight).to(hidden.dtype)
                 if grad_scale is not None and bias is not None:
                     grad_scale[part] = slope @ bias.to(precise)
         ctx.save_for_backward(grad_hidden, grad_scale)

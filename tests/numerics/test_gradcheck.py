@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 from spt_ds.model import head as head_module
 from spt_ds.model import losses
 from spt_ds.model.attention import Branches, Layout
-from spt_ds.model.head import LOGIT_COPIES, FrozenHead
+from spt_ds.model.head import FrozenHead
 from spt_ds.model.retriever import Retriever, pool, softplus_scores
 
 V, D, N = 11, 5, 7
@@ -22,9 +22,9 @@ def random(*shape: int, seed: int = 0, grad: bool = True) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(grad)
 
 
-def rows_per_chunk(monkeypatch: pytest.MonkeyPatch, rows: int, vocabulary: int = V) -> None:
+def rows_per_chunk(monkeypatch: pytest.MonkeyPatch, module: FrozenHead, rows: int) -> None:
     """Make `chunk_mib=1` mean that many rows: a MiB holds no fewer than thousands of tiny ones."""
-    monkeypatch.setattr(head_module, "MIB", LOGIT_COPIES * vocabulary * 8 * rows)
+    monkeypatch.setattr(head_module, "MIB", module.copies(torch.float64) * V * 8 * rows)
 
 
 def head(bias: bool) -> FrozenHead:
@@ -34,8 +34,8 @@ def head(bias: bool) -> FrozenHead:
 @pytest.mark.parametrize("chunk_rows", [1, 3, N, 100])
 @pytest.mark.parametrize("kind", ["plain", "bias", "scaled"])
 def test_head_loss(kind: str, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows_per_chunk(monkeypatch, chunk_rows)
     module, targets = head(kind != "plain"), torch.arange(N) % V
+    rows_per_chunk(monkeypatch, module, chunk_rows)
     scale = random(N, seed=3) if kind == "scaled" else None
 
     def loss(hidden: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
@@ -46,8 +46,8 @@ def test_head_loss(kind: str, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_head_loss_with_a_gradient_to_the_scale_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows_per_chunk(monkeypatch, 2)
     module, hidden, targets = head(True), random(N, D, grad=False), torch.arange(N) % V
+    rows_per_chunk(monkeypatch, module, 2)
     assert gradcheck(lambda scale: module(hidden, targets, scale, 1), (random(N, seed=3),))
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ from transformers import (
 from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.log import get_logger
+from spt_ds.model import attention
 from spt_ds.model import backbone as backbone_module
 from spt_ds.model.attention import PACKED, Layout, choose_backend
 from spt_ds.model.backbone import Backbone, build_backbone, load_tokenizer
@@ -333,6 +337,54 @@ class TestBackend:
             logger.removeHandler(caplog.handler)
         said = [record for record in caplog.records if f"model.attention: {asked}" in record.message]
         assert [record.levelno for record in said] == [logging.WARNING]
+
+
+class TestFlashPackages:
+    """Two distributions share the name flash_attn; neither is installed here, so modules stand in for them."""
+
+    @pytest.mark.parametrize(
+        ("installed", "card", "package"),
+        [
+            ({"flash_attn": True}, (8, 0), "flash-attn 2"),
+            ({"flash_attn": True, "flash_attn.cute": True}, (9, 0), "flash-attn 4"),
+            ({"flash_attn": True, "flash_attn.cute": True}, (8, 0), "flash-attn 2"),  # 4 is made for later cards
+            ({"flash_attn": False, "flash_attn.cute": True}, (10, 0), "flash-attn 4"),  # flash_attn: a namespace
+            ({"flash_attn": False, "flash_attn.cute": True}, (8, 0), None),
+            ({}, (9, 0), None),
+        ],
+    )
+    def test_which_one_is_used(
+        self, installed: dict[str, bool], card: tuple[int, int], package: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        called: list[str] = []
+
+        def function(name: str) -> Callable[..., Any]:
+            def attend(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                called.append(name)
+                return (q, None) if name.endswith("cute") else q  # version 4 returns the log-sum-exp beside its output
+
+            return attend
+
+        for name, has_function in installed.items():
+            module: Any = types.ModuleType(name)
+            if has_function:
+                module.flash_attn_varlen_func = function(name)
+            monkeypatch.setitem(sys.modules, name, module)
+        for name in {"flash_attn", "flash_attn.cute"} - set(installed):
+            monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: card)
+        attention._flash_package.cache_clear()
+        try:
+            chosen = choose_backend("flash", torch.device("cuda"), torch.bfloat16, strict=False)
+            assert attention._flash_package() == package
+            assert chosen == ("flash" if package else "sdpa")
+            if package:
+                layout = Layout((2, 1), torch.tensor([0, 1, 0]), "flash", CPU)
+                q = torch.zeros(1, 2, 3, 4)
+                assert layout.attend(0, q, q, q, 1.0).shape == (1, 3, 2, 4)
+                assert called == ["flash_attn.cute" if package == "flash-attn 4" else "flash_attn"]
+        finally:
+            attention._flash_package.cache_clear()
 
 
 def test_suffix_without_recorded_keys_is_refused() -> None:
