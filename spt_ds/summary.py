@@ -40,6 +40,7 @@ def summary_rows(run: Path) -> list[tuple[str, str]]:
     done = _read(run / "DONE.json", "train it to the end first")
     before, after = done["valid_before"], done["valid_after"]
     rows = [("steps", f"{done['step']} on {done['world_size']} rank(s)")]
+    rows.append(("trained parameters", f"{done['trained_parameters']:,}"))
     rows += [(name, f"{before[key]:.4f} before, {after[key]:.4f} after") for name, key in LOSSES]
     predictions = run / "generate" / "predictions.jsonl"
     if (run / "generate" / "scores.json").is_file():

@@ -43,7 +43,7 @@ def train_steps(world: dist.World, setups: Sequence[Setup]) -> list[Found]:
 
 
 def test_two_ranks_are_one(scene: Scene) -> None:
-    cases = [(arch, more) for arch in ("opt", "llama") for more in (LORA, FULL)]
+    cases: list[tuple[str, tuple[str, ...]]] = [(arch, more) for arch in ("opt", "llama") for more in (LORA, FULL)]
     cases.append(("llama", (*LORA, "model.base_bits=16", "model.activation_checkpointing=non_reentrant")))
     cases.append(("llama", (*FULL, "model.activation_checkpointing=non_reentrant")))
     ds = [None, "zero2", None, None, None, None]

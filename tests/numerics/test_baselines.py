@@ -56,9 +56,9 @@ def ours(backbone: Backbone, spt: Spt, batch: Batch) -> Step:
     return Step({"total": out.total.detach(), "nll": out.nll}, {n: g for n, g in grads.items() if g is not None})
 
 
-def twin(arch: str, spt: Spt, batch: Batch, dtype: torch.dtype) -> Step:
+def twin(arch: str, spt: Spt, batch: Batch, dtype: torch.dtype, **overrides: Any) -> Step:
     """Each example for itself through the base's own forward, adapters added to its weights by hand."""
-    lm = tiny_lm(arch, dtype)
+    lm = tiny_lm(arch, dtype, **overrides)
     lm.set_attn_implementation("sdpa")
     trained = {name: p.detach().clone().requires_grad_() for name, p in spt.trainables.named_parameters()}
     weights = dict(trained)
@@ -74,7 +74,7 @@ def twin(arch: str, spt: Spt, batch: Batch, dtype: torch.dtype) -> Step:
         sums.append(losses.sum())
         means.append(losses.mean().detach())
     total = torch.stack(sums).sum() / sum(batch.response_lens)
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     grads = {name: p.grad for name, p in trained.items()}
     return Step(
         {"total": total.detach(), "nll": torch.stack(means)[None]}, {n: g for n, g in grads.items() if g is not None}
@@ -103,6 +103,18 @@ def test_gradients_are_those_of_plain_autograd(
     drop = {name for name in names if name.endswith("k_proj.bias")}
     keep = [Step(s.values, {n: g for n, g in s.grads.items() if n not in drop}) for s in (found, expected)]
     assert_steps_close(keep[0], keep[1], dtype)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_gradients_through_relu(kind: str) -> None:
+    """What OPT's own activation keeps for the backward pass is enough for the weights around it."""
+    relu: dict[str, Any] = {"activation_function": "relu"}
+    backbone = tiny_backbone("opt", **relu)
+    spt, batch = build(kind, backbone, ["fc1", "fc2"], torch.float64), random_batch(LENS)
+    found, expected = ours(backbone, spt, batch), twin("opt", spt, batch, torch.float64, **relu)
+    bound = TOLERANCES[torch.float64].grad
+    wide = {name: gap for name, (gap, _) in gaps(found, expected).items() if not name.endswith("k_proj.bias")}
+    assert max(wide.values()) <= bound, wide
 
 
 @pytest.mark.parametrize("arch", ["opt", "llama", "phi"])
@@ -156,7 +168,7 @@ def test_fresh_adapters_change_nothing_and_are_the_same_for_a_seed(arch: str) ->
     plain = tiny_backbone(arch, torch.float32)
     base = Spt(config_of("none"), build_base_trainables(config_of("none"), plain, 0), pad_id=1)
     expected = plain(base.micro_losses, batch, Counts(1, 1))
-    drawn = []
+    drawn: list[list[torch.Tensor]] = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(drawn))  # peft's own draws come from here; ours do not
         backbone = tiny_backbone(arch, torch.float32)

@@ -13,7 +13,13 @@ LOSSES = {"loss": 7.0, "nll": 2.5, "nll_selected": 2.4}
 
 
 def finished(folder: Path, *, scored: bool) -> Path:
-    done = {"step": 40, "world_size": 2, "valid_before": LOSSES, "valid_after": {**LOSSES, "loss": 5.25}}
+    done = {
+        "step": 40,
+        "world_size": 2,
+        "trained_parameters": 1024,
+        "valid_before": LOSSES,
+        "valid_after": {**LOSSES, "loss": 5.25},
+    }
     (folder / "DONE.json").write_text(json.dumps(done))
     if scored:
         (folder / "generate").mkdir()
