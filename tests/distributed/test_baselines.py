@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from spt_ds import dist
+from spt_ds.data.loader import eval_batches
+from spt_ds.engine.session import open_split
 from spt_ds.errors import SptError
 from tests.distributed.scenes import Scene, Setup, gap, open_engine, windows
 from tests.distributed.test_resume import ONE, finish, killed_copy
@@ -87,3 +89,30 @@ def test_a_sharded_base_is_refused(scene: Scene) -> None:
     for text in run_ranks(2, refused, Setup(scene.ds("zero3"), scene.overrides("llama", *FULL))):
         assert "zero_optimization.stage: 3 shards the base, but method.type: full" in text
         assert "use stage 0, 1 or 2, or no file" in text
+
+
+NONE = ("method.type=none", *NO_PROMPTS)
+
+
+def validate(world: dist.World, setups: Sequence[Setup]) -> list[dict[str, float]]:
+    out = []
+    for setup in setups:
+        config, session, engine = open_engine(world, setup)
+        batches = eval_batches(open_split(session, "valid"), config.train.micro_batch, world.size, world.rank)
+        out.append(engine.evaluate(batches))
+    return out
+
+
+def test_a_base_as_it_is_may_be_sharded(scene: Scene) -> None:
+    def setups(ds: str | None) -> list[Setup]:
+        return [
+            Setup(ds, scene.overrides(arch, *NONE, "data.max_tokens=150", "data.few_shot=1"))
+            for arch in ("opt", "llama")
+        ]
+
+    (one,) = run_ranks(1, validate, setups(None))
+    two = run_ranks(2, validate, setups(scene.ds("zero3")))
+    assert two[0] == two[1]
+    for alone, ours in zip(one, two[0], strict=True):
+        assert alone["nll"] == alone["loss"] == pytest.approx(alone["nll_selected"], rel=1e-6)
+        assert {name: pytest.approx(value, rel=1e-6) for name, value in alone.items()} == ours
