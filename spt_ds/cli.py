@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": ("spt_ds.chat", "a conversation in the terminal"),
     "evaluate": ("spt_ds.evaluate.command", "score a predictions file"),
     "compare": ("spt_ds.evaluate.compare", "one table of several runs"),
+    "sweep": ("spt_ds.sweep.command", "every cell of a grid through all of these, and one table"),
     "report": ("spt_ds.report.command", "one HTML page of runs: curves, prompt use, scores, examples"),
     "summary": ("spt_ds.summary", "losses, scores and prompt usage of a run"),
     "bench": ("spt_ds.bench.command", "a training step at a given shape beside a naive twin"),

@@ -8,13 +8,15 @@ import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def recipe_names() -> list[str]:
@@ -33,7 +35,14 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     tree = _parse(name, text)
     for override in overrides:
         _apply(tree, override)
-    return _validate(name, tree)
+    return _validate(name, tree, Config)
+
+
+def load_yaml(path: Path, model: type[Model]) -> Model:
+    """Read a YAML file of another schema as strictly as a configuration; raise ConfigError with every problem."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give a YAML file")
+    return _validate(str(path), _parse(str(path), _text(path)), model)
 
 
 def dump_config(config: Config) -> str:
@@ -51,16 +60,20 @@ def _read(source: str) -> tuple[str, str]:
     if path.suffix in (".yaml", ".yml") or path.exists():
         if not path.is_file():
             raise ConfigError(f"{source}: no such configuration file; give a YAML file or one of {recipe_names()}")
-        try:
-            return source, path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{source}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+        return source, _text(path)
     names = recipe_names()
     if source not in names:
         near = difflib.get_close_matches(source, names, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(names)}"
         raise ConfigError(f"no file and no recipe is called {source!r}; {hint}")
     return f"recipe {source}", (resources.files("spt_ds") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -126,22 +139,22 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: {text!r} is not a YAML value: {error}") from error
 
 
-def _validate(name: str, tree: dict[str, Any]) -> Config:
+def _validate(name: str, tree: dict[str, Any], model: type[Model]) -> Model:
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        problems = list(dict.fromkeys(_describe(item, tree) for item in error.errors()))
+        problems = list(dict.fromkeys(_describe(item, model) for item in error.errors()))
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ConfigError(f"{name}: {len(problems)} problem(s) in the configuration\n{lines}") from error
 
 
-def _describe(item: Any, tree: dict[str, Any]) -> str:
+def _describe(item: Any, model: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in item["loc"]) or "(whole file)"
     if item["type"] == "extra_forbidden":
-        parent = _section(item["loc"][:-1])
+        parent = _section(item["loc"][:-1], model)
         known = list(parent.model_fields) if parent else []
         near = difflib.get_close_matches(str(item["loc"][-1]), known, 1)
-        elsewhere = [p for p in key_paths(Config) if p.rsplit(".", 1)[-1] == str(item["loc"][-1])]
+        elsewhere = [p for p in key_paths(model) if p.rsplit(".", 1)[-1] == str(item["loc"][-1])]
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         if elsewhere:
             hint = f"did you mean {elsewhere[0]!r}?"
@@ -150,13 +163,16 @@ def _describe(item: Any, tree: dict[str, Any]) -> str:
     return f"{path}: {item['msg']}{got}"
 
 
-def _section(loc: Sequence[Any]) -> type[BaseModel] | None:
-    model: type[BaseModel] = Config
+def _section(loc: Sequence[Any], model: type[BaseModel]) -> type[BaseModel] | None:
     for key in loc:
-        field = model.model_fields.get(str(key))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        if isinstance(key, int):
+            continue  # the place in a list of sections
+        field = model.model_fields.get(key)
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
             return None
-        model = field.annotation
+        model = inner[0]
     return model
 
 

@@ -43,20 +43,16 @@ def test_trains_over_two_nodes_and_then_generates(
 
 
 def test_sweep_makes_its_table(slurm: Slurm, config: Path, tmp_path: Path) -> None:
-    lines, root = tmp_path / "lines", tmp_path / "sweep"
-    lines.write_text("# prompts\none prompts.count=1\nthree prompts.count=3\n")
-    arguments = ["--config", str(config), "--set", "train.max_steps=2"]
-    told = slurm.call(
-        "bash", "slurm/sweep.sbatch", "--ntasks=1", "--", str(lines), str(root), *arguments, **slurm.job_environment
-    )
+    file, root = tmp_path / "sweep.yaml", tmp_path / "sweep"
+    file.write_text(f"name: s\nconfigs: ['{config}']\ngrid: {{prompts.count: [1, 3]}}\n")
+    arguments = [str(file), "--out", str(root), "--set", "train.max_steps=2"]
+    told = slurm.call("bash", "slurm/sweep.sbatch", "--ntasks=1", "--", *arguments, **slurm.job_environment)
     slurm.wait_for(int(told.split()[-1]), timeout_s=240)
-    table = (root / "compare.md").read_text()
-    assert "one" in table
-    assert "three" in table
-    assert "prompts.count=3" not in table
-    counts = [
-        yaml.safe_load((root / name / "config.yaml").read_text())["prompts"]["count"] for name in ("one", "three")
-    ]
+    names = ["tiny.count-1", "tiny.count-3"]
+    table = (root / "table.md").read_text()
+    assert all(name in table for name in names)
+    assert json.loads((root / "table.json").read_text())["failed"] == {}
+    counts = [yaml.safe_load((root / name / "config.yaml").read_text())["prompts"]["count"] for name in names]
     assert counts == [1, 3]
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,17 +143,32 @@ def test_restarts_are_bounded(tmp_path: Path, commands: Path) -> None:
     assert calls(commands) == []
 
 
+def submit_sweep(commands: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "CALLS": str(commands / "calls"),
+                   "SPT_PYTHON": sys.executable}  # fmt: skip
+    command = ["bash", "slurm/sweep.sbatch", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
+
+
 def test_a_sweep_is_an_array_and_a_job_that_waits_for_it(tmp_path: Path, commands: Path) -> None:
-    lines = tmp_path / "lines"
-    lines.write_text("# names and options\nbase\n\nhigh optim.lr=1e-2\n")
-    environment = {"PATH": f"{commands}:{os.environ['PATH']}", "CALLS": str(commands / "calls")}
-    command = ["bash", "slurm/sweep.sbatch", "--nodes=2", "--", str(lines), "runs/s", "--config", "demo"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=30)
+    file = tmp_path / "sweep.yaml"
+    file.write_text("name: s\nconfigs: [demo]\ngrid: {train.seed: [0, 1], prompts.count: [1, 2, 4]}\n")
+    arguments = f"{file} --out {tmp_path}/s --set train.max_steps=2"
+    done = submit_sweep(commands, "--nodes=2", "--", *arguments.split())
     assert done.stdout == "array 1, table in job 2\n", done.stderr
     first, second = calls(commands)
-    assert first == f"sbatch --parsable --nodes=2 --array=1-2 slurm/sweep.sbatch {lines} runs/s --config demo"
-    assert "--dependency=afterok:1 " in second
-    assert second.endswith(f"slurm/sweep.sbatch {lines} runs/s --config demo")
+    assert first == f"sbatch --parsable --nodes=2 --array=0-5 slurm/sweep.sbatch {arguments}"
+    assert "--dependency=afterany:1 " in second
+    assert second.endswith(f"slurm/sweep.sbatch {arguments}")
+
+
+def test_a_wrong_sweep_is_not_submitted(tmp_path: Path, commands: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("name: s\nconfigs: [demo]\ngrid: {train.sed: [0, 1]}\n")
+    done = submit_sweep(commands, "--", str(file))
+    assert done.returncode == 2
+    assert "did you mean 'train.seed'?" in done.stderr
+    assert calls(commands) == []
 
 
 def test_every_option_of_a_site_is_read() -> None:
