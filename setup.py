@@ -33,6 +33,7 @@ INSTALL = [
 ]
 EXTRAS = {
     "flash": ["flash-attn>=2.7"],  # compiles for many minutes: never a default
+    "flash4": ["flash-attn-4>=4.0.0b9"],  # Hopper and later cards
     "evaluate": ["rouge-score>=0.1.2"],
     "report": ["matplotlib>=3.8"],
     "baselines": ["peft>=0.19,<0.22"],

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from spt_ds.batch import Batch
-from spt_ds.bench.measuring import peak_bytes, reset_peak, timed
+from spt_ds.bench.measuring import Clock, peak_bytes, reset_peak, timed
 from spt_ds.bench.shapes import build, micro_batch
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import GenerateConfig
@@ -47,7 +47,7 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     reset_peak(device)
     costs, tokens = timed(lambda: run(backbone, spt, batch, args.new_tokens), device, args.steps)
     return {
-        "case": case, "prompts": prompts, "cost": min(costs), "cost_unit": "CPU s" if device.type == "cpu" else "s",
+        "case": case, "prompts": prompts, "cost": min(costs), "cost_unit": Clock(device).unit,
         "row_steps": steps.count // (args.steps + 1), "examples_times_tokens": len(batch) * args.new_tokens,
         "peak_mib": peak_bytes(device) / 2**20, "tokens": tokens,
     }  # fmt: skip

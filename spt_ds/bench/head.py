@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from spt_ds.bench.measuring import peak_bytes, reset_peak, timed
+from spt_ds.bench.measuring import Clock, peak_bytes, reset_peak, timed
 from spt_ds.model.head import FrozenHead
 
 CASES = ("naive", "ours")
@@ -42,7 +42,8 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     costs, loss = timed(step, device, args.steps)
     assert hidden.grad is not None
     return {
-        "case": case, "prompts": prompts, "loss": float(loss), "gradient": {"hidden": float(hidden.grad.norm())},
-        "cost": statistics.median(costs), "cost_unit": "CPU s" if device.type == "cpu" else "s", "rows": rows,
+        "case": case, "prompts": prompts, "loss": float(loss),
+        "gradient": hidden.grad.flatten().double().cpu().numpy(), "cost": statistics.median(costs),
+        "cost_unit": Clock(device).unit, "rows": rows,
         "peak_mib": (peak_bytes(device) - before) / 2**20,
     }  # fmt: skip

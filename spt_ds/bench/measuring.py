@@ -1,4 +1,4 @@
-"""Cost and peak memory of a piece of work."""
+"""Cost and peak memory of a piece of work, and what the device's matrix products reach in the same run."""
 
 from __future__ import annotations
 
@@ -10,20 +10,63 @@ from typing import Any
 import torch
 
 
+class Clock:
+    """CPU seconds of the process, or seconds between synchronisations on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.gpu = device.type == "cuda"
+        self.unit = "s" if self.gpu else "CPU s"
+
+    def now(self) -> float:
+        if not self.gpu:
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class Inside:
+    """Cost of the calls of one module: what its forward passes take, recomputation in backward passes left out."""
+
+    def __init__(self, module: torch.nn.Module, clock: Clock) -> None:
+        self.clock, self.start, self.total = clock, 0.0, 0.0
+        module.register_forward_pre_hook(self._enter)
+        module.register_forward_hook(self._leave)
+
+    def _enter(self, *call: Any) -> None:
+        self.start = self.clock.now()
+
+    def _leave(self, *call: Any) -> None:
+        self.total += self.clock.now() - self.start
+
+    def take(self) -> float:
+        """Cost since the last call of this method."""
+        total, self.total = self.total, 0.0
+        return total
+
+
 def timed(step: Callable[[], Any], device: torch.device, steps: int) -> tuple[list[float], Any]:
-    """Costs of `steps` calls after one warm-up: CPU seconds, or seconds between synchronisations on a GPU."""
-    gpu = device.type == "cuda"
-    clock = time.perf_counter if gpu else time.process_time
+    """Costs of `steps` calls after one warm-up, and what the last one returned."""
+    clock = Clock(device)
     out, costs = step(), []
     for _ in range(steps):
-        if gpu:
-            torch.cuda.synchronize()
-        start = clock()
+        start = clock.now()
         out = step()
-        if gpu:
-            torch.cuda.synchronize()
-        costs.append(clock() - start)
+        costs.append(clock.now() - start)
     return costs, out
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype, rows: int, hidden: int, ffn: int) -> float:
+    """TFLOP per cost of the best of five products [rows, hidden] x [hidden, ffn], the largest of a layer."""
+    left = torch.randn(rows, hidden, device=device).to(dtype)
+    right = torch.randn(hidden, ffn, device=device).to(dtype)
+    repeats = 20 if device.type == "cuda" else 1  # a single product is too short for a GPU's clock
+
+    def products() -> None:
+        for _ in range(repeats):
+            left @ right
+
+    costs, _ = timed(products, device, 5)
+    return 2 * rows * hidden * ffn * repeats / min(costs) / 1e12
 
 
 def reset_peak(device: torch.device) -> None:

@@ -43,11 +43,21 @@ SHAPES = {
 
 
 def build(shape: str, config: Config, device: torch.device) -> tuple[Backbone, Spt]:
-    """A backbone of random weights and the method on it; `config.model.base_bits` 16 or 32."""
+    """A backbone of random weights and the method on it.
+
+    With `config.model.base_bits` 4 or 8 each layer is drawn and quantised before the next one: the base never is in
+    16 bits as a whole.
+    """
     torch.manual_seed(0)
     dtype = base_dtype(config.model.base_bits)
-    with device:
-        lm: Any = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype, attn_implementation=PACKED)
+    if config.model.base_bits in (4, 8):
+        from spt_ds.model.quant_load import load_quantized
+
+        drawn = config.model.model_copy(update={"random_init": True})
+        lm: Any = load_quantized(drawn, SHAPES[shape](), shape, None, dtype).to(device)  # the buffers are still behind
+    else:
+        with device:
+            lm = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype, attn_implementation=PACKED)
     backend = choose_backend(config.model.attention, device, dtype, strict=False)
     backbone = Backbone(lm, backend)
     backbone.checkpoint_activations(config.model.activation_checkpointing)

@@ -1,76 +1,135 @@
-"""A training step (forward, losses, backward) of one case at a given shape.
+"""A training step of one case at a given shape: forward pass of the base, losses, backward pass and optimizer apart.
 
-FLOPs are counted as 4N per token: frozen weights need the forward pass and the gradient of activations, none of
-weights. Attention is left out.
+FLOPs are counted as 4N for each position that is read, N the weights of the layers: frozen weights need the forward
+pass and the gradient of activations, none of weights. A context that is read without gradient (suffix) counts 2N, a
+row of the vocabulary head 4VD. Attention is left out, and so is what is computed a second time.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from spt_ds.bench.measuring import peak_bytes, reset_peak, timed
+from spt_ds.batch import Batch
+from spt_ds.bench.measuring import Clock, Inside, matmul_ceiling, peak_bytes, reset_peak
 from spt_ds.bench.naive import naive_loss
 from spt_ds.bench.shapes import build, micro_batch
 from spt_ds.config.load import load_config
-from spt_ds.model.spt import Counts
+from spt_ds.config.schema import Config
+from spt_ds.model.backbone import Backbone, base_dtype
+from spt_ds.model.spt import Counts, Spt
+from spt_ds.plan import BaseShape
 
-CASES = ("naive", "prefix", "suffix")
+CASES = ("naive", "prefix", "suffix", "precise")  # precise: prefix in float64, to see whose rounding a difference is
+DEFAULT = CASES[:3]
+PARTS = ("forward", "losses", "backward", "optimizer")
 
 
 def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Losses, gradient norms, cost and peak memory of one case."""
+    """Losses, gradients, cost of each part, peak memory, and throughput beside the matmul ceiling, of one case."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    overrides = [f"prompts.count={prompts}", f"prompts.tokens={args.tokens}", f"model.base_bits={args.bits}"]
-    overrides += [
-        f"prompts.placement={'suffix' if case == 'suffix' else 'prefix'}",
-        f"model.attention={args.attention}",
-    ]
-    recompute = "non_reentrant" if case == "naive" else args.checkpointing
-    overrides += [f"model.activation_checkpointing={recompute}", "losses.contrastive=0"]
-    config = load_config("demo", overrides)
+    config = config_of(case, prompts, args)
     backbone, spt = build(args.shape, config, device)
+    if case == "precise":
+        backbone.double()
+        spt.trainables.double()
     batch = micro_batch(args.data, args.tokenizer, args.batch, backbone.vocabulary, args.max_tokens)
-    counts = Counts(len(batch), len(batch.response_ids))
-
-    def step() -> torch.Tensor:
-        if case == "naive":
-            loss = naive_loss(backbone, spt, batch, args.max_tokens)
-        else:
-            loss = backbone(spt.micro_losses, batch, counts).total
-        spt.trainables.zero_grad()
-        loss.backward()
-        return loss.detach()
-
+    shape = BaseShape.from_config(backbone.config.to_dict())
+    reads = Reads(case, batch, prompts, args)
     reset_peak(device)
     before = peak_bytes(device)
-    costs, loss = timed(step, device, args.steps)
-    unit = "CPU s" if device.type == "cpu" else "s"
-    lens = batch.context_lens, batch.response_lens
-    weights = sum(p.numel() for name, p in backbone.named_parameters() if "embed" not in name)
-    tokens = tokens_read(case, *lens, prompts, args)
-    cost = statistics.median(costs)
+    stepper = Stepper(case, backbone, spt, batch, args)
+    inside = Inside(backbone.lm.base_model, stepper.clock)
+    rows = [stepper.step(inside) for _ in range(args.steps + 1)][1:]  # the first warms up
+    peak = peak_bytes(device)
+    parts = {name: statistics.median(row[name] for row in rows) for name in PARTS}
+    cost = statistics.median(sum(row.values()) for row in rows)
+    dtype = base_dtype(args.bits)
+    ceiling = matmul_ceiling(device, dtype, min(reads.positions, 8192), shape.hidden, shape.ffn)
+    tflop = reads.flops(shape) / 1e12
     return {
-        "case": case, "prompts": prompts, "loss": float(loss), "cost": cost, "cost_unit": unit,
-        "peak_mib": peak_bytes(device) / 2**20, "before_mib": before / 2**20, "tokens_read": tokens,
-        "real_share": 1.0 if case != "naive" else real_tokens(*lens, prompts, args) / tokens,
-        "tflops": 4 * weights * tokens / 1e12, "tokens_per_cost": tokens / cost,
-        "gradient": {n: float(p.grad.norm()) for n, p in spt.trainables.named_parameters() if p.grad is not None},
+        "case": case, "prompts": prompts, "loss": stepper.loss.item(), "gradient": stepper.gradient().numpy(),
+        "cost": cost, "cost_unit": stepper.clock.unit, "parts": parts,
+        "peak_mib": peak / 2**20, "before_mib": before / 2**20,
+        "tokens_read": reads.positions, "real_share": reads.real / reads.positions, "tflop": tflop,
+        "tokens_per_cost": reads.real / cost, "examples_per_cost": len(batch) / cost,
+        "tflop_per_cost": tflop / cost, "matmul_tflop_per_cost": ceiling, "share_of_matmul": tflop / cost / ceiling,
     }  # fmt: skip
 
 
-def real_tokens(contexts: tuple[int, ...], responses: tuple[int, ...], prompts: int, args: argparse.Namespace) -> int:
-    return prompts * sum(args.tokens + c + r for c, r in zip(contexts, responses, strict=True))
+def config_of(case: str, prompts: int, args: argparse.Namespace) -> Config:
+    """The settings of one case with so many prompts."""
+    recompute = "non_reentrant" if case == "naive" else args.checkpointing  # the reference always recomputes
+    return load_config(
+        "demo",
+        [
+            f"prompts.count={prompts}",
+            f"prompts.tokens={args.tokens}",
+            f"prompts.placement={'suffix' if case == 'suffix' else 'prefix'}",
+            f"model.base_bits={args.bits}",
+            f"model.attention={args.attention}",
+            f"model.activation_checkpointing={recompute}",
+            "losses.contrastive=0",
+        ],
+    )
 
 
-def tokens_read(case: str, contexts: tuple[int, ...], responses: tuple[int, ...], prompts: int, args: Any) -> int:
-    """Positions that the base's layers see in one forward pass."""
-    if case == "naive":
-        return prompts * args.batch * (args.tokens + args.max_tokens)
-    last = len(responses)  # the last target of each row is never read
-    if case == "prefix":
-        return real_tokens(contexts, responses, prompts, args) - prompts * last
-    return sum(contexts) + prompts * (sum(args.tokens + r for r in responses) - last)
+class Stepper:
+    """Takes the same training step again and again: at a rate of 0 the optimizer does all of its work for nothing."""
+
+    def __init__(self, case: str, backbone: Backbone, spt: Spt, batch: Batch, args: argparse.Namespace) -> None:
+        self.case, self.backbone, self.spt, self.batch, self.args = case, backbone, spt, batch, args
+        self.clock = Clock(spt.trainables.bank.weight.device)
+        self.optimizer = torch.optim.AdamW(spt.trainables.parameters(), lr=0.0, foreach=True)
+        self.loss = torch.zeros(())
+
+    def step(self, inside: Inside) -> dict[str, float]:
+        """Cost of each part; `inside` watches the base."""
+        self.optimizer.zero_grad()
+        marks = [self.clock.now()]
+        if self.case == "naive":
+            self.loss = naive_loss(self.backbone, self.spt, self.batch, self.args.max_tokens)
+        else:
+            counts = Counts(len(self.batch), len(self.batch.response_ids))
+            self.loss = self.backbone(self.spt.micro_losses, self.batch, counts).total
+        marks.append(self.clock.now())
+        self.loss.backward()
+        marks.append(self.clock.now())
+        self.optimizer.step()
+        marks.append(self.clock.now())
+        whole, backward, update = (end - start for start, end in pairwise(marks))
+        forward = inside.take()
+        return dict(zip(PARTS, (forward, whole - forward, backward, update), strict=True))
+
+    def gradient(self) -> torch.Tensor:
+        """That of all trainables as one vector, float64."""
+        grads = [p.grad.flatten().double().cpu() for p in self.spt.trainables.parameters() if p.grad is not None]
+        return torch.cat(grads)
+
+
+class Reads:
+    """What one step reads: positions of the base's layers and rows of the head."""
+
+    def __init__(self, case: str, batch: Batch, prompts: int, args: argparse.Namespace) -> None:
+        size, targets = len(batch), len(batch.response_ids)
+        # The last target of each row is never read.
+        branches = prompts * (size * args.tokens + targets - size)
+        contexts = len(batch.context_ids)
+        self.without_gradient, self.head_rows = 0, (prompts + 1) * targets
+        self.real = self.positions = branches + prompts * contexts
+        if case == "suffix":
+            self.without_gradient = contexts
+            self.real = self.positions = contexts + branches
+        elif case == "naive":
+            self.positions = prompts * size * (args.tokens + args.max_tokens)
+            self.head_rows = self.positions
+
+    def flops(self, shape: BaseShape) -> int:
+        """See the module's docstring."""
+        layers = shape.layers * shape.layer_parameters
+        positions = 4 * self.positions - 2 * self.without_gradient
+        return layers * positions + 4 * self.head_rows * shape.vocabulary * shape.embed

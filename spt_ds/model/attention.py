@@ -54,24 +54,18 @@ class Layout:
         self, row: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """One row, causal: q [1, H, n, E], k and v [1, G, n, E] -> [1, H, n, E]."""
-        return self._kernel(q, k, v, None, scale)
-
-    def _kernel(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
-    ) -> torch.Tensor:
-        """q [1, H, n, E] on keys k and v [1, G, m, E] -> [1, H, n, E]; causal where `mask` [n, m] is None."""
         if self.backend == "eager":
-            return _eager(q, k, v, mask, scale)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+            return _eager(q, k, v, scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Branches(Layout):
     """K short rows per example that read one shared context: each example's context is stored once, not K times.
 
     Packed order is example-major: the K branches of example 0, then those of example 1. Each row of this layout is
-    one example's K branches together; a tree mask keeps the branches apart.
+    one example's K branches together. No variable-length kernel takes such a tree, so its attention is written out:
+    the scores of a few branch tokens are small, and neither keys of the context are copied nor pairs of tokens of
+    different branches computed.
     """
 
     def __init__(
@@ -79,28 +73,34 @@ class Branches(Layout):
     ) -> None:
         super().__init__([count * n for n in branch_lens], positions, context.backend, device)
         self.context = context
+        self.count = count
         self.reach = max(c + n for c, n in zip(context.lens, branch_lens, strict=True))
-        self.masks = [
-            _tree(n, count, c).to(device, non_blocking=True) for n, c in zip(branch_lens, context.lens, strict=True)
-        ]
+        future = torch.ones(max(branch_lens), max(branch_lens), dtype=torch.bool).triu(1)
+        self.future = future.to(device, non_blocking=True)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal in each branch, all of its context visible."""
         if self.context.recorded is None or layer not in self.context.recorded:
             raise ModelError(f"layer {layer} kept no keys of the context; this base cannot use placement: suffix")
-        # No variable-length kernel takes a tree mask: SDPA does, on every device.
         out: torch.Tensor = _RowByRow.apply(q, k, v, self, layer, scale)
         return out
 
     def attend_row(
         self, row: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """One example's K branches together, their keys behind those of the context."""
+        """One example's K branches of n tokens: q [1, H, K n, E], k and v [1, G, K n, E] -> [1, H, K n, E]."""
         assert self.context.recorded is not None
-        k_context, v_context = (tensor.split(self.context.lens, dim=2)[row] for tensor in self.context.recorded[layer])
-        return self._kernel(
-            q, torch.cat([k_context, k], dim=2), torch.cat([v_context, v], dim=2), self.masks[row], scale
-        )
+        # The context's keys [1, G, C, E] meet all queries of their group at once.
+        context_k, context_v = (tensor.split(self.context.lens, dim=2)[row] for tensor in self.context.recorded[layer])
+        n, groups = q.shape[2] // self.count, k.shape[1]
+        own_q = q.unflatten(2, (self.count, n)).unflatten(1, (groups, -1))  # [1, G, H / G, K, n, E]
+        own_k, own_v = (tensor.unflatten(2, (self.count, n)).unsqueeze(2) for tensor in (k, v))  # [1, G, 1, K, n, E]
+        to_context = (own_q.flatten(2, 4) @ context_k.transpose(2, 3)).view(*own_q.shape[:5], -1)
+        to_own = (own_q @ own_k.transpose(4, 5)).masked_fill(self.future[:n, :n], float("-inf"))
+        weights = _softmax(torch.cat([to_context, to_own], dim=5), scale).to(v.dtype)
+        on_context, on_own = weights.split([context_k.shape[2], n], dim=5)
+        out = (on_context.flatten(2, 4) @ context_v).view(own_q.shape) + on_own @ own_v
+        return out.flatten(3, 4).flatten(1, 2)
 
 
 class _RowByRow(torch.autograd.Function):
@@ -137,12 +137,6 @@ class _RowByRow(torch.autograd.Function):
             for place, part in zip(own_and_places[3:], found, strict=True):
                 place.copy_(part)
         return (*into, None, None, None)
-
-
-def _tree(length: int, count: int, context: int) -> torch.Tensor:
-    """May branch token i attend to key j? [count * length, context + count * length], keys: context, then branches."""
-    own = torch.block_diag(*[torch.ones(length, length).tril()] * count).bool()
-    return torch.cat([torch.ones(count * length, context, dtype=torch.bool), own], dim=1)
 
 
 def packed_attention(
@@ -229,16 +223,19 @@ def _has_varlen() -> bool:
     return "window_size" in inspect.signature(varlen_attn).parameters
 
 
-def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """The definition, with every score in memory: the twin that the kernels are tested against."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = q @ k.transpose(2, 3) * scale
-    if mask is None:
-        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
-    scores = scores.masked_fill(~mask, float("-inf"))
-    precise = scores.float() if scores.dtype != torch.float64 else scores
-    return precise.softmax(-1).to(v.dtype) @ v
+    scores = q @ k.transpose(2, 3)
+    causal = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    return _softmax(scores.masked_fill(~causal, float("-inf")), scale).to(v.dtype) @ v
+
+
+def _softmax(scores: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(scale * scores) over the last dimension, in fp32 or better."""
+    precise = scores if scores.dtype == torch.float64 else scores.float()
+    return (precise * scale).softmax(-1)
 
 
 def _variable_length(

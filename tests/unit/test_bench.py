@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from spt_ds.batch import Batch
 from spt_ds.bench import command
 from spt_ds.bench.naive import naive_loss
 from spt_ds.bench.shapes import build, micro_batch
-from spt_ds.bench.step import tokens_read
+from spt_ds.bench.step import Reads
 from spt_ds.config.load import load_config
 from spt_ds.model.spt import Counts
+from spt_ds.plan import BaseShape
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "non_reentrant"])
@@ -48,7 +50,7 @@ def test_counted_tokens_are_those_the_layers_see(case: str) -> None:
             naive_loss(backbone, spt, batch, 256)
         else:
             backbone(spt.micro_losses, batch, Counts(3, 1))
-    assert sum(seen) == tokens_read(case, batch.context_lens, batch.response_lens, 4, args)
+    assert sum(seen) == Reads(case, batch, 4, args).positions
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
@@ -60,7 +62,8 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 def test_step_compares_losses_and_gradients(capsys: pytest.CaptureFixture[str]) -> None:
     report = run(capsys, "step", "--shape", "tiny", "--batch", "2", "--cases", "naive,prefix")
     assert [result["case"] for result in report["results"]] == ["naive", "prefix"]
-    assert report["same"]["prefix K=4"] < 1e-5
+    assert report["same"]["prefix K=4"]["loss"] < 1e-6
+    assert report["same"]["prefix K=4"]["gradient"] < 1e-4  # of which the twin's rounding is the greater part
     assert report["ratios"]["prefix K=4: times less"] > 0
     assert report["results"][0]["real_share"] < 1.0 == report["results"][1]["real_share"]
 
@@ -76,10 +79,49 @@ def test_decoding_costs_a_row_step_per_token(capsys: pytest.CaptureFixture[str])
 def test_head_keeps_its_bound(capsys: pytest.CaptureFixture[str]) -> None:
     report = run(capsys, "head", "--prompts", "8", "--targets", "64", "--head-chunk-mib", "32")
     naive, ours = report["results"]
-    assert report["same"]["ours K=8"] < 1e-4
+    assert all(gap < 1e-5 for gap in report["same"]["ours K=8"].values())
     assert ours["peak_mib"] < 100 < naive["peak_mib"]
 
 
 def test_unknown_case(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["step", "--cases", "faster"]) == 2
     assert "no case 'faster'; step has naive, prefix, suffix" in capsys.readouterr().err
+
+
+def test_a_step_is_told_apart_into_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(capsys, "step", "--shape", "tiny", "--batch", "2", "--cases", "suffix,precise,prefix")
+    assert set(report["same"]) == {"prefix K=4 to float64"}
+    assert all(gap < 3e-5 for gap in report["same"]["prefix K=4 to float64"].values())
+    for result in report["results"]:
+        assert set(result["parts"]) == {"forward", "losses", "backward", "optimizer"}
+        assert all(cost > 0 for cost in result["parts"].values())
+        assert sum(result["parts"].values()) == pytest.approx(result["cost"], rel=1e-6)  # one step: medians add up
+        assert 0 < result["share_of_matmul"] < 1
+        assert result["real_share"] == 1.0
+    suffix, _, prefix = report["results"]
+    assert suffix["tflop"] < prefix["tflop"]
+
+
+@pytest.mark.parametrize("case", ["base", "data"])
+def test_loading(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(capsys, "load", "--shape", "tiny", "--cases", case, "--examples", "20")
+    assert report["results"][0]["per_cost"] > 0
+
+
+def test_flops_by_hand() -> None:
+    """4 for each weight of a layer and position, 2 where no gradient flows, 4 for each weight and row of the head."""
+    args = command._arguments(["step", "--tokens", "2", "--max-tokens", "10"])
+    batch = Batch(torch.arange(7), torch.arange(3), (7,), (3,), (0,), (1.0,))
+    shape = BaseShape(
+        hidden=4, embed=4, layers=2, ffn=5, ffn_matrices=2, queries=4, keys=4, vocabulary=11, embeddings=1,
+        masked_relu=False,
+    )  # fmt: skip
+    layers = 2 * (4 * 4 * 4 + 2 * 4 * 5)
+    assert Reads("prefix", batch, 3, args).flops(shape) == 4 * layers * 3 * (2 + 7 + 2) + 4 * 44 * (3 + 1) * 3
+    assert Reads("suffix", batch, 3, args).flops(shape) == 2 * layers * 7 + 4 * layers * 3 * (2 + 2) + 4 * 44 * 12
+    assert Reads("naive", batch, 3, args).flops(shape) == 4 * (layers + 44) * 3 * (2 + 10)
+
+
+def test_one_prompt_more_costs_more(capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(capsys, "more", "--shape", "tiny", "--batch", "2", "--cases", "prefix", "--prompts", "1")
+    assert 0.2 < report["results"][0]["share_of_one_more"] < 2  # a prefix step is linear in K
