@@ -49,7 +49,7 @@ class ModelConfig(Section):
     """Bits of the frozen weights: 32 float, 16 bfloat, 8 or 4 quantised (see `quant`)."""
     quant: QuantConfig = QuantConfig()
     attention: Literal["auto", "flash", "varlen", "sdpa", "eager"] = "auto"
-    """Kernel of the forward pass: flash-attn package, torch's variable-length, SDPA, or plain (slow, exact)."""
+    """Kernel of the forward pass: flash-attn (4 or 2), torch's variable-length, SDPA, or plain (slow, exact)."""
     activation_checkpointing: Literal["auto", "off", "non_reentrant", "reentrant"] = "auto"
     """Recompute layers in the backward pass; `auto` decides by memory and says why."""
 
