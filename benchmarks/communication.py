@@ -1,10 +1,10 @@
 """Counts what ZeRO-3 gathers in one training step: K prompts in one pass against K passes, one per prompt.
 
-    python benchmarks/communication.py --prompts 4,8
+    python benchmarks/communication.py --prompts 4,8 --bits 16,8,4
 
-Two ranks on the CPU and a small bf16 Llama of which nothing stays resident, so that every use of a weight is a gather.
-The figures are calls and bytes of the gathered weights per rank and micro-batch, forward and backward. The last line
-is one JSON object.
+Two ranks on the CPU and a small Llama of which nothing stays resident, so that every use of a weight is a gather. The
+figures are calls and bytes of the gathered weights per rank and micro-batch, forward and backward; each is set beside
+K passes over the bf16 base, which is what the public reference does. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,13 @@ class GatherCount:
 
     def __init__(self) -> None:
         self.calls = self.bytes = 0
+        self.installed = False
 
     def install(self) -> None:
+        """Start counting; a second call changes nothing."""
+        if self.installed:
+            return
+        self.installed = True
         from deepspeed.comm.torch import TorchBackend
 
         for name in ("all_gather_into_tensor", "all_gather"):
@@ -82,10 +88,17 @@ def batch() -> Batch:
     return Batch(torch.cat(contexts), torch.cat(responses), context_lens, response_lens, (0, 1), (1.0, 1.0))
 
 
-def measure(folder: str, prompts: list[int]) -> list[dict[str, Any]]:
-    """One row per K, checkpointing and way."""
-    config = load_config("demo", [f"model.base={folder}", "model.base_bits=16", f"prompts.count={max(prompts)}"])
+def measure(folder: str, prompts: list[int], widths: Sequence[int] = (16,)) -> list[dict[str, Any]]:
+    """One row per width of the base, checkpointing, K and way."""
     count = GatherCount()
+    rows = []
+    for bits in widths:
+        rows += _measure_width(folder, prompts, bits, count)
+    return rows
+
+
+def _measure_width(folder: str, prompts: list[int], bits: int, count: GatherCount) -> list[dict[str, Any]]:
+    config = load_config("demo", [f"model.base={folder}", f"model.base_bits={bits}", f"prompts.count={max(prompts)}"])
     sharding = Sharding(nothing_resident(config), torch.device("cpu"))
     sharding.before_load()
     count.install()
@@ -102,23 +115,23 @@ def measure(folder: str, prompts: list[int]) -> list[dict[str, Any]]:
     for checkpointing in ("off", "non_reentrant"):
         backbone.checkpoint_activations(checkpointing)
         for k in prompts:
-            for way, spans in (("one pass", [(0, k)]), ("K passes", [(i, i + 1) for i in range(k)])):
+            for way, spans in (("K passes", [(i, i + 1) for i in range(k)]), ("one pass", [(0, k)])):
                 for _ in range(2):  # the first time DeepSpeed records the order of its layers
                     count.take()
                     for span in spans:
                         step(*span)
                 calls, gathered = count.take()
-                row = {"K": k, "checkpointing": checkpointing, "way": way, "calls": calls, "bytes": gathered}
-                rows.append({**row, "base_bytes": base_bytes})
+                row = {"bits": bits, "K": k, "checkpointing": checkpointing, "way": way, "calls": calls}
+                rows.append({**row, "bytes": gathered, "base_bytes": base_bytes})
     return rows
 
 
-def rank_main(rank: int, port: int, folder: str, prompts: list[int], out: str) -> None:
+def rank_main(rank: int, port: int, folder: str, prompts: list[int], widths: list[int], out: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     torch.set_num_threads(1)
     dist.init(120)
-    rows = measure(folder, prompts)
+    rows = measure(folder, prompts, widths)
     if rank == 0:
         Path(out).write_text(json.dumps(rows), encoding="utf-8")
     dist.barrier()
@@ -128,6 +141,7 @@ def rank_main(rank: int, port: int, folder: str, prompts: list[int], out: str) -
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", default="4,8", help="K; comma-separated for several")
+    parser.add_argument("--bits", default="16", help="widths of the base beside 16; comma-separated for several")
     args = parser.parse_args()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -138,21 +152,32 @@ def main() -> int:
                            num_key_value_heads=2, vocab_size=256, tie_word_embeddings=True)  # fmt: skip
         LlamaForCausalLM(base).save_pretrained(f"{folder}/base")
         prompts = [int(part) for part in args.prompts.split(",")]
+        widths = sorted({16, *(int(part) for part in args.bits.split(","))}, reverse=True)
         out = f"{folder}/rows.json"
-        torch.multiprocessing.spawn(rank_main, (port, f"{folder}/base", prompts, out), nprocs=RANKS)
+        torch.multiprocessing.spawn(rank_main, (port, f"{folder}/base", prompts, widths, out), nprocs=RANKS)
         rows = json.loads(Path(out).read_text(encoding="utf-8"))
-    ratios = {}
     print(
-        f"base {rows[0]['base_bytes']:,} B\n{'K':>3} {'checkpointing':<14} {'way':<9} {'calls':>6} {'bytes':>12}  fewer"
+        f"{'bits':>4} {'K':>3} {'checkpointing':<14} {'way':<9} {'calls':>6} {'bytes':>12}  fewer than bf16, K passes"
     )
-    for ours, passes in zip(rows[::2], rows[1::2], strict=True):
-        ratio = round(passes["bytes"] / ours["bytes"], 2)
-        ratios[f"K={ours['K']} checkpointing {ours['checkpointing']}"] = ratio
-        for row, text in ((passes, ""), (ours, f"{ratio} times")):
-            start = f"{row['K']:>3} {row['checkpointing']:<14} {row['way']:<9}"
-            print(f"{start} {row['calls']:>6} {row['bytes']:>12,}  {text}")
+    ratios = fewer(rows)
+    for row, ratio in zip(rows, ratios.values(), strict=True):
+        start = f"{row['bits']:>4} {row['K']:>3} {row['checkpointing']:<14} {row['way']:<9}"
+        print(f"{start} {row['calls']:>6} {row['bytes']:>12,}  {ratio:.2f} times")
     print(json.dumps({"ratios": ratios, "rows": rows}))
     return 0
+
+
+def fewer(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How many times fewer bytes each row gathers than K passes over the bf16 base, of the same K and checkpointing."""
+    reference = {
+        (row["K"], row["checkpointing"]): row["bytes"] for row in rows if (row["bits"], row["way"]) == (16, "K passes")
+    }
+    return {
+        f"{row['bits']} bits, {row['way']}, K={row['K']}, checkpointing {row['checkpointing']}": round(
+            reference[row["K"], row["checkpointing"]] / row["bytes"], 2
+        )
+        for row in rows
+    }
 
 
 if __name__ == "__main__":

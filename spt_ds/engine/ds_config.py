@@ -247,12 +247,6 @@ class _Checker:
         """What DeepSpeed would only find minutes later, or never: disk, buffers, compiler, precision."""
         offload = zero["offload_param"]
         where = "zero_optimization.offload_param"
-        bits = self.config.model.base_bits
-        if bits in (4, 8):
-            self.problems.append(
-                f"{where}.device: nvme rounds the scales of a {bits}-bit base to bf16 and doubles the bytes of its "
-                'packed weights; use "device": "cpu", or model.base_bits 16'
-            )
         folder = _nvme_folder(offload.get("nvme_path"))
         if folder is None:
             self.problems.append(f'{where}.nvme_path: missing; give a folder on a local disk, or "auto"')

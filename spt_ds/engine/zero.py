@@ -70,13 +70,21 @@ class Sharding:
         import deepspeed
         from deepspeed.utils import groups
 
+        nvme, swapper = self.plan.offload == "nvme", None
+
         def shard(module: nn.Module) -> None:
-            # The groups of a second copy per host can be made once only: the first call makes them.
-            deepspeed.zero.Init(
+            nonlocal swapper
+            if nvme:
+                _rename_bytes(module)
+            # The groups of a second copy per host can be made once only: the first call makes them. So is the disk's
+            # swapper, which empties its folder when it is made.
+            made = deepspeed.zero.Init(
                 module=module,
                 config_dict_or_path=self.plan.engine_config,
                 zero_param_parallel_group=groups._ZERO_PARAM_INTRA_PARALLEL_GROUP,
+                param_swapper=swapper,
             )
+            swapper = made.param_swapper if nvme else None
 
         return shard
 
@@ -94,6 +102,17 @@ class Sharding:
         # The engine's own forward refuses a plain `loss.backward()`; the module has the hooks that gather and release.
         wrapped: nn.Module = engine.module
         return wrapped
+
+
+def _rename_bytes(module: nn.Module) -> None:
+    """Let DeepSpeed see packed bytes as 16-bit numbers; `QuantLinear` reads them as bytes again.
+
+    Its swapper gives back everything in the one dtype of its disk buffers, and would turn each byte into a number. The
+    same bits under that dtype's name are only ever copied.
+    """
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.dtype == torch.uint8:
+            setattr(module, name, nn.Parameter(parameter.view(torch.bfloat16), requires_grad=False))
 
 
 class FrozenLinear(nn.Linear):

@@ -155,9 +155,14 @@ class QuantLinear(nn.Module):
         self.bias = bias
         self.fingerprint = fingerprint(packed)  # of the whole layer, before it is sharded
 
+    @property
+    def stored(self) -> torch.Tensor:
+        """The layer's bytes, uint8, while gathered; NVMe offload keeps them under another dtype's name."""
+        return self.packed.view(torch.uint8)
+
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in]; under ZeRO-3 only while the module's parameters are gathered."""
-        return dequantise(self.packed, self.shape, self.packing, dtype)
+        return dequantise(self.stored, self.shape, self.packing, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = _FrozenLinear.apply(x, self)

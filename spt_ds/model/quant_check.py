@@ -56,8 +56,8 @@ def _witnessed(lm: nn.Module, faults: dict[str, str]) -> Iterator[None]:
 
     def witness(name: str, layer: QuantLinear) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
-            weight = reference(layer.packed, layer.shape, layer.packing, x.dtype)
-            if fingerprint(layer.packed) != layer.fingerprint:
+            weight = reference(layer.stored, layer.shape, layer.packing, x.dtype)
+            if fingerprint(layer.stored) != layer.fingerprint:
                 faults[name] = "its bytes are not those that were loaded"
             else:
                 gap = _largest_gap(layer.dequantised(x.dtype), weight)

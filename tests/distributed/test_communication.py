@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from tests.distributed.scenes import ROOT, Scene, Setup, open_engine, windows
 from tests.helpers.ranks import run_ranks
 
 
-def counted(world: dist.World, folder: str, prompts: list[int]) -> list[dict[str, Any]]:
+def counted(world: dist.World, folder: str, prompts: list[int], widths: Sequence[int] = (16,)) -> list[dict[str, Any]]:
     """The rows of benchmarks/communication.py."""
     spec = importlib.util.spec_from_file_location("communication", ROOT / "benchmarks" / "communication.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    rows: list[dict[str, Any]] = module.measure(folder, prompts)
+    rows: list[dict[str, Any]] = module.measure(folder, prompts, widths)
     return rows
 
 

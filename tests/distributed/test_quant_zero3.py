@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from spt_ds import dist
 from spt_ds.config.schema import Config, ModelConfig
-from spt_ds.engine.ds_config import plan_for
+from spt_ds.engine.ds_config import load_ds_config, plan_for
 from spt_ds.engine.zero import Sharding, local_bytes
 from spt_ds.errors import ModelError
 from spt_ds.model.backbone import Backbone, load_base_config, load_lm
 from spt_ds.model.quant import QuantLinear
 from spt_ds.model.spt import Counts
+from tests.distributed.test_communication import counted
+from tests.distributed.test_equal import skip_without_async_io
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import random_batch, tiny_lm, tiny_spt
 
@@ -33,6 +36,8 @@ NOTHING_RESIDENT = {
     "stage3_max_reuse_distance": 0,
     "stage3_param_persistence_threshold": 0,
 }
+WIDE = {"hidden_size": 1024, "ffn_dim": 4096, "word_embed_proj_dim": 1024, "num_hidden_layers": 1}
+NVME_FILE = str(Path(__file__).parents[2] / "ds_configs" / "zero3_offload_nvme.json")
 Case = tuple[str, int, str, dict[str, Any]]  # architecture, bits, activation checkpointing, quant section
 CASES: list[Case] = [
     ("opt", 4, "off", {"double_quant": True}),
@@ -57,13 +62,16 @@ def open_base(
     world: dist.World, folder: str, bits: int, placement: str, checkpointing: str = "off", **quant: Any
 ) -> tuple[Any, Sharding]:
     """Load `folder` as a run does; returns the root module and what keeps its shards alive."""
-    plan = plan_for(placement, Config(), world.size)  # type: ignore[arg-type]
+    config = ModelConfig.model_validate({"base": folder, "base_bits": bits, "quant": quant})
+    if placement == "nvme":
+        plan = load_ds_config(NVME_FILE, Config(model=config), world.size)
+    else:
+        plan = plan_for(placement, Config(), world.size)  # type: ignore[arg-type]
     if plan.stage == 3:
         zero = {**plan.engine_config["zero_optimization"], **NOTHING_RESIDENT}
         plan = replace(plan, engine_config={**plan.engine_config, "zero_optimization": zero})
     sharding = Sharding(plan, world.device)
     sharding.before_load()
-    config = ModelConfig.model_validate({"base": folder, "base_bits": bits, "quant": quant})
     lm = load_lm(config, load_base_config(config), sharding.shard_function())
     backbone = Backbone(lm, "sdpa", check_quantised=bits < 16)
     backbone.checkpoint_activations(checkpointing)
@@ -137,6 +145,49 @@ def test_the_same_with_recomputed_activations_and_shards_in_host_memory(
     ]
     for result in run_ranks(2, run_cases, bases, "zero3_offload", cases):
         assert_same(result, alone)
+
+
+def swapped(world: dist.World, folder: str, cases: list[Case]) -> list[Any]:
+    """Train each case with the shards on a disk; the layers whose bytes lie there, and the results."""
+    out = []
+    for _, bits, checkpointing, quant in cases:
+        root, sharding = open_base(world, folder, bits, "nvme", checkpointing, **quant)
+        root(lambda base: base.check())
+        on_disk = [
+            name
+            for name, module in root.lm.named_modules()
+            if isinstance(module, QuantLinear) and module.packed.ds_tensor.final_location == "nvme"  # type: ignore[attr-defined]
+        ]
+        out.append((on_disk, train(root)))
+        sharding.close()
+    return out
+
+
+def test_shards_on_a_disk_come_back_as_the_bytes_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bases: dict[str, str]
+) -> None:
+    skip_without_async_io()
+    monkeypatch.setenv("SPT_NVME_PATH", str(tmp_path))
+    folder = str(tmp_path / "wide")
+    tiny_lm("opt", torch.bfloat16, **WIDE).save_pretrained(folder)
+    cases: list[Case] = [("opt", 4, "off", {"double_quant": True}), ("opt", 8, "non_reentrant", {})]
+    alone = run_ranks(1, run_cases, {"opt": folder}, "replicate", cases)[0]
+    for result in run_ranks(2, swapped, folder, cases):
+        for on_disk, _ in result:
+            assert {"model.decoder.layers.0.fc1", "model.decoder.layers.0.fc2"} <= set(on_disk)
+        assert_same([got for _, got in result], alone)
+
+
+def test_k_prompts_folded_over_nf4_gather_ten_times_less_than_k_passes_over_bf16(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = LlamaConfig(
+        hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4, vocab_size=256
+    )
+    LlamaForCausalLM(base).save_pretrained(tmp_path)
+    rows = run_ranks(2, counted, str(tmp_path), [4], [16, 4])[0]
+    by = {(row["bits"], row["way"], row["checkpointing"]): row["bytes"] for row in rows}
+    for recompute in ("off", "non_reentrant"):
+        assert by[16, "K passes", recompute] >= 10 * by[4, "one pass", recompute]
 
 
 def bytes_of_a_step(world: dist.World, bases: dict[str, str]) -> dict[tuple[str, int], tuple[int, int]]:

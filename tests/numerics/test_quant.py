@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from spt_ds import quantize
 from spt_ds.config.schema import ModelConfig
@@ -298,6 +305,24 @@ def test_unusable_checkpoints_are_refused_with_the_reason(base: Callable[..., Mo
     for bits in (4, 16):
         with pytest.raises(ModelError, match=r"already quantised \(bitsandbytes\).*Take the 16-bit checkpoint"):
             load(config.model_copy(update={"base_bits": bits}))
+
+
+@pytest.mark.parametrize("width", ["load_in_4bit", "load_in_8bit"])
+def test_what_bitsandbytes_stored_is_refused_with_the_reason(
+    width: str, base: Callable[..., ModelConfig], tmp_path: Path
+) -> None:
+    config = base("llama", 4)
+    theirs = BitsAndBytesConfig(**{width: True})
+    lm = AutoModelForCausalLM.from_pretrained(config.base, quantization_config=theirs, dtype=torch.bfloat16)
+    lm.save_pretrained(tmp_path / "theirs")
+    reason = r"theirs: its weights are already quantised \(bitsandbytes\); under ZeRO-3 .* Take the 16-bit checkpoint"
+    for bits in (4, 8, 16, 32):
+        found = config.model_copy(update={"base": str(tmp_path / "theirs"), "base_bits": bits})
+        with pytest.raises(ModelError, match=reason):
+            load(found)
+    with pytest.raises(ModelError, match=reason):
+        quantize.write_quantised(found.model_copy(update={"base_bits": 4}), tmp_path / "again")
+    assert not list(tmp_path.glob("again*"))
 
 
 def test_architectures_that_cannot_be_streamed_are_refused(tmp_path: Path) -> None:

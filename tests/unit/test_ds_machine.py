@@ -68,11 +68,12 @@ def test_nvme_needs_async_io(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_nvme_refuses_packed_weights(tmp_path: Path, bits: int) -> None:
-    assert problems(tmp_path, nvme(tmp_path), config(model={"base_bits": bits})) == [
-        f"zero_optimization.offload_param.device: nvme rounds the scales of a {bits}-bit base to bf16 and doubles the "
-        'bytes of its packed weights; use "device": "cpu", or model.base_bits 16'
-    ]
+def test_nvme_takes_packed_weights(tmp_path: Path, bits: int) -> None:
+    plan = load(tmp_path, nvme(tmp_path), config(model={"base_bits": bits}))
+    assert plan.offload == "nvme"
+    assert plan.engine_config["bf16"] == {
+        "enabled": True
+    }  # the dtype of the disk buffers, whose name packed bytes bear
 
 
 def test_nvme_buffer_fits_the_largest_shard(tmp_path: Path) -> None:

@@ -1,0 +1,114 @@
+"""benchmarks/gpu.py and benchmarks/quality_bits.py, small, on whatever device is at hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spt_ds.bench.shapes import build
+from spt_ds.config.load import load_config
+from spt_ds.model.quant import QuantLinear
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def module_of(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, *options: str) -> tuple[int, dict[str, Any]]:
+    """Exit code and last line."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return done.returncode, report
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_shapes_are_drawn_and_quantised_layer_by_layer(bits: int) -> None:
+    backbone, _ = build("tiny", load_config("demo", [f"model.base_bits={bits}"]), torch.device("cpu"))
+    layers = [module for module in backbone.lm.modules() if isinstance(module, QuantLinear)]
+    assert len(layers) == 2 * 7
+    assert {layer.packing.bits for layer in layers} == {bits}
+    backbone.check_quantised = True
+    backbone.check()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # a dozen processes, one after another
+def test_every_check_passes_and_every_step_is_timed() -> None:
+    code, report = run(
+        "gpu", "--timings", "tiny:16,tiny:8,tiny:4", "--batch", "2", "--steps", "1", "--max-tokens", "128"
+    )
+    assert code == 0
+    assert report["passed"]
+    assert set(report["checks"]) == {"attention", "quantised", "runs"}
+    assert [row["bits"] for row in report["steps"]] == [16, 8, 4]
+    assert all(row["tokens_per_cost"] > 0 and row["peak_mib"] > 0 for row in report["steps"])
+
+
+def test_a_spent_budget_is_no_success() -> None:
+    code, report = run("gpu", "--budget-s", "0")
+    assert code == 1
+    assert not report["passed"]
+    assert all(row["error"] == "not run: the time is spent" for row in report["steps"])
+
+
+def test_checks_see_a_wrong_kernel_and_a_wrong_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = module_of("gpu")
+    plain = QuantLinear.dequantised
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "DEVICE", torch.device("cpu"))
+        patch.setattr(gpu.Backbone, "check", lambda backbone: None)
+        calls: list[int] = []
+
+        def off_once(layer: QuantLinear, dtype: torch.dtype) -> torch.Tensor:
+            calls.append(1)
+            return plain(layer, dtype) * (1.05 if len(calls) == 1 else 1.0)
+
+        patch.setattr(QuantLinear, "dequantised", off_once)
+        assert not gpu.check_quantised()["passed"]
+    with monkeypatch.context() as patch:
+        attend = torch.nn.functional.scaled_dot_product_attention
+
+        def sees_the_future(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return attend(*args, **{**kwargs, "is_causal": False})
+
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", sees_the_future)
+        assert not gpu.check_attention()["passed"]
+
+
+def test_quality_is_judged_seed_by_seed() -> None:
+    quality = module_of("quality_bits")
+    rows = [
+        {"bits": bits, "seed": seed, "loss": loss, "nll_selected": 3.0}
+        for seed, bits, loss in [(0, 16, 5.0), (0, 4, 5.09), (1, 16, 6.0), (1, 4, 5.9)]
+    ]
+    assert quality.judge(rows)
+    assert rows[1]["loss_distance"] == pytest.approx(0.018)
+    rows[3]["loss"] = 5.87  # better than 16 bits by more than the limit is not the same either
+    assert not quality.judge(rows)
+    rows[3] |= {"loss": 6.0, "nll_selected": 3.07}
+    assert not quality.judge(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_quality_runs_every_width() -> None:
+    small = ["train.max_steps=1", "train.global_batch=2", "data.max_train_examples=8", "data.max_valid_examples=4"]
+    code, report = run("quality_bits", "--seeds", "3", *[word for one in small for word in ("--set", one)])
+    assert [row["bits"] for row in report["rows"]] == [16, 8, 4]
+    assert all(row["loss_before"] > 0 and row["steps"] == 1 for row in report["rows"])
+    assert code == (0 if report["passed"] else 1)
