@@ -25,10 +25,11 @@ class Clock:
 
 
 class Inside:
-    """Cost of the calls of one module: what its forward passes take, recomputation in backward passes left out."""
+    """Cost of the base's forward passes; what a backward pass computes again is left out."""
 
-    def __init__(self, module: torch.nn.Module, clock: Clock) -> None:
+    def __init__(self, base: torch.nn.Module, clock: Clock) -> None:
         self.clock, self.start, self.total = clock, 0.0, 0.0
+        module = getattr(base, "decoder", base)  # OPT's causal LM calls the decoder in its base model directly
         module.register_forward_pre_hook(self._enter)
         module.register_forward_hook(self._leave)
 

@@ -7,15 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from spt_ds.batch import Batch
 from spt_ds.bench import command
+from spt_ds.bench.measuring import Clock, Inside
 from spt_ds.bench.naive import naive_loss
 from spt_ds.bench.shapes import build, micro_batch
 from spt_ds.bench.step import Reads
 from spt_ds.config.load import load_config
+from spt_ds.model.attention import PACKED, Layout
+from spt_ds.model.backbone import Backbone
 from spt_ds.model.spt import Counts
 from spt_ds.plan import BaseShape
+from tests.helpers.tiny import tiny_config
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "non_reentrant"])
@@ -51,6 +56,20 @@ def test_counted_tokens_are_those_the_layers_see(case: str) -> None:
         else:
             backbone(spt.micro_losses, batch, Counts(3, 1))
     assert sum(seen) == Reads(case, batch, 4, args).positions
+
+
+@pytest.mark.parametrize("case", ["naive", "prefix"])
+def test_forward_passes_of_opt_are_seen(case: str) -> None:
+    lm = AutoModelForCausalLM.from_config(tiny_config("opt"), attn_implementation=PACKED)
+    inside = Inside(lm.base_model, Clock(torch.device("cpu")))
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    if case == "naive":
+        lm.set_attn_implementation("sdpa")
+        lm(input_ids=ids)
+    else:
+        Backbone(lm, "sdpa").run(torch.zeros(3, 16), Layout((3,), torch.arange(3), "sdpa", torch.device("cpu")))
+    assert inside.take() > 0
+    assert inside.take() == 0
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
