@@ -30,7 +30,8 @@ class Sharding:
     def __init__(self, plan: DsPlan, device: torch.device) -> None:
         self.plan = plan
         self.device = device
-        self._keep: list[Any] = []
+        self._loading: Any = None  # while it lives, `from_pretrained` shards: in the whole process
+        self._engine: Any = None
 
     @property
     def on(self) -> bool:
@@ -57,7 +58,7 @@ class Sharding:
         # Compiled inside init_distributed on a CPU, for minutes, and of no use between processes that gloo connects.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
-        self._keep.append(HfDeepSpeedConfig(self.plan.engine_config))
+        self._loading = HfDeepSpeedConfig(self.plan.engine_config)
 
     def close(self) -> None:
         """Remove what DeepSpeed leaves on an NVMe disk."""
@@ -97,10 +98,10 @@ class Sharding:
         for module in root.modules():
             if type(module) is nn.Linear:
                 module.__class__ = FrozenLinear
-        engine = deepspeed.initialize(model=root, config=self.plan.engine_config)[0]
-        self._keep.append(engine)
+        self._engine = deepspeed.initialize(model=root, config=self.plan.engine_config)[0]
+        self._loading = None
         # The engine's own forward refuses a plain `loss.backward()`; the module has the hooks that gather and release.
-        wrapped: nn.Module = engine.module
+        wrapped: nn.Module = self._engine.module
         return wrapped
 
 
