@@ -4,10 +4,12 @@ brute force."""
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import re
 import string
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU
 
 from spt_ds.evaluate import optional, resample, scores
+from spt_ds.evaluate.evaluation import evaluate
 from spt_ds.evaluate.resample import Distinct, Sums
 
 # (raw prediction, reference, the prediction cut by hand)
@@ -111,6 +114,17 @@ def test_fixed_replies_reproduce_the_definitions_to_four_digits() -> None:
     }
     assert got == pytest.approx(expected, abs=5e-5)
     assert {key: round(float(value), 4) for key, value in got.items()} == FIXED_SCORES
+
+
+def test_a_file_of_the_fixed_replies_scores_the_same(tmp_path: Path) -> None:
+    rows = [
+        {"index": n, "id": str(n), "dialogue_id": str(n), "reference": reference, "raw": raw}
+        for n, (raw, reference, _) in enumerate(FIXED)
+    ]
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    values = evaluate(path).values
+    assert {key: round(values[key], 4) for key in FIXED_SCORES} == FIXED_SCORES
 
 
 def test_f1_by_hand() -> None:
