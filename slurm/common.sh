@@ -7,9 +7,11 @@
 #
 # Exit status of a rank: 0 done, 75 stopped on request with a checkpoint, 2 an error the user can mend, else a fault.
 
-SPT_ASKED="" # the signal with which Slurm asked this job to stop: USR1 (time limit, pre-emption) or TERM (scancel)
+SPT_ASKED="" # the signal with which Slurm asked this job to stop: USR1 (time limit) or TERM (scancel)
+SPT_CHILD="" # the srun that is running
 SPT_CODE=0
 SPT_FOLDER=""
+SPT_REPEATER=""
 SPT_STOP_SIGNAL=USR1 # what the ranks get when Slurm asks to stop
 
 spt_say() { printf '%s [job %s] %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "${SLURM_JOB_ID:-none}" "$*"; }
@@ -19,18 +21,22 @@ spt_refuse() {
     exit 2
 }
 
-# spt_option NAME ARGS...: print the value of `NAME VALUE` or `NAME=VALUE` among ARGS; fail when it is not there.
+# spt_job: this job for scontrol and squeue. The last task of an array has the number of the whole array as its own.
+spt_job() { printf '%s' "${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"; }
+
+# spt_option NAME ARGS...: print the last value of `NAME VALUE` or `NAME=VALUE` among ARGS; fail when it is not there.
 spt_option() {
-    local name=$1
+    local name=$1 found="" code=1
     shift
     while (($#)); do
         case $1 in
-        "$name") [[ $# -ge 2 ]] && printf '%s' "$2" && return 0 ;;
-        "$name"=*) printf '%s' "${1#*=}" && return 0 ;;
+        "$name") [[ $# -lt 2 ]] || found=$2 code=0 ;;
+        "$name"=*) found=${1#*=} code=0 ;;
         esac
         shift
     done
-    return 1
+    printf '%s' "$found"
+    return "$code"
 }
 
 # spt_site: read slurm/site.env, if the site has one, and find the interpreter.
@@ -42,26 +48,27 @@ spt_site() {
         set +a -u
     fi
     export SPT_PYTHON=${SPT_PYTHON:-$PWD/.venv/bin/python}
-    [[ -x $SPT_PYTHON ]] || spt_refuse "SPT_PYTHON: $SPT_PYTHON cannot be run; run \`make\` once, or set it in slurm/site.env"
+    command -v "$SPT_PYTHON" >/dev/null || spt_refuse "SPT_PYTHON: $SPT_PYTHON cannot be run; run \`make\` once, or set it in slurm/site.env"
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 }
 
 # spt_open FOLDER: from here on everything this job says is appended to FOLDER/logs/job.log.
 spt_open() {
     SPT_FOLDER=$1
-    trap 'SPT_ASKED=${SPT_ASKED:-USR1}' USR1
-    trap 'SPT_ASKED=TERM' TERM INT
+    trap 'spt_asked USR1' USR1
+    trap 'spt_asked TERM' TERM INT
     spt_site
     mkdir -p "$SPT_FOLDER/logs" "$SPT_FOLDER/slurm"
     spt_say "log: $SPT_FOLDER/logs/job.log"
     exec >>"$SPT_FOLDER/logs/job.log" 2>&1
     spt_say "start ${SLURM_RESTART_COUNT:-0}: ${SLURM_NTASKS:-$SLURM_NNODES} ranks on $SLURM_JOB_NODELIST (tasks $SLURM_TASKS_PER_NODE)"
-    local owner
+    local owner job
+    job=$(spt_job)
     owner=$(cat "$SPT_FOLDER/slurm/owner" 2>/dev/null || true)
-    if [[ -n $owner && $owner != "$SLURM_JOB_ID" && -n $(squeue --noheader --states=R,CG --jobs="$owner" 2>/dev/null) ]]; then
+    if [[ -n $owner && $owner != "$job" && -n $(squeue --noheader --states=R,CG --jobs="$owner" 2>/dev/null) ]]; then
         spt_refuse "$SPT_FOLDER: job $owner is working in this folder; wait for it, or scancel it"
     fi
-    printf '%s' "$SLURM_JOB_ID" >"$SPT_FOLDER/slurm/owner"
+    printf '%s' "$job" >"$SPT_FOLDER/slurm/owner" # its time is that of this start, see spt_conclude
     cp "$0" "$SPT_FOLDER/slurm/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.sh"
 }
 
@@ -70,38 +77,51 @@ spt_rendezvous() {
     local first
     read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export MASTER_ADDR=$first
-    export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 12000))
+    export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 101 + ${SLURM_RESTART_COUNT:-0}) % 12000))
+}
+
+# spt_asked SIGNAL: Slurm asks this job to stop. Once it has said TERM, that counts.
+spt_asked() {
+    [[ $SPT_ASKED == TERM ]] || SPT_ASKED=$1
+    [[ -z $SPT_CHILD ]] || spt_tell_ranks
+}
+
+# spt_tell_ranks: again and again, because a rank that is still starting ignores it; not at once, because an srun that
+# is still starting dies of it.
+spt_tell_ranks() {
+    [[ -z $SPT_REPEATER ]] || return 0
+    spt_say "Slurm asks to stop ($SPT_ASKED); telling the ranks"
+    (while sleep 1 && kill -s "$SPT_STOP_SIGNAL" "$SPT_CHILD" 2>/dev/null; do sleep 4; done) &
+    SPT_REPEATER=$!
 }
 
 # spt_step LOGS CMD...: one task per rank, as many as SLURM_* says; output of each node is appended to LOGS/NODE.log.
+# A step that a stop request came before is not started, which counts as stopped.
 spt_step() {
-    local logs=$1 repeater=""
+    local logs=$1 first=""
     shift
-    [[ -z $SPT_ASKED ]] || return 0
+    [[ -z $SPT_ASKED ]] || { SPT_CODE=75 && return 0; }
     mkdir -p "$logs"
     export SPT_ENDED="$SPT_FOLDER/slurm/$SLURM_JOB_ID.ended"
     rm -f "$SPT_ENDED"
     spt_rendezvous
-    local options=(--export=ALL --kill-on-bad-exit=1 "--wait=${SPT_WAIT_S:-60}" --open-mode=append "--output=$logs/%N.log")
+    local options=(--export=ALL --kill-on-bad-exit=1 "--wait=${SPT_WAIT_S:-60}" --open-mode=append "--output=${logs//%/%%}/%N.log")
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || options+=("--cpus-per-task=$SLURM_CPUS_PER_TASK") # srun does not inherit it
     # Every rank sees all GPUs of its node and takes that of its local rank: NCCL needs to see its peers.
     [[ -z ${SLURM_JOB_GPUS:-}${SLURM_GPUS_ON_NODE:-} ]] || options+=(--gpu-bind=none)
     # shellcheck disable=SC2016
     srun "${options[@]}" bash -c '. slurm/common.sh && spt_rank "$@"' rank "$@" &
-    local child=$!
+    SPT_CHILD=$!
+    # Asked before SPT_CHILD was known. From here on the trap tells the ranks: a signal just before `wait` does not end it.
+    [[ -z $SPT_ASKED ]] || spt_tell_ranks
     while :; do
         SPT_CODE=0
-        wait "$child" || SPT_CODE=$?
-        kill -0 "$child" 2>/dev/null || break # it has ended, and that was its own status
-        if [[ -n $SPT_ASKED && -z $repeater ]]; then
-            spt_say "Slurm asks to stop ($SPT_ASKED); telling the ranks"
-            # Again and again: a rank that is still starting ignores it.
-            (while kill -s "$SPT_STOP_SIGNAL" "$child" 2>/dev/null; do sleep 5; done) &
-            repeater=$!
-        fi
+        wait "$SPT_CHILD" || SPT_CODE=$?
+        kill -0 "$SPT_CHILD" 2>/dev/null || break # it has ended, and that was its own status
     done
-    [[ -z $repeater ]] || kill "$repeater" 2>/dev/null || true
-    local first=""
+    SPT_CHILD=""
+    [[ -z $SPT_REPEATER ]] || kill "$SPT_REPEATER" 2>/dev/null || true
+    SPT_REPEATER=""
     if [[ -s $SPT_ENDED ]]; then
         read -r SPT_CODE first <"$SPT_ENDED"
     fi
@@ -150,11 +170,21 @@ spt_rank() {
     exit "$code"
 }
 
-# spt_conclude DONE: end the job. The file DONE is the truth about success, not an exit status. A stop that Slurm asked
-# for is requeued; a fault is requeued SPT_MAX_FAILURES times a job; an error the user can mend never is.
+# spt_preempted: whether Slurm takes this start's nodes for another job. With a GraceTime it tells the ranks, not the script.
+spt_preempted() {
+    local record
+    record=$(scontrol show job "$(spt_job)" 2>/dev/null) || return 1
+    [[ $record =~ StartTime=([0-9T:-]+) ]] || return 1
+    local start=${BASH_REMATCH[1]}
+    [[ $record =~ PreemptTime=([0-9T:-]+) && ! ${BASH_REMATCH[1]} < $start ]]
+}
+
+# spt_conclude DONE: end the job. The file DONE is the truth about success, not an exit status; one that is older than a
+# step that failed tells of another job. A stop that Slurm asked for is requeued; a fault is requeued SPT_MAX_FAILURES
+# times a job; an error the user can mend never is.
 spt_conclude() {
     local done=$1 failures="$SPT_FOLDER/slurm/$SLURM_JOB_ID.failures"
-    if [[ -s $done ]]; then
+    if [[ -s $done && (SPT_CODE -eq 0 || $done -nt $SPT_FOLDER/slurm/owner) ]]; then
         spt_say "done: $done"
         exit 0
     fi
@@ -162,12 +192,14 @@ spt_conclude() {
         spt_say "the ranks ended with 0 but $done is not there"
         SPT_CODE=1
     fi
-    if [[ $SPT_ASKED == TERM ]]; then
-        spt_say "cancelled; the same command goes on from the newest checkpoint"
-    elif ((SPT_CODE == 2)); then
+    if ((SPT_CODE == 2)); then
         spt_say "an error to mend, see the node logs beside this one; not requeued"
     elif [[ $SPT_ASKED == USR1 ]]; then
         spt_requeue "stopped for Slurm"
+    elif spt_preempted; then
+        spt_requeue "pre-empted"
+    elif [[ $SPT_ASKED == TERM ]]; then
+        spt_say "cancelled; the same command goes on from the newest checkpoint"
     elif ((SPT_CODE == 75)); then
         spt_say "stopped on request; the same command goes on"
     else
@@ -186,14 +218,17 @@ spt_requeue() {
         spt_say "$1; not requeued: it has been restarted ${SLURM_RESTART_COUNT:-0} times (SPT_MAX_RESTARTS)"
         exit "$SPT_CODE"
     fi
+    local job record
+    job=$(spt_job)
+    record=$(scontrol show job "$job") || record=""
     # A node that was cut off comes back to find that its job runs elsewhere: that one is not to be disturbed.
-    if ! scontrol show job "$SLURM_JOB_ID" | grep -qw "Restarts=${SLURM_RESTART_COUNT:-0}"; then
+    if [[ ! $record =~ Restarts=${SLURM_RESTART_COUNT:-0}([^0-9]|$) ]]; then
         spt_say "$1; not requeued: Slurm does not answer, or has restarted this job already"
         exit "$SPT_CODE"
     fi
     spt_say "$1; requeueing"
     trap 'exit "$SPT_CODE"' TERM
-    if scontrol requeue "$SLURM_JOB_ID"; then
+    if scontrol requeue "$job"; then
         sleep 300 & # Slurm ends this script
         wait $!
     fi

@@ -44,7 +44,10 @@ MinJobAge=3600
 TreeWidth=16
 MailProg=/bin/true
 {nodes}
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -95,7 +98,7 @@ class Slurm:
         return int(self.call("sbatch", "--parsable", output, *arguments, **{**self.job_environment, **variables}))
 
     def node_states(self) -> list[str]:
-        return self.call("sinfo", "--noheader", "--Node", "--format=%T").split()
+        return self.call("sinfo", "--noheader", "--Node", "--partition=all", "--format=%T").split()
 
     def job(self, number: int) -> dict[str, str]:
         """The fields of `scontrol show job`."""

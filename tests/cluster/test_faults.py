@@ -82,6 +82,23 @@ def test_time_limit_saves_and_requeues(
     assert costs[-1].repeated == 0
 
 
+def test_preemption_saves_and_requeues(
+    slurm: Slurm, config: Path, tmp_path: Path, expected_loss: float, costs: list[Cost]
+) -> None:
+    run = tmp_path / "run"
+    number = slurm.train(config, run)
+    begin, step = faults.wait_for_step(run, STEP)
+    options = ("--partition=urgent", "--nodes=3", "--exclusive", f"--output={tmp_path}/urgent.out")
+    urgent = int(slurm.call("sbatch", "--parsable", *options, "--wrap", "sleep 3"))
+    slurm.wait_for(urgent)
+    assert slurm.wait_for(number)["Restarts"] == "1"
+    assert "pre-empted; requeueing" in job_log(run)
+    assert jobs.final_loss(run) == pytest.approx(expected_loss, rel=1e-5)
+    nothing_is_left()
+    costs.append(faults.cost("pre-emption, 60 s of grace", run, begin, step))
+    assert costs[-1].repeated == 0
+
+
 def test_scancel_saves_and_a_smaller_job_goes_on(
     slurm: Slurm, config: Path, tmp_path: Path, expected_loss: float, costs: list[Cost]
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.cluster import jobs
-from tests.cluster.sandbox import HOSTS
+from tests.cluster.sandbox import HOSTS, wait_until
 from tests.cluster.slurm import Slurm, job_log
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -65,6 +65,19 @@ def test_nodes_may_have_different_numbers_of_ranks(slurm: Slurm, tmp_path: Path)
     places = sorted(line.split()[1:] for line in text.splitlines() if line.startswith("place"))
     assert places == [["0", "5", "0", "4"], ["1", "5", "1", "4"], ["2", "5", "2", "4"], ["3", "5", "3", "4"],
                       ["4", "5", "0", "1"]]  # fmt: skip
+
+
+def test_a_task_of_an_array_requeues_itself_alone(slurm: Slurm, tmp_path: Path) -> None:
+    """The last one has the number of the whole array, and fails while the first one works."""
+    script = tmp_path / "array.sbatch"
+    fails = "if ((SLURM_ARRAY_TASK_ID == 1 && ${SLURM_RESTART_COUNT:-0} == 0)); then SPT_CODE=137; else sleep 8; fi"
+    conclude = f'{fails}\n((SPT_CODE)) || echo done >"$SPT_FOLDER/DONE"\nspt_conclude "$SPT_FOLDER/DONE"'
+    script.write_text(f"#!/bin/bash\nset -u\n. slurm/common.sh\nspt_open $1/$SLURM_ARRAY_TASK_ID\n{conclude}\n")
+    number = slurm.submit("--array=0-1", "--ntasks=1", str(script), str(tmp_path))
+    for task in (0, 1):
+        wait_until(f"task {task}", (tmp_path / str(task) / "DONE").exists, 60)
+    starts = [job_log(tmp_path / str(task)).count("] start ") for task in (0, 1)]
+    assert starts == [1, 2], f"array {number}"
 
 
 def test_a_benchmark_leaves_its_line(slurm: Slurm, tmp_path: Path) -> None:

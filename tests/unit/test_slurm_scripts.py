@@ -17,6 +17,8 @@ SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 ALONE = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
          "SLURM_STEP_TASKS_PER_NODE": "1", "SLURMD_NODENAME": "n7"}  # fmt: skip
 
+RECORD = "JobId=9 Requeue=1 Restarts=1\n StartTime=2026-11-23T07:00:00 PreemptTime=None\n"
+
 
 @pytest.fixture
 def commands(tmp_path: Path) -> Path:
@@ -24,14 +26,15 @@ def commands(tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     told = {
-        "scontrol": 'case $* in "show job"*) echo "Requeue=1 Restarts=1" ;; requeue*) kill $PPID ;; esac',
-        "sbatch": 'wc -l < "$CALLS" | tr -d " "',
+        "scontrol": 'case $* in "show job"*) cat "${CALLS%/calls}/record" ;; requeue*) kill $PPID ;; esac',
+        "sbatch": 'echo "$(wc -l < "$CALLS");cluster"',
         "squeue": "true",
     }
     for name, body in told.items():
         path = folder / name
         path.write_text(f'#!/bin/bash\necho "{name} $*" >> "$CALLS"\n{body}\n')
         path.chmod(0o755)
+    (folder / "record").write_text(RECORD)
     return folder
 
 
@@ -97,7 +100,7 @@ def test_the_first_rank_that_ends_tells_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", ["--a 1 --run-dir 'x y' --b", "--run-dir='x y'", "--run-dir=q --run-dir 'x y'"])
 def test_an_option_is_found_in_both_forms(words: str) -> None:
     found = bash(f"spt_option --run-dir {words}").stdout
-    assert found == ("q" if "=q" in words else "x y")
+    assert found == "x y"  # the last one counts, as it does for argparse
 
 
 def test_an_option_without_value_is_not_there() -> None:
@@ -136,6 +139,80 @@ def test_done_is_success_whatever_the_launcher_says(tmp_path: Path) -> None:
     assert bash(script, SLURM_JOB_ID="9").returncode == 0
 
 
+def test_an_old_result_does_not_make_a_failed_step_a_success(tmp_path: Path, commands: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "scores.json").write_text("{}")
+    os.utime(tmp_path / "scores.json", (0, 0))
+    (tmp_path / "slurm" / "owner").write_text("9")
+    conclude = f"SPT_FOLDER={tmp_path} SPT_CODE=CODE\nspt_conclude {tmp_path}/scores.json"
+    assert bash(conclude.replace("=CODE", "=2"), commands, SLURM_JOB_ID="9").returncode == 2
+    assert bash(conclude.replace("=CODE", "=0"), commands, SLURM_JOB_ID="9").returncode == 0
+    (tmp_path / "scores.json").touch()  # written by this job, whose launcher was killed afterwards
+    assert bash(conclude.replace("=CODE", "=137"), commands, SLURM_JOB_ID="9").returncode == 0
+
+
+def test_the_last_task_of_an_array_requeues_itself_alone(tmp_path: Path, commands: Path) -> None:
+    array = {"SLURM_JOB_ID": "40", "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "1"}
+    bash(f"SPT_FOLDER={tmp_path} SPT_CODE=75 SPT_ASKED=USR1\nspt_conclude {tmp_path}/DONE.json", commands, **array)
+    assert calls(commands) == ["scontrol show job 40_3", "scontrol requeue 40_3"]
+
+
+def test_a_long_answer_of_slurm_is_an_answer(tmp_path: Path, commands: Path) -> None:
+    (commands / "record").write_text(RECORD + " Comment=x\n" * 100_000)
+    bash(f"SPT_FOLDER={tmp_path} SPT_CODE=75 SPT_ASKED=USR1\nspt_conclude {tmp_path}/DONE.json", commands,
+         SLURM_JOB_ID="9", SLURM_RESTART_COUNT="1")  # fmt: skip
+    assert "scontrol requeue 9" in calls(commands)
+
+
+@pytest.mark.parametrize(
+    ("preempted", "requeued"),
+    [("2026-11-23T07:30:00", True), ("2026-11-23T06:30:00", False), ("None", False)],  # of this start, an earlier one
+)
+@pytest.mark.parametrize("asked", ["", "TERM"])  # with a GraceTime the ranks hear of it first, then the script
+def test_a_job_that_is_pre_empted_is_requeued(
+    tmp_path: Path, commands: Path, preempted: str, requeued: bool, asked: str
+) -> None:
+    (commands / "record").write_text(RECORD.replace("PreemptTime=None", f"PreemptTime={preempted}"))
+    script = f"SPT_FOLDER={tmp_path} SPT_CODE=75 SPT_ASKED={asked}\nspt_conclude {tmp_path}/DONE.json"
+    done = bash(script, commands, SLURM_JOB_ID="9", SLURM_RESTART_COUNT="1")
+    assert done.returncode == 75
+    assert ("scontrol requeue 9" in calls(commands)) is requeued
+
+
+STEP = {"SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1"}
+
+
+def slow_step(commands: Path, scontrol: str, srun: str) -> None:
+    """Replace scontrol and srun: what they do, a line of bash each."""
+    for name, body in (("scontrol", scontrol), ("srun", f'echo "srun $*" >> "$CALLS"; {srun}')):
+        (commands / name).write_text(f"#!/bin/bash\n{body}\n")
+        (commands / name).chmod(0o755)
+
+
+def test_a_step_that_a_stop_came_before_counts_as_stopped(tmp_path: Path, commands: Path) -> None:
+    script = f"SPT_FOLDER={tmp_path} SPT_ASKED=USR1\nspt_step {tmp_path}/logs true\necho code $SPT_CODE"
+    assert bash(script, commands, **STEP).stdout == "code 75\n"
+    assert calls(commands) == []
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_signal_reaches_the_ranks_whenever_it_comes(tmp_path: Path, commands: Path, early: bool) -> None:
+    (tmp_path / "slurm").mkdir()
+    ranks = "for i in {1..100}; do sleep 0.1; done"
+    told = "trap 'echo told >> \"$CALLS\"; exit 75' USR1"
+    tell = "kill -USR1 $SCRIPT"
+    if early:  # before the step is there: scontrol runs just before srun
+        slow_step(commands, f"{tell}; echo n1", f"{told}; {ranks}")
+    else:
+        slow_step(commands, "echo n1", f"{told}; {tell}; {ranks}")
+    script = f"SPT_FOLDER={tmp_path}\ntrap 'spt_asked USR1' USR1\nspt_step {tmp_path}/a%b true\necho code $SPT_CODE"
+    script = f"export SCRIPT=$$\n{script}"
+    done = bash(script, commands, **STEP)
+    assert done.stdout.splitlines()[-1] == "code 75", done.stdout + done.stderr
+    assert calls(commands)[-1] == "told"
+    assert f"--output={tmp_path}/a%%b/%N.log" in calls(commands)[0]
+
+
 def test_restarts_are_bounded(tmp_path: Path, commands: Path) -> None:
     script = f"SPT_FOLDER={tmp_path} SPT_CODE=75 SPT_ASKED=USR1\nspt_conclude {tmp_path}/DONE.json"
     done = bash(script, commands, SLURM_JOB_ID="9", SLURM_RESTART_COUNT="1", SPT_MAX_RESTARTS="1")
@@ -154,11 +231,11 @@ def test_a_sweep_is_an_array_and_a_job_that_waits_for_it(tmp_path: Path, command
     file = tmp_path / "sweep.yaml"
     file.write_text("name: s\nconfigs: [demo]\ngrid: {train.seed: [0, 1], prompts.count: [1, 2, 4]}\n")
     arguments = f"{file} --out {tmp_path}/s --set train.max_steps=2"
-    done = submit_sweep(commands, "--nodes=2", "--", *arguments.split())
+    done = submit_sweep(commands, "--nodes=2", "--account=me", "-p", "gpu", "--", *arguments.split())
     assert done.stdout == "array 1, table in job 2\n", done.stderr
     first, second = calls(commands)
-    assert first == f"sbatch --parsable --nodes=2 --array=0-5 slurm/sweep.sbatch {arguments}"
-    assert "--dependency=afterany:1 " in second
+    assert first == f"sbatch --parsable --array=0-5 --nodes=2 --account=me -p gpu slurm/sweep.sbatch {arguments}"
+    assert second.startswith("sbatch --parsable --account=me -p gpu --dependency=afterany:1 --ntasks=1 ")
     assert second.endswith(f"slurm/sweep.sbatch {arguments}")
 
 
@@ -172,7 +249,7 @@ def test_a_wrong_sweep_is_not_submitted(tmp_path: Path, commands: Path) -> None:
 
 
 def test_every_option_of_a_site_is_read() -> None:
-    ours = re.findall(r"^#?((?:SPT)_\w+)=", (ROOT / "slurm" / "site.env.example").read_text(), re.MULTILINE)
+    ours = re.findall(r"^#?(?:: \"\$\{)?(SPT_\w+):?=", (ROOT / "slurm" / "site.env.example").read_text(), re.MULTILINE)
     text = "".join(path.read_text() for path in (ROOT / "slurm" / "common.sh", *SCRIPTS))
     text += "".join(path.read_text() for path in (ROOT / "spt_ds").rglob("*.py"))
     assert ours
