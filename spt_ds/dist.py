@@ -46,13 +46,15 @@ class World:
     device: torch.device
 
 
-# Names under which the launchers tell a process its place: torchrun and deepspeed, srun, Open MPI.
-_NAMES = {
-    "RANK": ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"),
-    "WORLD_SIZE": ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"),
-    "LOCAL_RANK": ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "LOCAL_WORLD_SIZE": ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-}
+# Names under which the launchers tell a process its place: torchrun, deepspeed, Open MPI, srun. The last comes last
+# because mpirun starts its daemons with srun: its ranks carry the variables of a daemon's task.
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_LAUNCHERS = (
+    _PLACE,
+    (*_PLACE[:3], "LOCAL_SIZE"),
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+)
 
 
 def launch_variables(environment: Mapping[str, str]) -> dict[str, int]:
@@ -61,40 +63,55 @@ def launch_variables(environment: Mapping[str, str]) -> dict[str, int]:
     One launcher is taken whole: srun's numbers are not mixed with torchrun's, which may run inside an srun task.
     Raises EngineError when a launcher set some of them only, or numbers that contradict one another.
     """
-    for column in range(3):
-        if _NAMES["RANK"][column] in environment and _NAMES["WORLD_SIZE"][column] in environment:
-            break
-    else:
+    candidates = [names for names in _LAUNCHERS if names[0] in environment and names[1] in environment]
+    if not candidates:
         partial = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
         if partial:
             raise EngineError(f"{partial[0]} is set but not its partner; set both RANK and WORLD_SIZE, or neither")
-        return {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    found = {key: environment.get(_NAMES[key][column]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    locals_ = [environment[name] for name in _NAMES["LOCAL_WORLD_SIZE"] if name in environment]
-    values: dict[str, int] = {}
-    for key, text in (
-        *found.items(),
-        ("LOCAL_WORLD_SIZE", locals_[0].split("(")[0].split(",")[0] if locals_ else None),
-    ):
-        default = {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.get(key)
-        if text is None and default is None:
-            raise EngineError(f"the launcher did not set {key}")
-        if text is not None and not text.isdigit():
-            raise EngineError(f"{key}: expected a whole number, got {text!r}")
-        values[key] = int(text) if text is not None else int(default or 0)
+        return dict(zip(_PLACE, (0, 1, 0, 1), strict=True))
+    alike = [names for names in candidates if names[:3] == candidates[0][:3]]
+    names = next((names for names in alike if names[3] in environment), alike[0])
+    told = [environment.get(name, default) for name, default in zip(names, ("", "", "0", "1"), strict=True)]
+    if names[3].startswith("SLURM"):
+        told[3] = _tasks_of(told[3], int(environment.get("SLURM_NODEID", "0")))
+    for name, text in zip(names, told, strict=True):
+        if not text.isdigit():
+            raise EngineError(f"{name}: expected a whole number, got {text!r}")
+    values = dict(zip(_PLACE, map(int, told), strict=True))
     if not values["RANK"] < values["WORLD_SIZE"]:
         raise EngineError(f"rank {values['RANK']} does not exist in a world of {values['WORLD_SIZE']}")
     return values
+
+
+def _tasks_of(listed: str, node: int) -> str:
+    """Tasks on a node, from Slurm's list such as "4(x2),2"; the list itself where it has no such node."""
+    for item in listed.split(","):
+        count, _, times = item.rstrip(")").partition("(x")
+        node -= int(times or 1)
+        if node < 0:
+            return count
+    return listed
+
+
+def gpu_of(local_rank: int) -> int | None:
+    """The GPU that a local rank takes, None on a host without. Raises EngineError when there are too few."""
+    count = torch.cuda.device_count()
+    if count and local_rank >= count:
+        raise EngineError(
+            f"local rank {local_rank} has no GPU: this process sees {count}; start one rank per GPU, each of which "
+            "sees all GPUs of its node (srun: --gpu-bind=none)"
+        )
+    return local_rank if count else None
 
 
 def init(timeout_s: int) -> World:
     """Join (or, alone, make) the process group; NCCL on GPUs, gloo on CPUs. Collectives fail after `timeout_s`."""
     place = launch_variables(os.environ)
     size = place["WORLD_SIZE"]
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(place["LOCAL_RANK"])
-    device = torch.device("cuda", place["LOCAL_RANK"]) if gpu else torch.device("cpu")
+    gpu = gpu_of(place["LOCAL_RANK"])
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
     if size == 1 and torch.cuda.device_count() > 1:
         get_logger().warning(
             f"world size is 1 but this host has {torch.cuda.device_count()} GPUs; "
@@ -108,7 +125,7 @@ def init(timeout_s: int) -> World:
         if missing:
             raise EngineError(f"{' and '.join(missing)} not set: every rank needs the address and port of rank 0")
         dist.init_process_group(
-            "nccl" if gpu else "gloo", timeout=timeout, store=store, rank=place["RANK"], world_size=size
+            "gloo" if gpu is None else "nccl", timeout=timeout, store=store, rank=place["RANK"], world_size=size
         )
     _processes[:] = gather_json([socket.gethostname(), os.getpid()])
     return World(place["RANK"], size, place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"], device)

@@ -24,7 +24,7 @@ from typing import Any
 
 from spt_ds.config.load import load_config
 from spt_ds.engine.stop import EXIT_DONE, EXIT_USER_ERROR
-from spt_ds.errors import SptError
+from spt_ds.errors import EngineError, SptError
 from spt_ds.plan import GIB
 
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes")
@@ -50,32 +50,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the findings, those that all ranks share on rank 0 only; return 0, or 2 when one of them is a FAIL."""
     parser = argparse.ArgumentParser(prog="spt-ds doctor", description="Check machine, ranks and network before a run.")
     parser.add_argument("--distributed", action="store_true", help="compare all ranks and measure an all-reduce")
-    parser.add_argument("--config", help="recipe or YAML file whose data is to be the same on every rank")
+    parser.add_argument("--config", help="recipe or YAML file whose data is to be there, and the same on every rank")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="DeepSpeed file to check for --config and the ranks")
+    parser.add_argument("--run-dir", type=Path, default=Path(), help="run folder, whose disk is looked at")
     parser.add_argument("--timeout", type=int, default=60, metavar="S", help="seconds to wait for the other ranks")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
     args = parser.parse_args(argv)
-    alone = not args.distributed
+    if args.deepspeed_config and not args.config:
+        parser.error("--deepspeed_config is checked against a --config; give both")
+    findings, everybody_knows = list(machine(os.environ, args.run_dir)), False
     try:
-        findings = list(machine(os.environ)) if alone else across_ranks(args)
+        if not args.distributed:
+            findings += [Finding("ok", f"{name}: {value}") for name, value in _job(args, 1).items()]
+        elif any(finding.level == "FAIL" for finding in findings):
+            findings = [_of_rank(finding) for finding in findings if finding.level != "ok"]
+        else:
+            findings, everybody_knows = across_ranks(args, findings), True
     except SptError as error:
-        findings = [Finding("FAIL", str(error))]
-    if alone or os.environ.get("RANK", "0") == "0" or len(findings) == 1:  # one alone: this rank has met nobody
+        findings = [*([] if args.distributed else findings), Finding("FAIL", str(error))]
+    if not everybody_knows or os.environ.get("RANK", "0") == "0":
         print("\n".join(finding.line() for finding in findings), flush=True)
     return EXIT_USER_ERROR if any(finding.level == "FAIL" for finding in findings) else EXIT_DONE
 
 
-def machine(environment: os._Environ[str]) -> Iterator[Finding]:
+def machine(environment: os._Environ[str], run_dir: Path) -> Iterator[Finding]:
     """Findings that one process can make: packages, devices, disk, leftovers of killed builds."""
     yield Finding("ok", f"{socket.gethostname()}: Python {platform.python_version()}, {os.cpu_count()} CPUs")
+    broken: list[str] = []
     for name in PACKAGES:
         try:
             importlib.import_module(name)
             yield Finding("ok", f"{name} {metadata.version(name)}")
         except (ImportError, OSError) as error:  # OSError: a library of another CUDA version
+            broken.append(name)
             yield Finding("FAIL", f"{name} cannot be imported: {error}")
-    yield from _devices(environment)
-    yield _disk("run folders", Path.cwd())
+    if "torch" not in broken:
+        yield from _devices(environment)
+    yield _disk("run folder", run_dir)
     yield _disk("cache", Path(environment.get("SPT_CACHE", Path.home())))
     yield from _stale_locks(Path(environment.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")))
 
@@ -93,8 +105,10 @@ def _devices(environment: os._Environ[str]) -> Iterator[Finding]:
         yield Finding(
             "warn", f"world size 1 on a host with {count} GPUs: start with `deepspeed --num_gpus {count} --module ...`"
         )
-    if count and place["LOCAL_RANK"] >= count:
-        yield Finding("FAIL", f"local rank {place['LOCAL_RANK']} has no GPU, the host shows {count}: start fewer ranks")
+    try:
+        dist.gpu_of(place["LOCAL_RANK"])
+    except SptError as error:
+        yield Finding("FAIL", str(error))
 
 
 def _disk(what: str, folder: Path) -> Finding:
@@ -112,8 +126,16 @@ def _stale_locks(folder: Path) -> Iterator[Finding]:
             yield Finding("FAIL", f"{lock}: a killed build left this lock {age / 3600:.1f} h ago; remove it")
 
 
-def across_ranks(args: argparse.Namespace) -> list[Finding]:
-    """Findings that need all ranks: the same list on each of them, unless they did not meet."""
+def _of_rank(finding: Finding) -> Finding:
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return Finding(finding.level, f"rank {rank} on {socket.gethostname()}: {finding.text}")
+
+
+def across_ranks(args: argparse.Namespace, here: list[Finding]) -> list[Finding]:
+    """Findings that need all ranks, the same list on each of them; `here` are those of this process.
+
+    Raises EngineError when they do not meet, and on all ranks what is wrong with the job on one of them.
+    """
     from spt_ds import dist
 
     place = dist.launch_variables(os.environ)
@@ -122,19 +144,16 @@ def across_ranks(args: argparse.Namespace) -> list[Finding]:
     try:
         world = dist.init(args.timeout)
     except (RuntimeError, ValueError) as error:  # torch's DistStoreError and DistNetworkError are RuntimeErrors
-        return [
-            Finding(
-                "FAIL",
-                f"rank {place['RANK']} on {socket.gethostname()}: not all of {place['WORLD_SIZE']} ranks met at "
-                f"{where} within {args.timeout} s ({str(error).splitlines()[0]}); was every node started, and does "
-                "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME name the network they share?",
-            )
-        ]
+        raise EngineError(
+            f"rank {place['RANK']} on {socket.gethostname()}: not all of {place['WORLD_SIZE']} ranks met at {where} "
+            f"within {args.timeout} s ({str(error).splitlines()[0]}); was every node started, did a rank say FAIL, and "
+            "does NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME name the network they share?"
+        ) from error
     met = time.monotonic() - begin
     dist.barrier()
-    mine = dist.agreed(lambda: _facts(args))
+    mine = dist.agreed(lambda: _facts(args, world.size))
     facts: list[dict[str, Any]] = dist.gather_json(mine)
-    local = dist.gather_json([finding.line() for finding in machine(os.environ) if finding.level != "ok"])
+    local = dist.gather_json([finding.line() for finding in here if finding.level != "ok"])
     gib_s = _bandwidth(dist)
     dist.shutdown()
     findings = [Finding("ok", f"{world.size} ranks on {len({one['host'] for one in facts})} hosts met in {met:.1f} s")]
@@ -146,17 +165,27 @@ def across_ranks(args: argparse.Namespace) -> list[Finding]:
     return findings
 
 
-def _facts(args: argparse.Namespace) -> dict[str, Any]:
+def _facts(args: argparse.Namespace, size: int) -> dict[str, Any]:
     from spt_ds.engine.run_folder import commit
 
     facts: dict[str, Any] = {"host": socket.gethostname(), "clock": time.time(), "code": f"{commit()} {_code_hash()}"}
     facts |= {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
-    if args.config is not None:
-        from spt_ds.data.readers import digest
+    return facts | _job(args, size)
 
-        data = load_config(args.config, args.overrides).data
-        facts |= {f"data.{name}": digest(getattr(data, name))[:16] for name in ("train", "valid", "test")}
-    return facts
+
+def _job(args: argparse.Namespace, size: int) -> dict[str, str]:
+    """What the job named by --config will read, shortened SHA-256s; its DeepSpeed file is checked for `size` ranks."""
+    if args.config is None:
+        return {}
+    from spt_ds.data.readers import digest
+    from spt_ds.engine.ds_config import load_ds_config
+
+    config = load_config(args.config, args.overrides)
+    found = {f"data.{name}": digest(getattr(config.data, name))[:16] for name in ("train", "valid", "test")}
+    if args.deepspeed_config is not None:
+        load_ds_config(args.deepspeed_config, config, size)
+        found["DeepSpeed file"] = hashlib.sha256(Path(args.deepspeed_config).read_bytes()).hexdigest()[:16]
+    return found
 
 
 def _code_hash() -> str:

@@ -39,10 +39,14 @@ def place(rank: int, size: int, local_rank: int, local_size: int) -> dict[str, i
         (DEEPSPEED, place(3, 4, 1, 2)),
         (SRUN, place(5, 8, 1, 4)),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4,3"}, place(5, 8, 1, 4)),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2,3(x2)", "SLURM_NODEID": "2"}, place(5, 8, 1, 3)),
         (OMPI, place(2, 4, 0, 2)),
         # A launcher inside a scheduler's task is the one that counts, whole.
         ({**SRUN, **TORCHRUN}, place(3, 4, 1, 2)),
         ({**SRUN, **DEEPSPEED}, place(3, 4, 1, 2)),
+        ({**SRUN, "RANK": "1", "WORLD_SIZE": "2"}, place(1, 2, 0, 1)),
+        # mpirun's daemons are tasks of srun: their numbers are not those of its ranks.
+        ({**SRUN, **OMPI}, place(2, 4, 0, 2)),
         # An interactive shell of a scheduler is no task of a step.
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, place(0, 1, 0, 1)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, place(0, 1, 0, 1)),

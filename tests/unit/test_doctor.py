@@ -62,6 +62,25 @@ def test_a_full_disk_is_a_warning(
     assert len(lines(capsys, "warn")) == 2
 
 
+def test_a_rank_with_a_fault_of_its_own_says_so_and_does_not_wait_for_the_others(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no_such_package"))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert doctor.main(["--distributed"]) == 2
+    (failure,) = lines(capsys, "FAIL")
+    assert f"rank 1 on {socket.gethostname()}: no_such_package cannot be imported" in failure
+
+
+def test_what_a_job_reads_is_looked_at(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--config", "demo", "--deepspeed_config", "ds_configs/zero3.json"]) == 0
+    assert [line.split(":")[0] for line in lines(capsys, "ok")][-4:] == [
+        "ok   data.train", "ok   data.valid", "ok   data.test", "ok   DeepSpeed file"]  # fmt: skip
+    assert doctor.main(["--config", "demo", "--set", f"data.test={home}/none.jsonl"]) == 2
+    assert f"{home}/none.jsonl" in lines(capsys, "FAIL")[0]
+
+
 def test_a_rank_that_meets_nobody_says_where_it_waited(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
