@@ -122,6 +122,9 @@ class LossConfig(Section):
     """Weight of the selection loss."""
     fusion: NonNegativeFloat = 1.0
     """Weight of the fusion loss."""
+    fusion_weights: Literal["scores", "normalised"] = "scores"
+    """Mix the logits of the K prompts by their scores s_k (the paper), or by s_k / sum_k s_k: a mean, at the scale of
+    one prompt's logits, which does not drive all scores to their minimum."""
     contrastive: NonNegativeFloat = 1.0
     """Weight of the contrastive loss."""
     tau_gold: PositiveFloat = 1.0

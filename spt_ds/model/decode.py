@@ -95,7 +95,7 @@ def decode(
         for context, own in zip(contexts, group, strict=True)
     ]
     embeddings, mask = left_pad(pieces)
-    processors = _processors(options, scores if fused else None, batch.indices * len(prompts), seed)
+    processors = _processors(options, spt.mixture(scores) if fused else None, batch.indices * len(prompts), seed)
     end, pad = special
     settings = GenerationConfig(
         max_new_tokens=options.max_new_tokens, num_beams=options.num_beams, eos_token_id=end, pad_token_id=pad,
@@ -132,15 +132,15 @@ def left_pad(pieces: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class FuseRows(LogitsProcessor):
-    """Gives the K rows of each example the same logits, `sum_k s_kb logits_kb`, as the fusion loss does."""
+    """Gives the K rows of each example the same logits, `sum_k w_kb logits_kb`, as the fusion loss does."""
 
-    def __init__(self, scores: torch.Tensor) -> None:
-        self.scores = scores  # [K, B]
+    def __init__(self, weights: torch.Tensor) -> None:
+        self.weights = weights  # [K, B], see Spt.mixture
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        count, size = self.scores.shape
+        count, size = self.weights.shape
         logits = scores.view(count, size, -1)
-        mixed = torch.einsum("kb,kbv->bv", self.scores.to(logits.dtype), logits)
+        mixed = torch.einsum("kb,kbv->bv", self.weights.to(logits.dtype), logits)
         return mixed.repeat(count, 1)
 
 

@@ -106,6 +106,10 @@ class Spt:
         """Retriever scores [K, B]: no pass through the LLM."""
         return self.trainables.scores(self.pooled(backbone, batch, embed(backbone, batch)))
 
+    def mixture(self, scores: torch.Tensor) -> torch.Tensor:
+        """Weights [K, B] of the K prompts' logits in the fusion, from their scores [K, B]."""
+        return scores / scores.sum(dim=0) if self.config.losses.fusion_weights == "normalised" else scores
+
     def micro_losses(self, backbone: Backbone, batch: Batch, counts: Counts) -> MicroLosses:
         """Forward one micro-batch under all K prompts; see `MicroLosses`."""
         settings = self.config.losses
@@ -113,7 +117,7 @@ class Spt:
         pooled = self.pooled(backbone, batch, embedded)
         scores = self.trainables.scores(pooled)  # [K, B]
         hidden = self._states(backbone, batch, embedded)  # [K, n, head size]
-        token_loss, fused_loss = self._token_losses(backbone, batch, hidden, scores)
+        token_loss, fused_loss = self._token_losses(backbone, batch, hidden, self.mixture(scores))
         member = losses.membership(batch.response_lens, scores.device, token_loss.dtype)  # [n, B]
         weights = torch.tensor(batch.weights, device=scores.device, dtype=token_loss.dtype)
         nll = losses.mean_per_example(token_loss, member, settings.mask)  # [K, B]
@@ -146,13 +150,13 @@ class Spt:
         return hidden.scatter(0, rows[..., None].expand_as(trained), trained)
 
     def _token_losses(
-        self, backbone: Backbone, batch: Batch, hidden: torch.Tensor, scores: torch.Tensor
+        self, backbone: Backbone, batch: Batch, hidden: torch.Tensor, mixture: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [K, n, head size], scores [K, B] -> losses under each prompt [K, n] and of the fusion [n]."""
+        """hidden [K, n, head size], mixture [K, B] -> losses under each prompt [K, n] and of the fusion [n]."""
         count, tokens = hidden.shape[:2]
         targets = batch.response_ids.to(hidden.device, non_blocking=True)
         lens = torch.tensor(batch.response_lens, device=hidden.device)
-        per_token = torch.repeat_interleave(scores, lens, dim=1)  # [K, n]
+        per_token = torch.repeat_interleave(mixture, lens, dim=1)  # [K, n]
         fused = losses.fuse(hidden, per_token).to(hidden.dtype)
         bias_scale = torch.cat([per_token.new_ones(count * tokens), per_token.sum(dim=0)])
         out = backbone.head(

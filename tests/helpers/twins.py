@@ -57,6 +57,7 @@ class TwinSettings:
     contrastive: float
     tau_gold: float
     tau_sim: float
+    normalised: bool = False  # fusion by s_k / sum_k s_k
 
 
 def cross_entropy(logits: Tensor, target: int) -> Tensor:
@@ -145,7 +146,8 @@ def twin_step(
             tokens = [cross_entropy(row, int(target)) for row, target in zip(logits, response, strict=True)]
             every_token += tokens
             nll[k].append(mean(tokens))
-        mixed = [add([scores[k][b] * rows[k][i] for k in range(count)]) for i in range(len(response))]
+        scale = add([scores[k][b] for k in range(count)]) if settings.normalised else torch.ones(())
+        mixed = [add([scores[k][b] / scale * rows[k][i] for k in range(count)]) for i in range(len(response))]
         fused.append(mean([cross_entropy(row, int(target)) for row, target in zip(mixed, response, strict=True)]))
     columns = [[scores[k][b] for k in range(count)] for b in range(size)]
     replies = [[nll[k][b] for k in range(count)] for b in range(size)]

@@ -200,6 +200,14 @@ def fusion_by_softmax(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(losses, "fuse", lambda hidden, weights: right(hidden, weights.softmax(dim=0)))
 
 
+def fusion_not_normalised(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Spt, "mixture", lambda self, scores: scores)
+
+
+def fusion_normalised_over_examples(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Spt, "mixture", lambda self, scores: scores / scores.sum(dim=1, keepdim=True))
+
+
 def fusion_without_gradient_to_scores(patch: pytest.MonkeyPatch) -> None:
     right = losses.fuse
     patch.setattr(losses, "fuse", lambda hidden, weights: right(hidden, weights.detach()))
@@ -273,6 +281,8 @@ FAULTS = [
     Fault("pad_token_in_pool", pad_token_in_pool, {}),
     Fault("mean_of_means", mean_of_means, {}),
     Fault("fusion_by_softmax", fusion_by_softmax, {}),
+    Fault("fusion_not_normalised", fusion_not_normalised, {"fusion_weights": "normalised"}),
+    Fault("fusion_normalised_over_examples", fusion_normalised_over_examples, {"fusion_weights": "normalised"}),
     Fault("fusion_without_gradient_to_scores", fusion_without_gradient_to_scores, {}),
     Fault("contrastive_sign", contrastive_sign, {}),
     Fault("projections_swapped", projections_swapped, {}),

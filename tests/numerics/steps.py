@@ -35,16 +35,18 @@ class Case:
     placement: str = "prefix"
     count: int = 3
     tokens: int = 2
+    fusion_weights: str = "scores"
 
     @property
     def precise(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
-def build(case: Case, **losses: float | int) -> tuple[Backbone, Spt]:
+def build(case: Case, **options: float | int) -> tuple[Backbone, Spt]:
     """Backbone and method of a case."""
     backbone = tiny_backbone(case.arch, case.dtype, case.backend, case.checkpointing)
     prompts = {"placement": case.placement}
+    losses = {"fusion_weights": case.fusion_weights, **options}
     return backbone, tiny_spt(backbone, case.count, case.tokens, case.precise, prompts=prompts, losses=losses)
 
 
@@ -107,8 +109,9 @@ def twin_of(
     lm = twin_lm(case.arch, case.dtype)
     losses = spt.config.losses
     settings = TwinSettings(
-        case.placement, losses.selection, losses.fusion, losses.contrastive, losses.tau_gold, losses.tau_sim
-    )
+        case.placement, losses.selection, losses.fusion, losses.contrastive, losses.tau_gold, losses.tau_sim,
+        losses.fusion_weights == "normalised",
+    )  # fmt: skip
     parts = twin_parts(spt)
     pairs: list[tuple[int, int, float]] = []
     if contrast is not None:

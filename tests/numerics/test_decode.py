@@ -13,7 +13,7 @@ from spt_ds.config.schema import GenerateConfig
 from spt_ds.errors import ConfigError
 from spt_ds.model.attention import Layout
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.decode import Decoded, choose_prompts, decode
+from spt_ds.model.decode import Decoded, FuseRows, choose_prompts, decode
 from spt_ds.model.spt import Spt
 from tests.helpers.tiny import pick, random_batch, tiny_backbone, tiny_spt
 
@@ -81,6 +81,17 @@ def test_fuse_mixes_all_prompts_logits(placement: str) -> None:
     assert out.chosen == [None] * 4
     for place in range(4):
         assert out.tokens[place] == direct(backbone, spt, batch, place, out.scores[:, place].double(), 6)
+
+
+def test_fuse_mixes_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy decoding cannot tell: the weights differ by one factor for all prompts. Sampling can."""
+    mixed: list[torch.Tensor] = []
+    right = FuseRows.__init__
+    monkeypatch.setattr(FuseRows, "__init__", lambda self, weights: (mixed.append(weights), right(self, weights))[1])
+    backbone, _, batch = tiny("llama", "prefix")
+    spt = tiny_spt(backbone, losses={"fusion_weights": "normalised"})
+    scores = run(backbone, spt, batch, mode="fuse").scores
+    torch.testing.assert_close(mixed[0], scores / scores.sum(dim=0))
 
 
 def test_each_example_is_decoded_once_whatever_the_prompts() -> None:

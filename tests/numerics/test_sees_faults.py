@@ -21,7 +21,7 @@ def case_of(fault: Fault, dtype: torch.dtype) -> Case:
 @pytest.mark.parametrize(("fault", "dtype"), EACH, ids=[f"{f.name}-{d}" for f, d in EACH])
 def test_the_comparison_sees(fault: Fault, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of(fault, dtype)
-    expected = twin(case.arch, dtype, case.placement, case.count)
+    expected = twin(case.arch, dtype, case.placement, case.count, case.fusion_weights)
     fault.break_it(monkeypatch)
     broken = ours(case, random_batch(LENS))
     with pytest.raises(AssertionError, match=r"grad|loss|nll|total|scores|selection|fusion|contrastive"):
@@ -54,7 +54,7 @@ def margin(fault: Fault, dtype: torch.dtype) -> float:
     """How many times its limit the fault's largest difference is; for the table in docs/numerics.md."""
     case, row = case_of(fault, dtype), TOLERANCES[dtype]
     with pytest.MonkeyPatch.context() as patch:
-        expected = twin(case.arch, dtype, case.placement, case.count)
+        expected = twin(case.arch, dtype, case.placement, case.count, case.fusion_weights)
         fault.break_it(patch)
         found = gaps(ours(case, random_batch(LENS)), expected)
     return max(gap / {"loss": row.loss, "grad": row.grad}[kind] for gap, kind in found.values())

@@ -21,9 +21,9 @@ MODES = ("off", "non_reentrant", "reentrant")
 
 
 @functools.cache
-def twin(arch: str, dtype: torch.dtype, placement: str, count: int) -> Step:
+def twin(arch: str, dtype: torch.dtype, placement: str, count: int, fusion_weights: str = "scores") -> Step:
     """The twin neither knows backends nor checkpointing: one run serves them all."""
-    case = Case(arch, dtype, placement=placement, count=count)
+    case = Case(arch, dtype, placement=placement, count=count, fusion_weights=fusion_weights)
     batch = random_batch(LENS)
     return twin_of(case, build(case)[1], batch, contrast_of(batch, case.precise))
 
@@ -51,6 +51,14 @@ def test_other_architectures_equal_the_twin(arch: str, placement: str, dtype: to
     """Embedding size unlike hidden size; embeddings scaled inside the base; a head with bias."""
     case = Case(arch, dtype, placement=placement)
     assert_steps_close(ours(case, random_batch(LENS)), twin(arch, dtype, placement, 3), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("arch", ["opt", "phi"])
+def test_a_normalised_fusion_equals_the_twin(arch: str, dtype: torch.dtype) -> None:
+    """Phi's head has a bias, whose scale is 1 then."""
+    case = Case(arch, dtype, fusion_weights="normalised")
+    assert_steps_close(ours(case, random_batch(LENS)), twin(arch, dtype, "prefix", 3, "normalised"), dtype)
 
 
 def test_virtual_tokens_of_any_number_equal_the_twin() -> None:
