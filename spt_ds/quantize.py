@@ -6,17 +6,22 @@ OUT gets safetensors files, config.json with our own section, and the tokenizer.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from spt_ds.config.schema import ModelConfig
@@ -76,9 +81,44 @@ def write_quantised(config: ModelConfig, out: Path) -> None:
     """Quantise the base of `config` into the new folder `out`, which appears only when it is complete."""
     base, path = load_base_config(config), base_path(config.base)
     refuse_foreign_quantisation(base, config, path)
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    try:
+        with _new_folder(out) as part:
+            total = _fill(part, config, base, path)
+    except (OSError, SafetensorError) as error:
+        free = "make room there, or give a folder that can be written; nothing was left behind"
+        raise ConfigError(f"{out}: the quantised base cannot be written: {str(error).strip()}; {free}") from error
+    get_logger().info("%s: %.1f MiB", out, total / 2**20)
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that becomes `out`, on disk, if the block ends well and goes otherwise."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # a name nobody else has
+    try:
+        yield part
+        mask = os.umask(0)
+        os.umask(mask)
+        part.chmod(0o777 & ~mask)  # mkdtemp makes it for the owner alone
+        for path in (*sorted(part.rglob("*")), part):
+            _to_disk(path)
+        part.rename(out)
+        _to_disk(out.parent)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fill(part: Path, config: ModelConfig, base: PretrainedConfig, path: str) -> int:
+    """Write tokenizer, weights and configuration into `part`; return the bytes of the tensors."""
     load_tokenizer(config).save_pretrained(part)
     lm = skeleton(base, torch.bfloat16)
     source = open_source(lm, config, path, torch.device("cpu"))
@@ -93,8 +133,7 @@ def write_quantised(config: ModelConfig, out: Path) -> None:
     base.save_pretrained(part)
     for file in part.glob("*.safetensors"):  # written for the owner alone
         shutil.copymode(part / "config.json", file)
-    part.rename(out)
-    get_logger().info("%s: %.1f MiB", out, total / 2**20)
+    return total
 
 
 def _files(finished: Iterator[tuple[str, nn.Module]]) -> Iterator[Tensors]:

@@ -57,11 +57,11 @@ def json_schema() -> str:
 
 def _read(source: str) -> tuple[str, str]:
     path = Path(source)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        if not path.is_file():
-            raise ConfigError(f"{source}: no such configuration file; give a YAML file or one of {recipe_names()}")
-        return source, _text(path)
     names = recipe_names()
+    if path.suffix in (".yaml", ".yml") or path.is_file() or (path.exists() and source not in names):
+        if not path.is_file():
+            raise ConfigError(f"{source}: no such configuration file; give a YAML file or one of {names}")
+        return source, _text(path)
     if source not in names:
         near = difflib.get_close_matches(source, names, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(names)}"
@@ -88,6 +88,8 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):  # no option is called by a list, and a list cannot be hashed
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
         key = loader.construct_object(key_node)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
@@ -113,6 +115,9 @@ def _parse(name: str, text: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{name}:{line}: not valid YAML: control character U+{error.character:04X}; remove it") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):

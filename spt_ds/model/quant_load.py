@@ -7,8 +7,9 @@ linear layer, and is sharded at once, before the next one is read.
 from __future__ import annotations
 
 import copy
+import difflib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,6 +108,7 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 def _layers_to_quantise(lm: Any, config: ModelConfig) -> set[str]:
     """Names of the linear layers that `quant.skip_modules` leaves; never the head, nor a weight that layers share."""
+    _refuse_unknown_names(lm, config.quant.skip_modules)
     head = lm.get_output_embeddings()
     owners = Counter(id(p) for module in lm.modules() for p in module.parameters(recurse=False))
     skip = config.quant.skip_modules
@@ -124,6 +126,20 @@ def _layers_to_quantise(lm: Any, config: ModelConfig) -> set[str]:
             f"its head and quant.skip_modules {list(skip)}; set model.base_bits: 16"
         )
     return names
+
+
+def _refuse_unknown_names(lm: Any, skip: Iterable[str]) -> None:
+    """Raise ModelError for an entry that no linear layer's name ends with; `lm_head` may be tied or absent."""
+    layers = [name.split(".") for name, module in lm.named_modules() if isinstance(module, nn.Linear)]
+    known = {".".join(parts[-count:]) for parts in layers for count in range(1, len(parts) + 1)} | {"lm_head"}
+    for entry in skip:
+        if entry not in known:
+            ends = sorted({parts[-1] for parts in layers})
+            near = difflib.get_close_matches(entry, sorted(known), 3) or ends
+            raise ModelError(
+                f"model.quant.skip_modules: {entry!r} is no linear layer of {type(lm).__name__}; did you mean "
+                f"{' or '.join(repr(name) for name in near)}? Known: {', '.join(ends)}, or a layer's full name"
+            )
 
 
 def report(lm: nn.Module, errors: dict[str, float], packing: Packing) -> None:

@@ -79,7 +79,10 @@ def refuse_foreign_quantisation(base: PretrainedConfig, config: ModelConfig, pat
     different = [key for key in asked if stored.get(key) != asked[key]]
     if different:
         keys = {"bits": "model.base_bits"}
-        wanted = ", ".join(f"{keys.get(key, f'model.quant.{key}')}: {stored.get(key)}" for key in different)
+        # At 8 bits there is one code book, `int8`, and scales are plain: they follow from base_bits alone.
+        implied = ("type", "double_quant") if stored.get("bits") == 8 else ()
+        to_set = [key for key in different if key not in implied]
+        wanted = ", ".join(f"{keys.get(key, f'model.quant.{key}')}: {stored.get(key)}" for key in to_set)
         got = ", ".join(f"{key} {asked[key]}" for key in different)
         raise ModelError(f"{path}: this base is stored quantised in another way; set {wanted} (the config has {got})")
 

@@ -43,6 +43,25 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     assert "'lr' is given twice" in problem("optim:\n  lr: 1.0\n  lr: 2.0\n", tmp_path)
 
 
+def test_a_control_character_has_its_line(tmp_path: Path) -> None:
+    assert "run.yaml:2: not valid YAML: control character U+0007" in problem(
+        "name: a\nmodel: {base: b\x07}\n", tmp_path
+    )
+
+
+def test_a_key_that_is_a_list_has_its_line(tmp_path: Path) -> None:
+    assert "run.yaml:2: not valid YAML: a key must be a word" in problem("name: a\n? [b]\n: c\n", tmp_path)
+
+
+def test_a_folder_does_not_hide_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_config("demo").name == "demo"
+    with pytest.raises(ConfigError, match="other: no such configuration file"):
+        load_config("other")
+
+
 def test_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"name: \xff\n")
