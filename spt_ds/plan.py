@@ -6,13 +6,15 @@ activations in the tests. GiB is 2**30 bytes throughout.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from spt_ds.config.schema import Config
-from spt_ds.errors import ModelError
+from spt_ds.errors import EngineError, ModelError
 
 GIB = 2**30
 USABLE = 0.85  # share of a rank's memory that is planned with; the rest is for fragments, buffers and the runtime
@@ -21,6 +23,8 @@ LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters, as it stands 
 RESPONSE_TOKENS = 64  # four times the mean reply of ConvAI2
 # Models whose feed-forward has no gate although it is sized by `intermediate_size`.
 UNGATED = {"phi", "gpt_neox", "starcoder2", "nemotron"}
+
+V2_FILES = ("memory.max", "memory.current")
 
 Placement = Literal["replicate", "zero3", "zero3_offload"]
 
@@ -155,16 +159,43 @@ def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:
 
 def memory_per_rank(device_bytes: int | None, local_size: int) -> int:
     """Bytes a rank can plan with: its GPU's memory, or its share of what the host has available."""
-    if device_bytes is not None:
-        return int(device_bytes * USABLE)
-    page = os.sysconf("SC_PAGE_SIZE")
-    available = os.sysconf("SC_AVPHYS_PAGES") * page
+    return int(device_bytes * USABLE) if device_bytes is not None else host_memory_per_rank(local_size)
+
+
+def host_memory_per_rank(local_size: int, root: Path = Path("/")) -> int:
+    """A rank's share of the host memory that this process may take: what is free, and what its cgroups leave of it.
+
+    Slurm's `--mem` and containers limit by cgroup, which /proc/meminfo does not know. `root` is for the tests.
+    """
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        pass  # not Linux: the free pages are all that is known
-    return int(available * USABLE / local_size)
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: the free pages are all that is known
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min([available, *_left_in_cgroups(root)]) * USABLE / local_size)
+
+
+def _left_in_cgroups(root: Path) -> Iterator[int]:
+    """Bytes that each memory cgroup around this process leaves, v2 and v1; file pages count as free."""
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            mount = root / "sys/fs/cgroup" / controllers
+            limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else V2_FILES
+            inner = mount / group.strip("/")  # a container may see its own group as the mount itself
+            for folder in (inner, *(parent for parent in inner.parents if parent.is_relative_to(mount))):
+                with contextlib.suppress(OSError, ValueError):  # no such file there, or `max`: no limit
+                    left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                    yield max(left + _file_pages(folder / "memory.stat", "total_" if controllers else ""), 0)
+
+
+def _file_pages(stat: Path, prefix: str) -> int:
+    """Bytes of a cgroup's page cache, which the kernel drops before it refuses memory."""
+    names = {f"{prefix}inactive_file", f"{prefix}active_file"}
+    pairs = (line.split() for line in stat.read_text(encoding="ascii").splitlines())
+    return sum(int(count) for name, count in pairs if name in names)
 
 
 def resident_bytes(shape: BaseShape, bits: int, placement: Placement, world_size: int) -> int:
@@ -176,8 +207,14 @@ def resident_bytes(shape: BaseShape, bits: int, placement: Placement, world_size
     return gathered + (base // world_size if placement == "zero3" else 0)
 
 
-def choose_placement(config: Config, shape: BaseShape, world_size: int, rank_bytes: int) -> tuple[Placement, str]:
-    """Pick where the base lives for `engine.placement`, and say why in one line."""
+def choose_placement(
+    config: Config, shape: BaseShape, world_size: int, rank_bytes: int, host_bytes: int | None
+) -> tuple[Placement, str]:
+    """Pick where the base lives for `engine.placement`, and say why in one line.
+
+    `host_bytes` is a rank's share of its host's memory; None on a machine without GPUs, where the host's memory is
+    the rank's own and offload frees nothing. Raises EngineError where `auto` finds no place.
+    """
     asked = config.engine.placement
     if asked != "auto":
         return asked, f"placement: {asked} (as configured)"
@@ -194,9 +231,22 @@ def choose_placement(config: Config, shape: BaseShape, world_size: int, rank_byt
         return "replicate", f"placement: replicate ({sizes}: sharding would only add communication)"
     if world_size > 1 and sharded <= room:
         return "zero3", f"placement: zero3 ({sizes}: a share of 1/{world_size} and what is gathered fit)"
-    return (
-        "zero3_offload",
-        f"placement: zero3_offload ({sizes}: not even a share of 1/{world_size} and what is gathered fit)",
+    share, gathered = base // world_size, resident_bytes(shape, bits, "zero3_offload", world_size)
+    if host_bytes is not None and gathered <= room and share <= host_bytes - FIXED_BYTES:
+        return "zero3_offload", (
+            f"placement: zero3_offload ({sizes}: a share of 1/{world_size} and what is gathered do not fit; the share, "
+            f"{share / GIB:.2f} GiB, goes to the host, which has {host_bytes / GIB:.2f} GiB for each rank)"
+        )
+    need = f"a share of 1/{world_size} is {share / GIB:.2f} GiB, what is gathered at one time {gathered / GIB:.2f} GiB"
+    host = (
+        "without a GPU, host offload takes the same memory"
+        if host_bytes is None
+        else f"the host has {host_bytes / GIB:.2f} GiB for each rank's share, {FIXED_BYTES / GIB:.0f} GiB of it in use"
+    )
+    raise EngineError(
+        f"engine.placement: auto finds no place for the base: {sizes}; {need}; {host}. Set model.base_bits: 4 or 8, "
+        f"take {'more ranks' if host_bytes is not None else 'ranks on more hosts'}, or keep the shares on a disk: "
+        "--deepspeed_config ds_configs/zero3_offload_nvme.json. Another engine.placement is taken without this check"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 import torch
@@ -110,21 +110,39 @@ def decide(config: Config, deepspeed_config: str | None, world: dist.World) -> t
     gpu = torch.cuda.get_device_properties(world.device).total_memory if world.device.type == "cuda" else None
     # Ranks decide together: the smallest memory of all counts.
     rank_bytes = min(dist.gather_json(plan.memory_per_rank(gpu, world.local_size)))
+    host_bytes = min(dist.gather_json(plan.host_memory_per_rank(world.local_size)))
+    memory = Memory(rank_bytes, None if gpu is None else host_bytes)
+    ds_plan, recompute, lines = dist.agreed(lambda: settle(config, shape, deepspeed_config, world.size, memory))
     if deepspeed_config is not None:
-        path = deepspeed_config
-        ds_plan = dist.agreed(lambda: load_ds_config(path, config, world.size))
         _same_plan(ds_plan)
+    for line in lines:
+        get_logger().info(line)
+    return ds_plan, recompute
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that the poorest rank can plan with, and its share of its host's memory where it has a GPU beside it."""
+
+    rank_bytes: int
+    host_bytes: int | None
+
+
+def settle(
+    config: Config, shape: plan.BaseShape, deepspeed_config: str | None, world_size: int, memory: Memory
+) -> tuple[DsPlan, str, list[str]]:
+    """Placement, activation checkpointing and the lines that say why; free of collectives, for `spt-ds plan` too."""
+    if deepspeed_config is not None:
+        ds_plan = load_ds_config(deepspeed_config, config, world_size)
         placement: plan.Placement = "replicate" if ds_plan.stage < 3 else "zero3"
         if ds_plan.offload != "none":
             placement = "zero3_offload"
         why = f"placement: {placement} ({deepspeed_config})"
     else:
-        placement, why = plan.choose_placement(config, shape, world.size, rank_bytes)
-        ds_plan = plan_for(placement, config, world.size)
-    recompute, why_recompute = plan.choose_checkpointing(config, shape, placement, world.size, rank_bytes)
-    for line in (why, why_recompute, *ds_plan.notes):
-        get_logger().info(line)
-    return ds_plan, recompute
+        placement, why = plan.choose_placement(config, shape, world_size, *astuple(memory))
+        ds_plan = plan_for(placement, config, world_size)
+    recompute, why_recompute = plan.choose_checkpointing(config, shape, placement, world_size, memory.rank_bytes)
+    return ds_plan, recompute, [why, why_recompute, *ds_plan.notes]
 
 
 def _same_plan(ds_plan: DsPlan) -> None:

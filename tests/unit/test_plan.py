@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from transformers import (
 
 from spt_ds import plan
 from spt_ds.config.schema import Config
-from spt_ds.errors import ModelError
+from spt_ds.errors import EngineError, ModelError
 from spt_ds.model.attention import PACKED, Layout
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.rows import embed, target_states
@@ -187,14 +188,14 @@ def run(**sections: dict[str, Any]) -> Config:
 )
 def test_placement_follows_from_sizes(name: str, bits: int, ranks: int, gib: int, placement: str) -> None:
     config = run(model={"base_bits": bits})
-    found, why = plan.choose_placement(config, shape_of(name), ranks, gib * GIB)
+    found, why = plan.choose_placement(config, shape_of(name), ranks, gib * GIB, 100 * GIB)
     assert found == placement, why
     assert why.startswith(f"placement: {placement} (base ")
     assert "GiB" in why
 
 
 def test_a_configured_placement_is_kept() -> None:
-    found, why = plan.choose_placement(run(engine={"placement": "zero3"}), shape_of("gpt2"), 2, 80 * GIB)
+    found, why = plan.choose_placement(run(engine={"placement": "zero3"}), shape_of("gpt2"), 2, 80 * GIB, None)
     assert (found, why) == ("zero3", "placement: zero3 (as configured)")
 
 
@@ -232,3 +233,66 @@ def test_trainables_are_counted_with_gradient_and_moments() -> None:
 def test_memory_of_a_rank() -> None:
     assert plan.memory_per_rank(100 * GIB, 8) == int(85 * GIB)
     assert 0 < plan.memory_per_rank(None, 2) < plan.memory_per_rank(None, 1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gib", "host_gib", "reason"),
+    [
+        (1, 8, 64, "the host has 64.00 GiB"),  # the share is 128 GiB
+        (1, 8, None, "without a GPU, host offload takes the same memory"),
+        (2, 2, 500, "what is gathered at one time 1.86 GiB"),  # more than the GPU has left
+    ],
+)
+def test_a_base_that_fits_nowhere_is_refused(ranks: int, gib: int, host_gib: int | None, reason: str) -> None:
+    host = None if host_gib is None else host_gib * GIB
+    with pytest.raises(EngineError) as caught:
+        plan.choose_placement(run(), shape_of("llama-2-70b"), ranks, gib * GIB, host)
+    for part in (reason, "base 128.", "model.base_bits: 4 or 8", "ds_configs/zero3_offload_nvme.json"):
+        assert part in str(caught.value)
+
+
+def test_offload_takes_the_host_share_and_no_more() -> None:
+    shape = shape_of("llama-2-70b")
+    share = shape.base_bytes(16) // 2
+    found, why = plan.choose_placement(run(), shape, 2, 40 * GIB, share + plan.FIXED_BYTES)
+    assert found == "zero3_offload"
+    assert f"the share, {share / GIB:.2f} GiB, goes to the host" in why
+    with pytest.raises(EngineError):
+        plan.choose_placement(run(), shape, 2, 40 * GIB, share + plan.FIXED_BYTES - 1)
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="ascii")
+    return root
+
+
+MEMINFO = f"MemTotal: {200 * 2**20} kB\nMemAvailable: {100 * 2**20} kB\n"
+
+
+def test_cgroups_limit_the_memory_of_a_host(tmp_path: Path) -> None:
+    job = "sys/fs/cgroup/slurm/job_7"
+    version_2 = {
+        "proc/meminfo": MEMINFO,
+        "proc/self/cgroup": "0::/slurm/job_7/step_0\n",
+        f"{job}/step_0/memory.max": "max\n",
+        f"{job}/memory.max": f"{40 * GIB}\n",
+        f"{job}/memory.current": f"{30 * GIB}\n",
+        f"{job}/memory.stat": f"anon {20 * GIB}\nfile {10 * GIB}\ninactive_file {6 * GIB}\nactive_file {4 * GIB}\n",
+    }
+    assert plan.host_memory_per_rank(2, write(tmp_path / "2", version_2)) == int(20 * GIB * plan.USABLE / 2)
+    job = "sys/fs/cgroup/memory/slurm/job_7"
+    version_1 = {
+        "proc/meminfo": MEMINFO,
+        "proc/self/cgroup": "5:cpu,cpuacct:/\n4:memory:/slurm/job_7\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{50 * GIB}\n",
+        "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 0\n",
+        f"{job}/memory.limit_in_bytes": f"{16 * GIB}\n",
+        f"{job}/memory.usage_in_bytes": f"{6 * GIB}\n",
+        f"{job}/memory.stat": f"inactive_file 1\ntotal_inactive_file {2 * GIB}\n",
+    }
+    assert plan.host_memory_per_rank(1, write(tmp_path / "1", version_1)) == int(12 * GIB * plan.USABLE)
+    alone = write(tmp_path / "0", {"proc/meminfo": MEMINFO})
+    assert plan.host_memory_per_rank(1, alone) == int(100 * GIB * plan.USABLE)
