@@ -24,6 +24,23 @@ spt_refuse() {
 # spt_job: this job for scontrol and squeue. The last task of an array has the number of the whole array as its own.
 spt_job() { printf '%s' "${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"; }
 
+# spt_ask CMD...: print what Slurm answers, good or bad. A controller that is being restarted, which is when ranks die too,
+# is asked again for SPT_PATIENCE_S seconds.
+spt_ask() {
+    local answer code began=$SECONDS
+    while :; do
+        code=0
+        answer=$("$@" 2>&1) || code=$?
+        case $answer in
+        *contact* | *"timed out"* | *refused* | *"Zero Bytes"*) ((code && SECONDS - began < ${SPT_PATIENCE_S:-300})) || break ;;
+        *) break ;;
+        esac
+        sleep 5
+    done
+    printf '%s' "$answer"
+    return "$code"
+}
+
 # spt_option NAME ARGS...: print the last value of `NAME VALUE` or `NAME=VALUE` among ARGS; fail when it is not there.
 spt_option() {
     local name=$1 found="" code=1
@@ -41,11 +58,15 @@ spt_option() {
 
 # spt_site: read slurm/site.env, if the site has one, and find the interpreter.
 spt_site() {
+    local before=$-
     if [[ -r slurm/site.env ]]; then
-        set -a +u # what a site sets is meant for the ranks too; modules read variables that may be unset
+        # What a site sets is meant for the ranks too. Modules read variables that may be unset, and return what they like.
+        set -a +eu
         # shellcheck source=/dev/null
         . slurm/site.env
-        set +a -u
+        set +a
+        [[ $before != *u* ]] || set -u
+        [[ $before != *e* ]] || set -e
     fi
     export SPT_PYTHON=${SPT_PYTHON:-$PWD/.venv/bin/python}
     command -v "$SPT_PYTHON" >/dev/null || spt_refuse "SPT_PYTHON: $SPT_PYTHON cannot be run; run \`make\` once, or set it in slurm/site.env"
@@ -58,6 +79,7 @@ spt_open() {
     trap 'spt_asked USR1' USR1
     trap 'spt_asked TERM' TERM INT
     spt_site
+    ((${SLURM_HET_SIZE:-1} == 1)) || spt_refuse "heterogeneous jobs (\`:\`) are not supported; ask for --ntasks=N --gpus-per-task=1"
     mkdir -p "$SPT_FOLDER/logs" "$SPT_FOLDER/slurm"
     spt_say "log: $SPT_FOLDER/logs/job.log"
     exec >>"$SPT_FOLDER/logs/job.log" 2>&1
@@ -65,18 +87,23 @@ spt_open() {
     local owner job
     job=$(spt_job)
     owner=$(cat "$SPT_FOLDER/slurm/owner" 2>/dev/null || true)
-    if [[ -n $owner && $owner != "$job" && -n $(squeue --noheader --states=R,CG --jobs="$owner" 2>/dev/null) ]]; then
-        spt_refuse "$SPT_FOLDER: job $owner is working in this folder; wait for it, or scancel it"
+    if [[ -n $owner && $owner != "$job" ]]; then
+        local working # a number that Slurm does not know any more is that of a job that has ended
+        working=$(spt_ask squeue --noheader --states=R,CG,CF,S,ST --jobs="$owner") || [[ $working == *"Invalid job id"* ]] ||
+            spt_refuse "$SPT_FOLDER: whether job $owner works in this folder cannot be found out: $working"
+        [[ -z $working || $working == *"Invalid job id"* ]] ||
+            spt_refuse "$SPT_FOLDER: job $owner is working in this folder; wait for it, or scancel it"
     fi
     printf '%s' "$job" >"$SPT_FOLDER/slurm/owner" # its time is that of this start, see spt_conclude
     cp "$0" "$SPT_FOLDER/slurm/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.sh"
 }
 
-# spt_rendezvous: address and port of rank 0. A restart takes another port: the old one may still be held.
+# spt_rendezvous: address and port of rank 0. A restart takes another port: the old one may still be held. Where names of
+# nodes lead to a slow network, SPT_MASTER_SUFFIX makes them names of the fast one.
 spt_rendezvous() {
     local first
     read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    export MASTER_ADDR=$first
+    export MASTER_ADDR=$first${SPT_MASTER_SUFFIX:-}
     export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 101 + ${SLURM_RESTART_COUNT:-0}) % 12000))
 }
 
@@ -173,7 +200,7 @@ spt_rank() {
 # spt_preempted: whether Slurm takes this start's nodes for another job. With a GraceTime it tells the ranks, not the script.
 spt_preempted() {
     local record
-    record=$(scontrol show job "$(spt_job)" 2>/dev/null) || return 1
+    record=$(SLURM_TIME_FORMAT=standard spt_ask scontrol show job "$(spt_job)") || return 1
     [[ $record =~ StartTime=([0-9T:-]+) ]] || return 1
     local start=${BASH_REMATCH[1]}
     [[ $record =~ PreemptTime=([0-9T:-]+) && ! ${BASH_REMATCH[1]} < $start ]]
@@ -220,7 +247,7 @@ spt_requeue() {
     fi
     local job record
     job=$(spt_job)
-    record=$(scontrol show job "$job") || record=""
+    record=$(spt_ask scontrol show job "$job") || true
     # A node that was cut off comes back to find that its job runs elsewhere: that one is not to be disturbed.
     if [[ ! $record =~ Restarts=${SLURM_RESTART_COUNT:-0}([^0-9]|$) ]]; then
         spt_say "$1; not requeued: Slurm does not answer, or has restarted this job already"
@@ -228,10 +255,10 @@ spt_requeue() {
     fi
     spt_say "$1; requeueing"
     trap 'exit "$SPT_CODE"' TERM
-    if scontrol requeue "$job"; then
+    if record=$(spt_ask scontrol requeue "$job"); then
         sleep 300 & # Slurm ends this script
         wait $!
     fi
-    spt_say "Slurm did not requeue this job"
+    spt_say "Slurm did not requeue this job: $record"
     exit "$SPT_CODE"
 }

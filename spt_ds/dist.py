@@ -8,7 +8,9 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -83,6 +85,18 @@ def launch_variables(environment: Mapping[str, str]) -> dict[str, int]:
     return values
 
 
+def _srun_address(environment: Mapping[str, str]) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT of a task that srun started itself: first node of the step, port from its numbers."""
+    if "SLURM_STEP_NODELIST" not in environment or shutil.which("scontrol") is None:
+        return {}
+    command = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if told.returncode:
+        return {}
+    number = int(environment["SLURM_JOB_ID"]) * 101 + int(environment["SLURM_STEP_ID"])
+    return {"MASTER_ADDR": told.stdout.split()[0], "MASTER_PORT": str(20000 + number % 12000)}
+
+
 def _tasks_of(listed: str, node: int) -> str:
     """Tasks on a node, from Slurm's list such as "4(x2),2"; the list itself where it has no such node."""
     for item in listed.split(","):
@@ -121,6 +135,8 @@ def init(timeout_s: int) -> World:
         os.environ.update({key: str(value) for key, value in place.items()})
         timeout = datetime.timedelta(seconds=timeout_s)
         store = dist.HashStore() if size == 1 else None  # type: ignore[attr-defined]
+        if store is None and "MASTER_ADDR" not in os.environ:
+            os.environ.update(_srun_address(os.environ))
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if store is None and name not in os.environ]
         if missing:
             raise EngineError(f"{' and '.join(missing)} not set: every rank needs the address and port of rank 0")

@@ -174,14 +174,19 @@ def _facts(args: argparse.Namespace, size: int) -> dict[str, Any]:
 
 
 def _job(args: argparse.Namespace, size: int) -> dict[str, str]:
-    """What the job named by --config will read, shortened SHA-256s; its DeepSpeed file is checked for `size` ranks."""
+    """What the job named by --config will read; its DeepSpeed file is checked for `size` ranks.
+
+    Of the base only configuration and tokenizer: where those are, in a folder or a cache, the weights are too.
+    """
     if args.config is None:
         return {}
     from spt_ds.data.readers import digest
     from spt_ds.engine.ds_config import load_ds_config
+    from spt_ds.model.backbone import load_base_config, load_tokenizer
 
     config = load_config(args.config, args.overrides)
-    found = {f"data.{name}": digest(getattr(config.data, name))[:16] for name in ("train", "valid", "test")}
+    found = {"base": f"{load_base_config(config.model).model_type}, {len(load_tokenizer(config.model))} tokens"}
+    found |= {f"data.{name}": digest(getattr(config.data, name))[:16] for name in ("train", "valid", "test")}
     if args.deepspeed_config is not None:
         load_ds_config(args.deepspeed_config, config, size)
         found["DeepSpeed file"] = hashlib.sha256(Path(args.deepspeed_config).read_bytes()).hexdigest()[:16]

@@ -58,9 +58,9 @@ def _dialogue(split: str, number: int) -> dict[str, object]:
     return {"persona": persona, "turns": turns, "first_speaker": "partner"}
 
 
-def train_here(config: Path, run: Path) -> None:
+def train_here(config: Path | str, run: Path, *arguments: str) -> None:
     """The undisturbed run: one process, no launcher."""
-    command = [sys.executable, "-m", "spt_ds.train", "--config", str(config), "--run-dir", str(run)]
+    command = [sys.executable, "-m", "spt_ds.train", "--config", str(config), "--run-dir", str(run), *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=180
     )

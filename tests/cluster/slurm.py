@@ -125,7 +125,13 @@ class Slurm:
             self.call("scancel", job)
 
     def train(
-        self, config: Path, run: Path, *options: str, nodes: int = 2, arguments: Sequence[str] = (), **variables: str
+        self,
+        config: Path | str,
+        run: Path,
+        *options: str,
+        nodes: int = 2,
+        arguments: Sequence[str] = (),
+        **variables: str,
     ) -> int:
         """`sbatch slurm/train.sbatch` with ZeRO-3, one rank per node."""
         options = (f"--nodes={nodes}", "--ntasks-per-node=1", *options)

@@ -63,6 +63,20 @@ def test_static_torchrun_ends_on_both_sides_of_a_cut(links: Sandbox, config: Pat
         assert f"Timed out waiting {TIMEOUT_S}000ms" in told
 
 
+def test_pdsh_lives_through_a_short_cut(
+    links: Sandbox, ssh: None, config: Path, tmp_path: Path, expected_loss: float
+) -> None:
+    run = tmp_path / "run"
+    launcher = launch.deepspeed(links, config, run, 29506)
+    faults.wait_for_step(run, 3)
+    links.link("node2", "down")
+    time.sleep(CUT_S)
+    links.link("node2", "up")
+    wait_until("the end of the run", lambda: ended([launcher]), 90)
+    assert launcher.returncode == 0
+    assert jobs.final_loss(run) == pytest.approx(expected_loss, rel=1e-5)
+
+
 def test_pdsh_trains_on_two_hosts_and_ends_when_one_is_cut_off(
     links: Sandbox, ssh: None, config: Path, tmp_path: Path, expected_loss: float
 ) -> None:
@@ -71,7 +85,9 @@ def test_pdsh_trains_on_two_hosts_and_ends_when_one_is_cut_off(
     faults.wait_for_step(run, jobs.EVERY + 2)
     links.link("node2", "down")
     wait_until("the end of all ranks", lambda: not ranks(), TIMEOUT_S + LEEWAY_S)
+    assert "a rank on node2 died or did not answer" in links.log("deepspeed-29504")
     wait_until("the end of the launcher", lambda: ended([launcher]), TIMEOUT_S + LEEWAY_S)
+    assert launcher.returncode != 0
     assert not (run / "DONE.json").exists()
     links.link("node2", "up")
     again = launch.deepspeed(links, config, run, 29505)

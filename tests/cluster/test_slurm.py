@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,30 @@ def test_trains_over_three_nodes_as_one_process_does(
     assert {path.stem for path in (run / "logs").glob("node*.log")} == set(HOSTS)
     assert "3 ranks" in job_log(run)
     assert "3 ranks on 3 hosts met" in (run / "logs" / "node1.log").read_text()
+
+
+def test_trains_the_demo_recipe_over_two_and_three_nodes(slurm: Slurm, tmp_path: Path) -> None:
+    """The shipped base and dialogues; three of its forty steps, each of the recipe's sixteen examples."""
+    arguments = []
+    cache = f"data.cache_dir={tmp_path}/cache"
+    for option in ("train.max_steps=3", "data.max_valid_examples=8", "data.workers=0", cache):
+        arguments += ["--set", option]
+    jobs.train_here("demo", tmp_path / "here", *arguments)
+    expected = jobs.final_loss(tmp_path / "here")
+    for nodes in (2, 3):
+        run = tmp_path / str(nodes)
+        slurm.wait_for(slurm.train("demo", run, nodes=nodes, arguments=arguments), timeout_s=240)
+        assert jobs.final_loss(run) == pytest.approx(expected, rel=1e-5)
+
+
+def test_srun_alone_starts_ranks_that_find_one_another(
+    slurm: Slurm, config: Path, tmp_path: Path, expected_loss: float
+) -> None:
+    run = tmp_path / "run"
+    command = f"srun {sys.executable} -m spt_ds.train --config {config} --run-dir {run}"
+    slurm.wait_for(slurm.submit("--nodes=2", "--ntasks-per-node=1", "--wrap", command))
+    assert jobs.final_loss(run) == pytest.approx(expected_loss, rel=1e-5)
+    assert json.loads((run / "DONE.json").read_text())["world_size"] == 2
 
 
 def test_trains_over_two_nodes_and_then_generates(

@@ -75,10 +75,12 @@ def test_a_rank_with_a_fault_of_its_own_says_so_and_does_not_wait_for_the_others
 
 def test_what_a_job_reads_is_looked_at(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--config", "demo", "--deepspeed_config", "ds_configs/zero3.json"]) == 0
-    assert [line.split(":")[0] for line in lines(capsys, "ok")][-4:] == [
-        "ok   data.train", "ok   data.valid", "ok   data.test", "ok   DeepSpeed file"]  # fmt: skip
+    assert [line.split(":")[0] for line in lines(capsys, "ok")][-5:] == [
+        "ok   base", "ok   data.train", "ok   data.valid", "ok   data.test", "ok   DeepSpeed file"]  # fmt: skip
     assert doctor.main(["--config", "demo", "--set", f"data.test={home}/none.jsonl"]) == 2
     assert f"{home}/none.jsonl" in lines(capsys, "FAIL")[0]
+    assert doctor.main(["--config", "demo", "--set", f"model.base={home}/base"]) == 2
+    assert f"{home}/base" in lines(capsys, "FAIL")[0]
 
 
 def test_a_rank_that_meets_nobody_says_where_it_waited(

@@ -78,6 +78,56 @@ def test_what_a_site_sets_reaches_the_ranks(tmp_path: Path) -> None:
     assert "u" in told.stdout.splitlines()[1]
 
 
+def test_a_site_whose_last_line_fails_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "site.env").write_text("SPT_PYTHON=bash\n[[ -d /no/such/folder ]] && SPT_CACHE=/no\n")
+    (tmp_path / "slurm" / "common.sh").symlink_to(ROOT / "slurm" / "common.sh")
+    done = bash(f"cd {tmp_path}; spt_site; echo $SPT_PYTHON $-")
+    assert done.returncode == 0
+    python, options = done.stdout.split()
+    assert python == "bash"
+    assert {"e", "u"} <= set(options)
+
+
+OPEN = {"SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1",
+        "SPT_PYTHON": "bash", "SPT_PATIENCE_S": "0"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("squeue", "code"),
+    [
+        ("echo '7 all spt R'", 2),  # at work
+        ("true", 0),  # ended
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", 0),  # ended long ago
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", 2),  # who knows
+    ],
+)
+def test_one_job_at_a_time_owns_a_folder(tmp_path: Path, commands: Path, squeue: str, code: int) -> None:
+    (tmp_path / "run" / "slurm").mkdir(parents=True)
+    (tmp_path / "run" / "slurm" / "owner").write_text("7")
+    (commands / "squeue").write_text(f"#!/bin/bash\n{squeue}\n")
+    done = bash(f"cp() {{ :; }}\nspt_open {tmp_path}/run", commands, **OPEN)  # there is no script to keep here
+    told = done.stdout + done.stderr + (tmp_path / "run" / "logs" / "job.log").read_text()
+    assert done.returncode == code, told
+    assert (tmp_path / "run" / "slurm" / "owner").read_text() == ("7" if code else "9")
+
+
+def test_a_heterogeneous_job_is_refused(tmp_path: Path, commands: Path) -> None:
+    done = bash(f"spt_open {tmp_path}/run", commands, **OPEN, SLURM_HET_SIZE="2")
+    assert done.returncode == 2
+    assert "heterogeneous jobs" in done.stderr
+
+
+def test_a_controller_that_restarts_is_asked_again(tmp_path: Path, commands: Path) -> None:
+    busy = (
+        'if [[ ! -e "$CALLS.up" ]]; then touch "$CALLS.up"; echo "Unable to contact slurm controller" >&2; exit 1; fi'
+    )
+    (commands / "scontrol").write_text((commands / "scontrol").read_text().replace("case", f"{busy}\ncase"))
+    script = f"sleep() {{ :; }}\nSPT_FOLDER={tmp_path} SPT_CODE=75 SPT_ASKED=USR1\nspt_conclude {tmp_path}/DONE.json"
+    bash(script, commands, SLURM_JOB_ID="9", SLURM_RESTART_COUNT="1")
+    assert calls(commands) == ["scontrol show job 9", "scontrol show job 9", "scontrol requeue 9"]
+
+
 def test_an_interpreter_that_is_missing_is_named(tmp_path: Path) -> None:
     done = bash("spt_site", None, SPT_PYTHON=str(tmp_path / "python"))
     assert done.returncode == 2
