@@ -22,6 +22,7 @@ COMMANDS = {
     "summary": ("spt_ds.summary", "losses, scores and prompt usage of a run"),
     "bench": ("spt_ds.bench.command", "a training step at a given shape beside a naive twin"),
     "quantize": ("spt_ds.quantize", "write a base once in 4 or 8 bits"),
+    "plan": ("spt_ds.plan_command", "where the base of a run would live, and why, without loading it"),
     "doctor": ("spt_ds.doctor", "check machine, ranks and network before a run"),
     "config": ("spt_ds.cli", "show a resolved configuration, the schema or the recipes"),
 }

@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused(recipe: str, overrides: list[str], parts: 
 def test_a_base_that_trains_is_never_sharded_by_choice(kind: str) -> None:
     shape = BaseShape.from_config(LlamaConfig().to_dict())
     config = Config.model_validate({"method": {"type": kind}, "model": {"base_bits": 32}, **NO_PROMPTS})
-    found, why = plan.choose_placement(config, shape, 4, 20 * GIB)  # a share fits, the whole of 25 GiB does not
+    found, why = plan.choose_placement(config, shape, 4, 20 * GIB, None)  # a share fits, the whole of 25 GiB does not
     assert found == ("zero3" if kind == "none" else "replicate"), why
     assert kind == "none" or f"method.type: {kind} trains weights in it" in why
 

@@ -46,6 +46,19 @@ def test_commands_and_options_exist(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_inside_sentences_exist(path: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for name in re.findall(r"`spt-ds\s+([a-z_]\w*)", text):
+        assert name in COMMANDS, f"{path.name}: `spt-ds {name}`"
+
+
+def test_commands_that_messages_name_exist() -> None:
+    for file in (ROOT / "spt_ds").rglob("*.py"):
+        for name in re.findall(r"`spt-ds ([a-z_]\w*)", file.read_text(encoding="utf-8")):
+            assert name in COMMANDS, f"{file.name}: `spt-ds {name}`"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_recipes_and_overrides_exist(path: Path) -> None:
     code = blocks(path)
     for name in re.findall(r"--config ([\w.-]+)", code):

@@ -24,7 +24,7 @@ LAYERS = [
     {"config", "dist", "batch", "data", "evaluate", "plan"},
     {"model"},
     {"engine", "export"},
-    {"train", "generate", "cli", "summary", "quantize", "doctor", "chat", "report", "bench", "sweep", "tools", "api",
+    {"train", "generate", "cli", "summary", "quantize", "plan_command", "doctor", "chat", "report", "bench", "sweep", "tools", "api",
      "baselines", "__init__"},
 ]  # fmt: skip
 FENCES = {

@@ -1,0 +1,85 @@
+"""`spt-ds plan`: where the base of a run would live on given ranks, and why, without loading it.
+
+Reads the base's config.json alone. Exit code 2 where `engine.placement: auto` finds no place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from spt_ds import plan
+from spt_ds.config.load import load_config
+from spt_ds.config.schema import Config
+from spt_ds.engine.ds_config import remove_swap_files
+from spt_ds.engine.session import Memory, settle
+from spt_ds.errors import ConfigError, SptError
+from spt_ds.model.backbone import load_base_config
+from spt_ds.plan import GIB, BaseShape
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = argparse.ArgumentParser(prog="spt-ds plan", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", required=True, help="YAML file or name of a shipped recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of the run (default 1)")
+    parser.add_argument("--memory-gib", type=float, metavar="G", help="memory of a rank's GPU; default this machine's")
+    parser.add_argument(
+        "--host-gib", type=float, metavar="G", help="host memory beside each GPU; default this host's, shared by N"
+    )
+    args = parser.parse_args(argv)
+    try:
+        for name in ("ranks", "memory_gib", "host_gib"):
+            value = getattr(args, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+        config = load_config(args.config, args.overrides)
+        shape = BaseShape.from_config(load_base_config(config.model).to_dict())
+        memory = _memory(args.memory_gib, args.host_gib, args.ranks)
+        print("\n".join(sizes(config, shape, args.ranks, memory)))
+        ds_plan, _, lines = settle(config, shape, args.deepspeed_config, args.ranks, memory)
+        remove_swap_files(ds_plan)  # a dry run leaves no folder behind
+        print("\n".join(lines))
+    except SptError as error:
+        sys.stdout.flush()
+        print(f"spt-ds plan: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _memory(gpu_gib: float | None, host_gib: float | None, ranks: int) -> Memory:
+    gpu = None if gpu_gib is None else int(gpu_gib * GIB)
+    if gpu is None and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0).total_memory
+    if gpu is None and host_gib is not None:
+        raise ConfigError("--host-gib is the memory beside a GPU, and this machine has none; give --memory-gib too")
+    host = plan.host_memory_per_rank(ranks) if host_gib is None else int(host_gib * GIB * plan.USABLE)
+    return Memory(plan.memory_per_rank(gpu, ranks), None if gpu is None else host)
+
+
+def sizes(config: Config, shape: BaseShape, ranks: int, memory: Memory) -> list[str]:
+    """The terms of the decision, a line each, in GiB for one rank."""
+    base = shape.base_bytes(config.model.base_bits)
+    shared = {p: plan.resident_bytes(shape, config.model.base_bits, p, ranks) for p in ("zero3", "zero3_offload")}
+    terms = {
+        f"memory of a rank, {plan.USABLE:.0%} of it": memory.rank_bytes,
+        f"host memory beside it, {plan.USABLE:.0%} of it": memory.host_bytes,
+        "process, kernels, buffers": plan.FIXED_BYTES,
+        "trainables, gradients, Adam": plan.trainable_bytes(config, shape),
+        "activations, recomputed": plan.step_bytes(config, shape, recompute=True),
+        "activations, all kept": plan.step_bytes(config, shape, recompute=False),
+        "base, whole (replicate)": base,
+        f"base, share of 1/{ranks} + gathered (zero3)": shared["zero3"],
+        "base, gathered (zero3_offload)": shared["zero3_offload"],
+        f"base, share of 1/{ranks} on the host": base // ranks,
+    }
+    return [f"{name:<42} {size / GIB:9.2f} GiB" for name, size in terms.items() if size is not None]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
