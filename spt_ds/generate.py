@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from spt_ds.config.schema import Config
 from spt_ds.errors import CheckpointError, SptError
-from spt_ds.train import exit_with, run_job
+from spt_ds.train import exit_with, join, run_job
 
 if TYPE_CHECKING:
     from spt_ds.dist import World
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(config: Config, run_dir: Path) -> int:
         from spt_ds import dist
 
-        world = dist.init(config.engine.collective_timeout_s)
+        world = join(config, run_dir)
         _generate(config, run_dir, args.out or run_dir / "generate", args.checkpoint, args.deepspeed_config, world)
         dist.shutdown()
         return 0
@@ -81,6 +81,7 @@ def open_run(
 def find_checkpoint(run_dir: Path, which: str) -> Path:
     """The folder of a run's `best`, `last` or numbered checkpoint; raise CheckpointError when there is none."""
     from spt_ds.engine import checkpoint, run_folder
+    from spt_ds.log import get_logger
 
     folder = run_dir / run_folder.CHECKPOINTS
     if which.isdigit():
@@ -96,8 +97,13 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
         raise CheckpointError(f"{folder}: no good checkpoint; train first, or give another run folder")
     path, saved = newest
     best = saved.state["run"]["best_step"]
-    found = folder / f"step-{best:08d}" if which == "best" and best is not None else path
-    return found if found.is_dir() else path
+    if which == "last" or best is None:
+        return path
+    found = folder / f"step-{best:08d}"
+    if found.is_dir():
+        return found
+    get_logger().warning(f"{found}: the best checkpoint is missing; taking the last one, {path.name}, in its place")
+    return path
 
 
 if __name__ == "__main__":

@@ -9,14 +9,22 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
 from spt_ds.engine.stop import EXIT_FAILED, EXIT_USER_ERROR
 from spt_ds.errors import SptError
+
+if TYPE_CHECKING:
+    from spt_ds.dist import World
+
+_started: list[str] = []  # name of this start, the same on every rank, once they have met
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +39,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; return the exit code."""
+    started_s = time.monotonic()
     parser = argparse.ArgumentParser(
         prog="spt-ds train", description="Train prompt bank and retriever on a frozen base."
     )
@@ -41,12 +50,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         from spt_ds import dist
         from spt_ds.engine.trainer import Trainer
 
-        world = dist.init(config.engine.collective_timeout_s)
-        code = Trainer(config, run_dir, args.deepspeed_config, world).run()
+        world = join(config, run_dir)
+        code = Trainer(config, run_dir, args.deepspeed_config, world, started_s).run()
         dist.shutdown()
         return code
 
     return run_job(args, work)
+
+
+def join(config: Config, run_dir: Path) -> World:
+    """Start the process group; the ranks agree on a name for this start, under which the first that fails speaks."""
+    from spt_ds import dist
+
+    world = dist.init(config.engine.collective_timeout_s)
+    if world.rank == 0:
+        for old in (run_dir / "errors").glob(".first-*"):
+            with contextlib.suppress(OSError):  # it is another start's, and harms none
+                old.unlink()
+    _started[:] = [dist.broadcast_json(uuid.uuid4().hex)]
+    return world
 
 
 def run_job(args: argparse.Namespace, work: Callable[[Config, Path], int]) -> int:
@@ -105,10 +127,9 @@ def _keep_traceback(run_dir: Path | None, text: str) -> Path | None:
 def _speak(run_dir: Path | None, message: str) -> None:
     """Print `message` unless another rank of this start has spoken already."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        key = "-".join([os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), str(os.getppid())])
         folder = run_dir if run_dir is not None and run_dir.is_dir() else None
-        if folder is not None:
-            claim = folder / "errors" / f".first-{key}"
+        if folder is not None and _started:
+            claim = folder / "errors" / f".first-{_started[0]}"
             try:
                 claim.parent.mkdir(exist_ok=True)
                 claim.touch(exist_ok=False)
@@ -116,7 +137,7 @@ def _speak(run_dir: Path | None, message: str) -> None:
                 return
             except OSError:
                 pass  # a full disk must not hide the message
-        elif _rank() != "0":
+        elif folder is None and _rank() != "0":
             return  # nothing is shared yet: what fails this early fails alike on every rank
     with contextlib.suppress(BrokenPipeError):
         # On a line of its own: a progress bar may stand where the cursor is.

@@ -99,9 +99,32 @@ def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
     return None
 
 
-def prune(folder: Path, keep_last: int, best: int | None) -> None:
-    """Remove all but the newest `keep_last` complete checkpoints and the one of step `best`."""
-    complete = [path for path in sorted(folder.glob("step-*")) if (path / MARKER).is_file()]
+def set_aside(folder: Path, step: int) -> None:
+    """Rename what is newer than `step`, where a run goes on: it is damaged, and no number of it may count again.
+
+    Raises CheckpointError when the disk refuses.
+    """
+    newer = [path for path in sorted(folder.glob("step-*")) if path.name > f"step-{step:08d}"]
+    for path in newer:
+        target = path.with_name(f"damaged-{path.name}")
+        try:
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be renamed ({error.strerror}); move it away by hand") from error
+    if newer:
+        names = ", ".join(path.name for path in newer)
+        get_logger().warning(f"{folder}: set aside as damaged-*: {names}; the run goes on from step {step}")
+
+
+def prune(folder: Path, keep_last: int, best: int | None, saved: int) -> None:
+    """Remove all but the newest `keep_last` complete checkpoints up to step `saved` and the one of step `best`.
+
+    `saved` is the step that was just written: it stays, and nothing newer counts.
+    """
+    complete = [
+        path for path in sorted(folder.glob("step-*")) if path.name <= f"step-{saved:08d}" and (path / MARKER).is_file()
+    ]
     for path in complete[:-keep_last]:
         if best is None or path.name != f"step-{best:08d}":
             (path / MARKER).unlink()  # first of all no longer a checkpoint, then gone

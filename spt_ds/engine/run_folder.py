@@ -28,7 +28,9 @@ RECORDED = (
     "SLURM_RESTART_COUNT",
     "WORLD_SIZE",
 )
-# Sections that may change between a run and its continuation: they move no number of the training.
+# What may change between a run and its continuation. It leaves every step's draws and arithmetic alone, up to the
+# order of sums; `max_steps` and `epochs` say how long the run is, which a cosine schedule follows, and
+# `eval_every_steps` at which steps the best checkpoint is looked for.
 FREE = {"engine", "checkpoint", "log", "generate"}
 FREE_KEYS = {
     "train": {"max_steps", "epochs", "eval_every_steps", "max_hours", "micro_batch"},
@@ -38,26 +40,54 @@ FREE_KEYS = {
 
 
 def prepare(run_dir: Path, config: Config, deepspeed_config: str | None) -> None:
-    """Make the folder and write configuration, DeepSpeed JSON, versions and environment into it.
+    """Make the folder and write configuration, DeepSpeed JSON (already checked), versions and environment into it.
 
-    Raises ConfigError when the folder holds a run whose numbers this configuration would not continue.
+    A DONE.json is removed first: call it only for a run that is to go on. Raises ConfigError as `check` does.
     """
-    earlier = run_dir / CONFIG
-    if earlier.is_file():
-        changed = differences(load_config(str(earlier)), config)
-        if changed:
-            raise ConfigError(
-                f"{run_dir}: holds a run with another configuration ({'; '.join(changed)}); "
-                "choose another --run-dir, or remove the folder to start over"
-            )
+    check(run_dir, config)
     try:
         (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        write_text(earlier, dump_config(config))
+        (run_dir / DONE).unlink(missing_ok=True)
+        write_text(run_dir / CONFIG, dump_config(config))
         write_text(run_dir / ENVIRONMENT, json.dumps(environment(), indent=2))
         if deepspeed_config is not None:
             write_text(run_dir / "deepspeed.json", Path(deepspeed_config).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{run_dir}: cannot be written ({error.strerror}); choose another --run-dir") from error
+
+
+def check(run_dir: Path, config: Config) -> None:
+    """Raise ConfigError when the folder holds a run whose numbers this configuration would not continue.
+
+    What a refused start left behind, without a line of metrics or a checkpoint, holds none.
+    """
+    earlier = run_dir / CONFIG
+    held = any((run_dir / name).is_file() for name in (METRICS, DONE)) or any((run_dir / CHECKPOINTS).glob("step-*"))
+    changed = differences(load_config(str(earlier)), config) if held and earlier.is_file() else []
+    if changed:
+        raise ConfigError(
+            f"{run_dir}: holds a run with another configuration ({'; '.join(changed)}); "
+            "choose another --run-dir, or remove the folder to start over"
+        )
+
+
+def is_done(run_dir: Path, config: Config) -> bool:
+    """Whether the folder's run is done and this configuration asks for no more steps; raises as `check` does."""
+    check(run_dir, config)
+    done, earlier = run_dir / DONE, run_dir / CONFIG
+    if not done.is_file():
+        return False
+    if not earlier.is_file():
+        return True
+    before, now = load_config(str(earlier)).train, config.train
+    if (before.max_steps, before.epochs) == (now.max_steps, now.epochs):
+        return True
+    if now.max_steps:
+        try:
+            return int(json.loads(done.read_text(encoding="utf-8"))["step"]) >= now.max_steps
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{done}: cannot be read ({error}); remove it and the run goes on") from error
+    return before.max_steps == 0 and now.epochs <= before.epochs
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -17,11 +17,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequests:
-    """Collects requests on one rank. `max_hours` 0 sets no limit."""
+    """Collects requests on one rank. `max_hours` counts from `started_s` (time.monotonic()); 0 sets no limit."""
 
-    def __init__(self, run_dir: Path, max_hours: float, *, watch_files: bool) -> None:
+    def __init__(self, run_dir: Path, max_hours: float, *, watch_files: bool, started_s: float | None = None) -> None:
         self.run_dir = run_dir
-        self.deadline_s = time.monotonic() + max_hours * 3600 if max_hours else None
+        started_s = time.monotonic() if started_s is None else started_s
+        self.deadline_s = started_s + max_hours * 3600 if max_hours else None
         self.watch_files = watch_files  # one rank looks, the reduction tells the others
         self.reason = ""
 

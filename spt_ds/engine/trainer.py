@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from spt_ds.data.loader import TrainLoader, eval_batches
 from spt_ds.data.sampler import total_steps
 from spt_ds.data.store import ExampleStore
 from spt_ds.engine import checkpoint, run_folder
+from spt_ds.engine.ds_config import load_ds_config
 from spt_ds.engine.engine import Engine
 from spt_ds.engine.metrics import Metrics
 from spt_ds.engine.session import open_session, open_split
@@ -33,21 +35,31 @@ class RunState:
     best_nll: float = math.inf
     best_step: int | None = None
     valid_before: dict[str, float] | None = None
+    owes_validation: bool = False  # stopped at a step that was to be validated: saved at once, validated on resume
 
 
 class Trainer:
     """One run in one folder; a run that is found there is continued."""
 
-    def __init__(self, config: Config, run_dir: Path, deepspeed_config: str | None, world: dist.World) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        deepspeed_config: str | None,
+        world: dist.World,
+        started_s: float | None = None,  # time.monotonic() of the program's start, for train.max_hours
+    ) -> None:
         self.config = config
         self.run_dir = run_dir
         self.deepspeed_config = deepspeed_config
         self.world = world
+        self.started_s = time.monotonic() if started_s is None else started_s
         self.state = RunState()
 
     def run(self) -> int:
         """Train to the end (exit code 0) or to an agreed stop with a checkpoint (75)."""
-        if dist.broadcast_json((self.run_dir / run_folder.DONE).is_file()):
+        leads = self.world.rank == 0
+        if dist.broadcast_json(dist.agreed(lambda: leads and run_folder.is_done(self.run_dir, self.config))):
             get_logger().info(f"{self.run_dir}: this run is done ({run_folder.DONE} is there); nothing to do")
             return EXIT_DONE
         dist.agreed(self._prepare_folder)
@@ -60,10 +72,10 @@ class Trainer:
             self.run_dir,
             self.total,
             self.state.step,
-            active=self.world.rank == 0,
+            active=leads,
             tensorboard=self.config.log.tensorboard,
         )
-        self.stop = StopRequests(self.run_dir, self.config.train.max_hours, watch_files=self.world.rank == 0)
+        self.stop = StopRequests(self.run_dir, self.config.train.max_hours, watch_files=leads, started_s=self.started_s)
         self.stop.install()
         try:
             return self._loop(train, valid)
@@ -79,6 +91,8 @@ class Trainer:
 
     def _prepare_folder(self) -> None:
         if self.world.rank == 0:
+            if self.deepspeed_config is not None:  # a file that cannot be used leaves no folder
+                load_ds_config(self.deepspeed_config, self.config, self.world.size)
             run_folder.prepare(self.run_dir, self.config, self.deepspeed_config)
 
     def _loop(self, train: ExampleStore, valid: ExampleStore) -> int:
@@ -86,6 +100,8 @@ class Trainer:
         if state.step == 0:
             state.valid_before = self._validate(valid)
         windows = self._windows(train)
+        if state.owes_validation and state.step < self.total:
+            state = self.state = self._judged(self._validate(valid))  # its checkpoint is there already
         while state.step < self.total:
             window = next(windows)
             out = self.engine.train_window(window, state.step, self.total, self.stop.poll())
@@ -97,18 +113,21 @@ class Trainer:
                 self.metrics.record(state.step, "train", out.metrics())
             if last or stop:
                 break
+            judged = state
             if _due(config.train.eval_every_steps, state.step):
-                self._validate(valid)
-            if save or _due(config.checkpoint.every_steps, state.step) or state.best_step == state.step:
-                self._save(final=False)
+                judged = self._judged(self._validate(valid))
+            if save or _due(config.checkpoint.every_steps, state.step) or judged.best_step == state.step:
+                self._save(judged, final=False)
+                state = self.state
         if state.step < self.total:
-            self._save(final=True)
+            # Validation may outlast the grace of whoever stops the run: it is made up for on resume.
+            self._save(replace(state, owes_validation=_due(config.train.eval_every_steps, state.step)), final=True)
             get_logger().warning(
                 f"stopped at step {state.step} of {self.total} ({self.stop.reason or 'asked by a rank'})"
             )
             return EXIT_STOPPED
         after = self._validate(valid) if state.step or state.valid_before is None else state.valid_before
-        self._save(final=True)
+        self._save(self._judged(after), final=True)
         self._finish(after)
         return EXIT_DONE
 
@@ -130,15 +149,22 @@ class Trainer:
         batches = eval_batches(valid, self.config.train.micro_batch, self.world.size, self.world.rank)
         values = self.engine.evaluate(batches)
         self.metrics.record(self.state.step, "valid", values)
-        if self.state.step and values["nll_selected"] < self.state.best_nll:
-            self.state.best_nll, self.state.best_step = values["nll_selected"], self.state.step
         return values
+
+    def _judged(self, values: dict[str, float]) -> RunState:
+        """The state with this step as the best one where it is; the run's own only once its checkpoint is written."""
+        state = replace(self.state, owes_validation=False)
+        if state.step and values["nll_selected"] < state.best_nll:
+            state.best_nll, state.best_step = values["nll_selected"], state.step
+        return state
 
     def _resume(self) -> None:
         """Go on from the newest good checkpoint; rank 0 looks and all take the one it found."""
         folder = self.run_dir / run_folder.CHECKPOINTS
         found = checkpoint.load_newest(folder) if self.world.rank == 0 else None
         name = dist.broadcast_json(found[0].name if found else None)
+        step = found[1].state["step"] if found else 0
+        dist.agreed(lambda: checkpoint.set_aside(folder, step) if self.world.rank == 0 else None)
         if name is None:
             return
         path = folder / name
@@ -147,20 +173,26 @@ class Trainer:
         checkpoint.restore_optimizer(self.engine.optimizer, self.engine.names, saved.optimizer)
         self.state = RunState(**saved.state["run"])
         get_logger().info(f"resuming from {path} at step {self.state.step}")
+        if (before := saved.state["total_steps"]) != self.total:
+            follows = "; the learning rate follows the new length" if self.config.optim.schedule == "cosine" else ""
+            get_logger().info(f"the run was {before} steps long and now is {self.total}{follows}")
 
-    def _save(self, *, final: bool) -> None:
-        """Save on rank 0 and let every rank know how it went: they go on, or fail, together."""
+    def _save(self, state: RunState, *, final: bool) -> None:
+        """Save on rank 0 and let every rank know how it went: they go on, or fail, together.
+
+        `state` becomes the run's when it is written: until then the best step stays one that a checkpoint holds.
+        """
 
         def write() -> None:
             if self.world.rank != 0:
                 return
             folder = self.run_dir / run_folder.CHECKPOINTS
-            state = {"step": self.state.step, "run": vars(self.state), "total_steps": self.total}
-            state |= {"config": dump_config(self.config), "environment": run_folder.environment()}
+            told = {"step": state.step, "run": asdict(state), "total_steps": self.total}
+            told |= {"config": dump_config(self.config), "environment": run_folder.environment()}
             tensors = dict(self.engine.trainables.named_parameters())
             moments = checkpoint.optimizer_tensors(self.engine.optimizer, self.engine.names)
-            checkpoint.save(folder, checkpoint.Checkpoint(dict(tensors), moments, state))
-            checkpoint.prune(folder, self.config.checkpoint.keep_last, self.state.best_step)
+            checkpoint.save(folder, checkpoint.Checkpoint(dict(tensors), moments, told))
+            checkpoint.prune(folder, self.config.checkpoint.keep_last, state.best_step, state.step)
 
         try:
             dist.agreed(write)
@@ -168,6 +200,8 @@ class Trainer:
             if final or self.config.checkpoint.on_save_error == "stop":
                 raise
             get_logger().warning(f"{error}; training goes on (checkpoint.on_save_error: continue)")
+        else:
+            self.state = state
 
     def _finish(self, after: dict[str, float]) -> None:
         if self.world.rank != 0:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spt_ds import dist
 from spt_ds.engine.ds_config import DsPlan, remove_swap_files
 from spt_ds.errors import EngineError
 from spt_ds.log import say_once
@@ -43,7 +44,7 @@ class Sharding:
         if not self.on:
             return
         if self.plan.offload == "nvme":
-            check_build_locks()
+            dist.agreed(check_build_locks)
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
         import deepspeed
         from deepspeed.runtime.zero import utils as zero_utils

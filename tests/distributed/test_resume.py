@@ -14,9 +14,10 @@ import pytest
 from spt_ds import dist
 from spt_ds.config.load import load_config
 from spt_ds.engine import checkpoint
-from spt_ds.engine.stop import EXIT_DONE
+from spt_ds.engine.stop import EXIT_DONE, EXIT_STOPPED
 from spt_ds.engine.trainer import Trainer
 from tests.distributed.scenes import CONFIG, Scene, gap
+from tests.distributed.test_agree import ask_after
 from tests.helpers.ranks import run_ranks
 
 STEPS, SAVED_AT = 6, 3
@@ -35,18 +36,21 @@ class Run:
     trained: dict[str, np.ndarray]
 
 
-def train(world: dist.World, overrides: list[str], run_dir: Path, ds: str | None) -> int:
-    return Trainer(load_config(CONFIG, overrides), run_dir, ds, world).run()
+def train(world: dist.World, options: list[str], run_dir: Path, ds: str | None) -> int:
+    return Trainer(load_config(CONFIG, options), run_dir, ds, world).run()
+
+
+def overrides(scene: Scene, steps: int, *more: str) -> list[str]:
+    return scene.overrides(
+        "llama", f"train.max_steps={steps}", f"checkpoint.every_steps={SAVED_AT}", "checkpoint.keep_last=9",
+        "optim.clip_norm=1", "optim.warmup_steps=2", "optim.prompts_lr=0.02", "train.eval_every_steps=2", *more,
+    )  # fmt: skip
 
 
 def finish(scene: Scene, place: Place, folder: Path, steps: int = STEPS, more: tuple[str, ...] = ()) -> Run:
     """Train to the end in `folder`, from wherever the folder stands."""
     world, ds = place
-    overrides = scene.overrides(
-        "llama", f"train.max_steps={steps}", f"checkpoint.every_steps={SAVED_AT}", "checkpoint.keep_last=9",
-        "optim.clip_norm=1", "optim.warmup_steps=2", "optim.prompts_lr=0.02", "train.eval_every_steps=2", *more,
-    )  # fmt: skip
-    codes = run_ranks(world, train, overrides, folder, ds and scene.ds(ds))
+    codes = run_ranks(world, train, overrides(scene, steps, *more), folder, ds and scene.ds(ds))
     assert codes == [EXIT_DONE] * world
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [line for line in lines if line["kind"] == "train"]
@@ -84,6 +88,50 @@ def test_same_ranks_go_on_to_the_last_bit(scene: Scene, whole, tmp_path: Path, p
         assert np.array_equal(again.trained[name], tensor), name
     done = [json.loads((run.folder / "DONE.json").read_text()) for run in (again, expected)]
     assert done[0] == done[1]
+
+
+def test_a_damaged_newest_one_is_set_aside(scene: Scene, whole, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """It counted as one of the newest, and the good ones were removed."""
+    expected: Run = whole(ONE)
+    folder = tmp_path / "run"
+    shutil.copytree(expected.folder, folder)
+    (folder / "DONE.json").unlink()
+    saved = folder / "checkpoints" / f"step-{STEPS:08d}" / checkpoint.TRAINABLES
+    saved.write_bytes(saved.read_bytes()[:-1] + b"x")
+    again = finish(scene, ONE, folder, more=("checkpoint.keep_last=1",))
+    assert again.losses == expected.losses
+    assert (folder / "checkpoints" / f"damaged-step-{STEPS:08d}").is_dir()
+
+
+def test_a_done_run_goes_on_to_a_new_length(scene: Scene, whole, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    expected: Run = whole(ONE)
+    folder = tmp_path / "run"
+    shutil.copytree(expected.folder, folder)
+    again = finish(scene, ONE, folder, steps=STEPS + 1)
+    assert json.loads((folder / "DONE.json").read_text())["step"] == STEPS + 1
+    assert {step: again.losses[step] for step in expected.losses} == expected.losses  # none was taken again
+
+
+def stop_at(world: dist.World, options: list[str], run_dir: Path, step: int) -> int:
+    trainer = Trainer(load_config(CONFIG, options), run_dir, None, world)
+    ask_after(trainer, step - 1, (run_dir / "STOP").touch)
+    return trainer.run()
+
+
+def test_a_stop_loses_no_validation(scene: Scene, whole, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Stopped at a step that is to be validated, which is done on resume."""
+    expected: Run = whole(ONE)
+    folder = tmp_path / "run"
+    assert run_ranks(1, stop_at, overrides(scene, STEPS), folder, 4) == [EXIT_STOPPED]
+    assert checkpoint.load(folder / "checkpoints" / "step-00000004").state["run"]["owes_validation"]
+    finish(scene, ONE, folder)
+
+    def valid(run_dir: Path) -> dict[int, float]:
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line["nll_selected"] for line in lines if line["kind"] == "valid"}
+
+    assert valid(folder) == valid(expected.folder)
+    assert json.loads((folder / "DONE.json").read_text()) == json.loads((expected.folder / "DONE.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,21 @@ from spt_ds import train
 from tests.helpers.ranks import run_ranks
 
 
-def run(run_dir: Path, *overrides: str) -> tuple[int, str]:
+def run(run_dir: Path, *overrides: str, deepspeed_config: str | None = None) -> tuple[int, str]:
     """Train in a rank of its own, so that process groups and signal handlers do not leak between tests."""
-    code, text = run_ranks(1, _train, str(run_dir), overrides, timeout_s=60)[0]
+    code, text = run_ranks(1, _train, str(run_dir), overrides, deepspeed_config, timeout_s=60)[0]
     return code, text
 
 
-def _train(world: object, run_dir: str, overrides: tuple[str, ...]) -> tuple[int, str]:
+def _train(world: object, run_dir: str, overrides: tuple[str, ...], deepspeed_config: str | None) -> tuple[int, str]:
     import contextlib
     import io
 
     argv = ["--config", "demo", "--run-dir", run_dir]
     for override in ("train.max_steps=1", "data.workers=0", *overrides):
         argv += ["--set", override]
+    if deepspeed_config is not None:
+        argv += ["--deepspeed_config", deepspeed_config]
     spoken = io.StringIO()
     with contextlib.redirect_stderr(spoken):
         code = train.main(argv)
@@ -84,6 +86,55 @@ def test_base_folder_without_weights(tmp_path: Path) -> None:
     code, text = run(tmp_path / "run", f"model.base={base}")
     assert code == 2
     assert "no weights can be loaded" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [(None, "cannot read the DeepSpeed file"), (b"{\xff}", "not UTF-8 text"), (b'{"zero": 1}', "problem(s)")],
+)
+def test_a_bad_deepspeed_file_leaves_no_folder(content: bytes | None, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    if content is not None:
+        path.write_bytes(content)
+    code, text = run(tmp_path / "run", deepspeed_config=str(path))
+    assert code == 2
+    assert part in text
+    assert "--run-dir" not in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_mended_command_starts_and_another_one_is_refused_when_done(tmp_path: Path) -> None:
+    assert run(tmp_path / "run", "data.train=nowhere.txt")[0] == 2
+    assert run(tmp_path / "run")[0] == 0
+    assert run(tmp_path / "run")[0] == 0  # nothing to do
+    code, text = run(tmp_path / "run", "train.seed=5")
+    assert code == 2
+    assert "train.seed: 0 -> 5" in text
+
+
+def _speaks_twice(world: object, run_dir: str) -> list[int]:
+    """Two starts with the same address, port and parent; how often this rank speaks in each."""
+    import contextlib
+    import io
+
+    from spt_ds.config.load import load_config
+    from spt_ds.dist import barrier
+
+    counts = []
+    for _ in range(2):
+        train.join(load_config("demo", []), Path(run_dir))
+        spoken = io.StringIO()
+        with contextlib.redirect_stderr(spoken):
+            train._speak(Path(run_dir), "error: x")
+        counts.append(spoken.getvalue().count("error: x"))
+        barrier()
+    return counts
+
+
+def test_each_start_speaks_once(tmp_path: Path) -> None:
+    """A claim of the first start stayed, and silenced every later one with the same port and parent."""
+    first, second = run_ranks(2, _speaks_twice, str(tmp_path))
+    assert [a + b for a, b in zip(first, second, strict=True)] == [1, 1]
 
 
 def _two_files(world: object, folder: str) -> str:

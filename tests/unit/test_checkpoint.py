@@ -21,6 +21,7 @@ from torch import nn
 from spt_ds.engine import checkpoint
 from spt_ds.engine.checkpoint import MARKER, OPTIMIZER, STATE, TRAINABLES, Checkpoint
 from spt_ds.errors import CheckpointError
+from spt_ds.generate import find_checkpoint
 
 FILES = (TRAINABLES, OPTIMIZER, STATE, MARKER)
 
@@ -160,7 +161,7 @@ def test_a_whole_checkpoint_is_never_replaced_and_a_damaged_one_is(tmp_path: Pat
 def test_prune_keeps_the_last_and_the_best(tmp_path: Path, keep_last: int, best: int | None, left: list[int]) -> None:
     for step in range(1, 7):
         checkpoint.save(tmp_path, make(step))
-    checkpoint.prune(tmp_path, keep_last, best)
+    checkpoint.prune(tmp_path, keep_last, best, 6)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in left]
 
 
@@ -169,8 +170,35 @@ def test_prune_counts_only_whole_ones(tmp_path: Path) -> None:
     for step in (1, 2):
         checkpoint.save(tmp_path, make(step))
     (tmp_path / "step-00000002" / MARKER).unlink()
-    checkpoint.prune(tmp_path, 1, None)
+    checkpoint.prune(tmp_path, 1, None, 2)
     assert checkpoint.load(tmp_path / "step-00000001").state["step"] == 1
+
+
+def test_damaged_newer_ones_push_out_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """After a resume from step 2, steps 3 and 4 with a flipped byte counted as the newest: step 2 was removed."""
+    for step in range(1, 5):
+        checkpoint.save(tmp_path, make(step))
+    for step in (3, 4):
+        flip(tmp_path / f"step-{step:08d}" / TRAINABLES)
+    checkpoint.prune(tmp_path, 1, None, 2)
+    assert checkpoint.load(tmp_path / "step-00000002").state["step"] == 2
+    with caplog.at_level(logging.WARNING), listened(caplog):
+        checkpoint.set_aside(tmp_path, 2)
+        checkpoint.set_aside(tmp_path, 2)  # nothing is left to say
+    assert [record.message.count("step-0000000") for record in caplog.records] == [2]
+    names = ["damaged-step-00000003", "damaged-step-00000004", "step-00000002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_a_missing_best_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = make(3)
+    saved.state["run"]["best_step"] = 2
+    last = checkpoint.save(tmp_path / "checkpoints", saved)
+    with caplog.at_level(logging.WARNING), listened(caplog):
+        assert find_checkpoint(tmp_path, "last") == last
+        assert not caplog.records
+        assert find_checkpoint(tmp_path, "best") == last
+    assert "step-00000002: the best checkpoint is missing; taking the last one, step-00000003" in caplog.text
 
 
 @pytest.mark.parametrize("call", range(1, 7))

@@ -38,6 +38,7 @@ def test_nothing_changed_is_no_difference() -> None:
 )
 def test_what_moves_numbers_may_not_change(tmp_path: Path, section: str, key: str, value: object) -> None:
     run_folder.prepare(tmp_path, config(), None)
+    (tmp_path / run_folder.METRICS).write_text("{}\n")
     with pytest.raises(ConfigError) as error:
         run_folder.prepare(tmp_path, config(**{section: {key: value}}), None)
     old = getattr(getattr(config(), section), key)
@@ -63,9 +64,48 @@ def test_what_moves_numbers_may_not_change(tmp_path: Path, section: str, key: st
 )
 def test_what_moves_no_number_may_change(tmp_path: Path, section: str, key: str, value: object) -> None:
     run_folder.prepare(tmp_path, config(), None)
+    (tmp_path / run_folder.METRICS).write_text("{}\n")
     changed = config(**{section: {key: value}})
     run_folder.prepare(tmp_path, changed, None)
     assert load_config(str(tmp_path / "config.yaml")) == changed
+
+
+def test_a_refused_start_claims_nothing(tmp_path: Path) -> None:
+    run_folder.prepare(tmp_path, config(data={"train": "misspelt"}), None)
+    run_folder.prepare(tmp_path, config(), None)
+    assert load_config(str(tmp_path / "config.yaml")) == config()
+    (tmp_path / "checkpoints" / "step-00000001").mkdir()
+    with pytest.raises(ConfigError, match="holds a run with another configuration"):
+        run_folder.prepare(tmp_path, config(data={"train": "misspelt"}), None)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "done"),
+    [
+        ({"max_steps": 4}, {"max_steps": 4}, True),
+        ({"max_steps": 4}, {"max_steps": 3}, True),
+        ({"max_steps": 4}, {"max_steps": 5}, False),
+        ({"max_steps": 4}, {"max_steps": 4, "micro_batch": 1}, True),
+        ({"max_steps": 4}, {"epochs": 2}, False),
+        ({"epochs": 2}, {"epochs": 3}, False),
+        ({"epochs": 2}, {"epochs": 1}, True),
+        ({"epochs": 2}, {"max_steps": 9}, False),
+    ],
+)
+def test_a_longer_run_is_not_done(tmp_path: Path, before: dict[str, int], now: dict[str, int], done: bool) -> None:
+    run_folder.prepare(tmp_path, config(train=before), None)
+    assert not run_folder.is_done(tmp_path, config(train=before))
+    (tmp_path / run_folder.DONE).write_text('{"step": 4}')
+    assert run_folder.is_done(tmp_path, config(train=now)) == done
+    run_folder.prepare(tmp_path, config(train=now), None)
+    assert not (tmp_path / run_folder.DONE).exists()  # out of the way of a run that goes on
+
+
+def test_another_configuration_is_refused_before_a_run_is_called_done(tmp_path: Path) -> None:
+    run_folder.prepare(tmp_path, config(), None)
+    (tmp_path / run_folder.DONE).write_text('{"step": 4}')
+    with pytest.raises(ConfigError, match=r"train\.seed: 0 -> 1"):
+        run_folder.is_done(tmp_path, config(train={"seed": 1}))
 
 
 def test_every_free_option_exists() -> None:

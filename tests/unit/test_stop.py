@@ -77,6 +77,15 @@ def test_a_budget_is_wall_clock_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert stop.reason == "wall-clock budget"
 
 
+def test_a_budget_includes_what_came_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a large base takes its share of a job's time limit."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stop = StopRequests(tmp_path, 2.0, watch_files=False, started_s=now - 3600)
+    now += 3601
+    assert stop.poll() == (1.0, 0.0)
+
+
 TRAINING = """
 import sys, time
 from pathlib import Path
