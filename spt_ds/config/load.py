@@ -117,7 +117,9 @@ def _parse(name: str, text: str) -> dict[str, Any]:
         raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{name}:{line}: not valid YAML: control character U+{error.character:04X}; remove it") from error
+        raise ConfigError(
+            f"{name}:{line}: not valid YAML: control character U+{error.character:04X}; remove it"
+        ) from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):

@@ -24,8 +24,8 @@ LAYERS = [
     {"config", "dist", "batch", "data", "evaluate", "plan"},
     {"model"},
     {"engine", "export"},
-    {"train", "generate", "cli", "summary", "quantize", "plan_command", "doctor", "chat", "report", "bench", "sweep", "tools", "api",
-     "baselines", "__init__"},
+    {"train", "generate", "cli", "summary", "quantize", "plan_command", "doctor", "chat", "report", "bench", "sweep",
+     "tools", "api", "baselines", "__init__"},
 ]  # fmt: skip
 FENCES = {
     "deepspeed": {"engine"},
