@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spt_ds import dist
 from spt_ds.engine import zero
+from spt_ds.engine.ds_config import DsPlan
 from spt_ds.errors import EngineError
 from spt_ds.model.spt import Counts
 from tests.distributed.scenes import ROOT, Scene, Setup, open_engine, windows
@@ -89,3 +91,24 @@ def test_a_build_in_progress_is_waited_for(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(zero.time, "sleep", lambda seconds: lock.unlink())  # type: ignore[attr-defined]
     zero.check_build_locks()
     assert not lock.exists()
+
+
+def locked_on_one(world: dist.World, folder: str) -> str:
+    """The second rank's host has a lock that a killed build left; its fellow must not wait for it."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = f"{folder}/{world.rank}"
+    plan = DsPlan(3, "nvme", {}, ())
+    try:
+        zero.Sharding(plan, world.device).before_load()
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+def test_a_stale_build_lock_on_one_host_ends_all(tmp_path: Path) -> None:
+    lock = tmp_path / "1" / "async_io" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    first, second = run_ranks(2, locked_on_one, str(tmp_path))
+    assert first == second
+    assert "a killed build left it" in first

@@ -18,6 +18,7 @@ from spt_ds.config.load import load_config
 from spt_ds.engine import checkpoint
 from spt_ds.engine.trainer import Trainer
 from spt_ds.errors import CheckpointError
+from spt_ds.generate import find_checkpoint
 from tests.distributed.scenes import CONFIG, Scene
 from tests.distributed.test_agree import ask_after
 from tests.helpers.ranks import run_ranks
@@ -65,6 +66,37 @@ def test_a_full_disk(scene: Scene, tmp_path: Path, choice: str, full: list[int],
     if ends != "0":  # with room again the same command ends the run
         assert [text for text, _ in run_ranks(2, train, options, run_dir, [])] == ["0", "0"]
         assert json.loads((run_dir / "DONE.json").read_text())["step"] == 6
+
+
+def train_to_a_lost_best(world: dist.World, options: list[str], run_dir: Path) -> int:
+    """Step 4 is the best by far, and cannot be saved."""
+    write, validate = checkpoint._write, Trainer._validate
+    nll = {2: 5.0, 4: 1.0, 6: 6.0}
+
+    def refuse(path: Path, data: bytes) -> None:
+        if path.parent.name == ".step-00000004.writing":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, data)
+
+    def judged(self: Trainer, valid: Any) -> dict[str, float]:
+        values = validate(self, valid)
+        return {**values, "nll_selected": nll.get(self.state.step, 9.0)}
+
+    checkpoint._write = refuse
+    Trainer._validate = judged  # type: ignore[method-assign]
+    return Trainer(load_config(CONFIG, options), run_dir, None, world).run()
+
+
+def test_a_best_one_that_could_not_be_saved_costs_no_other(scene: Scene, tmp_path: Path) -> None:
+    """The best that is on the disk stays the best, and stays."""
+    options = scene.overrides("opt", "train.max_steps=6", "train.eval_every_steps=2", "checkpoint.keep_last=1",
+                              "checkpoint.on_save_error=continue")  # fmt: skip
+    run_dir = tmp_path / "run"
+    assert run_ranks(2, train_to_a_lost_best, options, run_dir) == [0, 0]
+    left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert left == ["step-00000002", "step-00000006"]
+    assert json.loads((run_dir / "DONE.json").read_text())["best_step"] == 2
+    assert find_checkpoint(run_dir, "best").name == "step-00000002"
 
 
 @pytest.fixture
