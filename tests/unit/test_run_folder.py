@@ -92,7 +92,9 @@ def test_a_refused_start_claims_nothing(tmp_path: Path) -> None:
         ({"epochs": 2}, {"max_steps": 9}, False),
     ],
 )
-def test_a_longer_run_is_not_done(tmp_path: Path, before: dict[str, int], now: dict[str, int], done: bool) -> None:
+def test_a_longer_run_is_not_done(
+    tmp_path: Path, before: dict[str, object], now: dict[str, object], done: bool
+) -> None:
     run_folder.prepare(tmp_path, config(train=before), None)
     assert not run_folder.is_done(tmp_path, config(train=before))
     (tmp_path / run_folder.DONE).write_text('{"step": 4}')
