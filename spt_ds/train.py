@@ -127,9 +127,12 @@ def _keep_traceback(run_dir: Path | None, text: str) -> Path | None:
 def _speak(run_dir: Path | None, message: str) -> None:
     """Print `message` unless another rank of this start has spoken already."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        folder = run_dir if run_dir is not None and run_dir.is_dir() else None
-        if folder is not None and _started:
-            claim = folder / "errors" / f".first-{_started[0]}"
+        if not _started:
+            # Nobody has met anybody. The configuration fails alike on all ranks of a host, what comes after it does not.
+            if run_dir is None and os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
+                return
+        elif run_dir is not None and run_dir.is_dir():
+            claim = run_dir / "errors" / f".first-{_started[0]}"
             try:
                 claim.parent.mkdir(exist_ok=True)
                 claim.touch(exist_ok=False)
@@ -137,8 +140,8 @@ def _speak(run_dir: Path | None, message: str) -> None:
                 return
             except OSError:
                 pass  # a full disk must not hide the message
-        elif folder is None and _rank() != "0":
-            return  # nothing is shared yet: what fails this early fails alike on every rank
+        elif _rank() != "0":
+            return  # there is no folder yet: what fails this early fails together
     with contextlib.suppress(BrokenPipeError):
         # On a line of its own: a progress bar may stand where the cursor is.
         print(f"\nspt-ds [rank {_rank()}] {message}", file=sys.stderr, flush=True)

@@ -120,14 +120,18 @@ def set_aside(folder: Path, step: int) -> None:
 def prune(folder: Path, keep_last: int, best: int | None, saved: int) -> None:
     """Remove all but the newest `keep_last` complete checkpoints up to step `saved` and the one of step `best`.
 
-    `saved` is the step that was just written: it stays, and nothing newer counts.
+    `saved` is the step that was just written: it stays, and nothing newer counts. Raises CheckpointError when the disk
+    refuses.
     """
     complete = [
         path for path in sorted(folder.glob("step-*")) if path.name <= f"step-{saved:08d}" and (path / MARKER).is_file()
     ]
     for path in complete[:-keep_last]:
         if best is None or path.name != f"step-{best:08d}":
-            (path / MARKER).unlink()  # first of all no longer a checkpoint, then gone
+            try:
+                (path / MARKER).unlink()  # first of all no longer a checkpoint, then gone
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be removed ({error.strerror}); look at its owner") from error
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +113,16 @@ def test_the_mended_command_starts_and_another_one_is_refused_when_done(tmp_path
     code, text = run(tmp_path / "run", "train.seed=5")
     assert code == 2
     assert "train.seed: 0 -> 5" in text
+
+
+@pytest.mark.parametrize(("local_rank", "speaks"), [("0", True), ("1", False)])
+def test_a_host_without_the_configuration_says_so_once(tmp_path: Path, local_rank: str, speaks: bool) -> None:
+    """Ranks 2 and 3 of a second host on which the file is not mounted."""
+    place = {"RANK": str(2 + int(local_rank)), "WORLD_SIZE": "4", "LOCAL_RANK": local_rank}
+    command = [sys.executable, "-m", "spt_ds.train", "--config", str(tmp_path / "none.yaml")]
+    done = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert ("none.yaml" in done.stderr) is speaks
 
 
 def _speaks_twice(world: object, run_dir: str) -> list[int]:
