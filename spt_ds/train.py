@@ -128,7 +128,7 @@ def _speak(run_dir: Path | None, message: str) -> None:
     """Print `message` unless another rank of this start has spoken already."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if not _started:
-            # Nobody has met anybody. The configuration fails alike on all ranks of a host, what comes after it does not.
+            # Nobody has met: the configuration fails alike on all ranks of a host, what comes after it does not.
             if run_dir is None and os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
                 return
         elif run_dir is not None and run_dir.is_dir():
