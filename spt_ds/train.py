@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import socket
 import sys
 import time
 import traceback
@@ -75,7 +76,7 @@ def run_job(args: argparse.Namespace, work: Callable[[Config, Path], int]) -> in
     """Read the configuration, do `work`, and turn what fails into one message and an exit code.
 
     The first rank that fails speaks; the others, who fail because of it, only leave their traceback in
-    `RUN/errors/rank-N.txt`.
+    `RUN/errors/rank-N.txt`. When a rank is gone without a word, one survivor on each host says what it sees from there.
     """
     run_dir: Path | None = None
     try:
@@ -88,17 +89,20 @@ def run_job(args: argparse.Namespace, work: Callable[[Config, Path], int]) -> in
     except Exception as error:  # the last frame before the interpreter's: nothing is swallowed, the code says failed
         text = traceback.format_exc()
         where = _keep_traceback(run_dir, text)
-        _speak(run_dir, f"failed: {_explained(error)}\n{text if where is None else f'traceback in {where}'}")
+        what, lost = _explained(error)
+        message = f"failed: {what}\n{text if where is None else f'traceback in {where}'}"
+        _speak(run_dir, message, socket.gethostname() if lost else "")
         return EXIT_FAILED
 
 
-def _explained(error: Exception) -> str:
+def _explained(error: Exception) -> tuple[str, bool]:
+    """What happened, and whether it is that a peer is gone."""
     from spt_ds import dist
 
     loss = dist.explain_loss(error)
     if loss is None:
-        return f"{type(error).__name__}: {error}"
-    return f"{loss}.\nThe same command goes on from the newest checkpoint. What the transport said: {error}"
+        return f"{type(error).__name__}: {error}", False
+    return f"{loss}.\nThe same command goes on from the newest checkpoint. What the transport said: {error}", True
 
 
 def exit_with(code: int) -> None:
@@ -124,18 +128,20 @@ def _keep_traceback(run_dir: Path | None, text: str) -> Path | None:
     return path
 
 
-def _speak(run_dir: Path | None, message: str) -> None:
-    """Print `message` unless another rank of this start has spoken already."""
+def _speak(run_dir: Path | None, message: str, host: str = "") -> None:
+    """Print `message` unless another rank of this start has spoken already; with `host`, another rank of that host."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if not _started:
             # Nobody has met: the configuration fails alike on all ranks of a host, what comes after it does not.
             if run_dir is None and os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
                 return
         elif run_dir is not None and run_dir.is_dir():
-            claim = run_dir / "errors" / f".first-{_started[0]}"
+            cause = run_dir / "errors" / f".first-{_started[0]}"
             try:
-                claim.parent.mkdir(exist_ok=True)
-                claim.touch(exist_ok=False)
+                if cause.exists():
+                    return
+                cause.parent.mkdir(exist_ok=True)
+                cause.with_name(cause.name + (host and f"-{host}")).touch(exist_ok=False)
             except FileExistsError:
                 return
             except OSError:

@@ -150,6 +150,23 @@ def test_each_start_speaks_once(tmp_path: Path) -> None:
     assert [a + b for a, b in zip(first, second, strict=True)] == [1, 1]
 
 
+def test_a_lost_peer_is_told_once_on_each_host_unless_a_rank_told_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hosts see different things when a link is cut; a rank's own fault explains what the others see."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(train, "_started", ["here"])
+    for host in ("a", "a", "b"):
+        train._speak(tmp_path, f"seen from {host}", host)
+    told = capsys.readouterr().err
+    assert [told.count(f"seen from {host}") for host in "ab"] == [1, 1]
+    train._speak(tmp_path, "the cause")
+    train._speak(tmp_path, "seen from c", "c")
+    told = capsys.readouterr().err
+    assert "the cause" in told
+    assert "seen from c" not in told
+
+
 def _two_files(world: object, folder: str) -> str:
     from spt_ds import dist, errors
 
