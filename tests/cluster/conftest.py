@@ -40,11 +40,17 @@ def config(sandbox: Sandbox) -> Path:
 
 
 @pytest.fixture(scope="session")
-def expected_loss(config: Path) -> float:
-    """Final validation loss of the undisturbed run of one process."""
+def undisturbed(config: Path) -> Path:
+    """The run of one process to which nothing happened."""
     run = config.parent / "undisturbed"
     jobs.train_here(config, run)
-    return jobs.final_loss(run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def expected_loss(undisturbed: Path) -> float:
+    """Final validation loss of the undisturbed run."""
+    return jobs.final_loss(undisturbed)
 
 
 _costs: list[Cost] = []

@@ -60,7 +60,11 @@ def _dialogue(split: str, number: int) -> dict[str, object]:
 
 def train_here(config: Path | str, run: Path, *arguments: str) -> None:
     """The undisturbed run: one process, no launcher."""
-    command = [sys.executable, "-m", "spt_ds.train", "--config", str(config), "--run-dir", str(run), *arguments]
+    run_here("spt_ds.train", "--config", str(config), "--run-dir", str(run), *arguments)
+
+
+def run_here(module: str, *arguments: str) -> None:
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=180
     )

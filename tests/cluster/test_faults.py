@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -124,6 +125,33 @@ def test_scancel_saves_and_a_smaller_job_goes_on(
     before = (run / "metrics.jsonl").read_text()
     slurm.wait_for(slurm.train(config, run), timeout_s=60)  # done: not repeated
     assert (run / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("fault", ["rank killed", "asked to stop"])
+def test_generation_goes_on_after(
+    sandbox: Sandbox, slurm: Slurm, config: Path, undisturbed: Path, tmp_path: Path, fault: str
+) -> None:
+    """Replies that were written before are kept, and the file is that of one undisturbed process."""
+    arguments = ["--set", f"data.test={config.parent}/train.jsonl", "--set", "generate.max_new_tokens=48"]
+    jobs.run_here("spt_ds.generate", str(undisturbed), "--out", str(tmp_path / "here"), *arguments)
+    out = tmp_path / "out"
+    options = ("--nodes=2", "--ntasks-per-node=1", "slurm/generate.sbatch", str(undisturbed), "--out", str(out))
+    number = slurm.submit(*options, *arguments)
+
+    def written() -> int:
+        return sum(path.read_text().count("\n") for path in out.glob(".parts-*/rank-*.jsonl"))
+
+    wait_until("replies", lambda: written() > 0, 60, 0.05)
+    if fault == "rank killed":
+        kill_9(ranks("spt_ds.generate")[-1])
+    else:
+        slurm.call("scancel", "--batch", "--signal=USR1", str(number))  # as --signal=B:USR1@60 does before the limit
+    assert slurm.wait_for(number)["Restarts"] == "1"
+    assert (out / "predictions.jsonl").read_bytes() == (tmp_path / "here" / "predictions.jsonl").read_bytes()
+    bars = (out / "logs" / "node1.log").read_text()
+    assert len(re.findall(r"\| 0/192", bars)) == 1, bars  # the second start did not begin at none
+    assert (out / "scores.json").exists()
+    nothing_is_left()
 
 
 def test_gives_up_after_too_many_faults(sandbox: Sandbox, slurm: Slurm, config: Path, tmp_path: Path) -> None:
