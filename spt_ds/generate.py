@@ -55,7 +55,8 @@ def _generate(config: Config, run_dir: Path, out: Path, which: str, deepspeed_co
     session, path = open_run(config, run_dir, which, deepspeed_config, world)
     store = open_split(session, "test")
     marker = (path / checkpoint.MARKER).read_text(encoding="utf-8")
-    identity = json.dumps([marker, store.data_hash, config.generate.model_dump(mode="json"), config.train.seed])
+    options = config.model_dump(mode="json", include={"model", "method", "prompts", "retriever", "losses", "generate"})
+    identity = json.dumps([marker, store.data_hash, options, config.train.seed])
     try:
         final = Generator(session, store, out, identity).run()
     finally:

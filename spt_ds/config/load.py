@@ -166,6 +166,8 @@ def _describe(item: Any, model: type[BaseModel]) -> str:
         if elsewhere:
             hint = f"did you mean {elsewhere[0]!r}?"
         return f"{path}: unknown key; {hint}"
+    if item["type"] == "value_error":  # a section's own check, which says what it got
+        return f"{path}: {item['ctx']['error']}"
     got = "" if item["type"] == "missing" or not item["loc"] else f", got {item['input']!r}"
     return f"{path}: {item['msg']}{got}"
 

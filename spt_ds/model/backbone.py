@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ModelError
@@ -117,9 +124,12 @@ class Backbone(nn.Module):
         # Gemma 2 caps its attention scores, which SDPA cannot.
         sdpa = self.backend != "eager" and self.lm._supports_sdpa
         self.lm.set_attn_implementation("sdpa" if sdpa else "eager")
+        # What the base's own generation_config.json asks for (penalties, two ends) is not the run's.
+        own, self.lm.generation_config = self.lm.generation_config, GenerationConfig()
         try:
             tokens: torch.Tensor = self.lm.generate(**kwargs)
         finally:
+            self.lm.generation_config = own
             self.lm.set_attn_implementation(PACKED)
             for module in recomputing:
                 module.training = True

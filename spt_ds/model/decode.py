@@ -15,14 +15,17 @@ from transformers import GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from spt_ds.batch import Batch
 from spt_ds.config.schema import GenerateConfig
-from spt_ds.errors import ConfigError
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.conversation import Live, StopOn
 from spt_ds.model.rows import embed, target_states
@@ -81,10 +84,6 @@ def decode(
     seed = spt.config.train.seed
     chosen = choose_prompts(options.mode, scores, batch.indices, seed)
     fused = options.mode == "fuse"
-    if fused and options.num_beams > 1:
-        raise ConfigError(
-            "generate.mode: fuse mixes the rows of one example and cannot beam; set generate.num_beams: 1"
-        )
     rows = [k for k in chosen if k is not None]
     prompts = bank[:, None].expand(-1, len(batch), -1, -1) if fused else bank[rows][None]  # [K or 1, B, P, D]
     contexts = embedded.context.split(batch.context_lens)
@@ -95,11 +94,17 @@ def decode(
         for context, own in zip(contexts, group, strict=True)
     ]
     embeddings, mask = left_pad(pieces)
-    processors = _processors(options, spt.mixture(scores) if fused else None, batch.indices * len(prompts), seed)
     end, pad = special
+    processors = LogitsProcessorList(
+        [
+            *([FuseRows(spt.mixture(scores))] if fused else []),
+            *_constraints(options, end, embeddings.device),
+            *_sampling(options, batch.indices * len(prompts), seed),
+        ]
+    )
     settings = GenerationConfig(
-        max_new_tokens=options.max_new_tokens, num_beams=options.num_beams, eos_token_id=end, pad_token_id=pad,
-        do_sample=False,  # sampling is a processor of ours, see GumbelNoise
+        max_new_tokens=options.max_new_tokens, num_beams=options.num_beams, length_penalty=options.length_penalty,
+        eos_token_id=end, pad_token_id=pad, do_sample=False,  # sampling is a processor of ours, see GumbelNoise
     )  # fmt: skip
     extra: dict[str, Any] = {}
     if live is not None:
@@ -113,8 +118,6 @@ def decode(
     tokens = [_until(row, end) for row in out[: len(batch)].tolist()]
     nll = None
     if options.perplexity:
-        if fused:
-            raise ConfigError("generate.perplexity: not defined for mode: fuse; use the fusion loss of training")
         hidden = target_states(backbone, batch, embedded, prompts, spt.config.prompts.placement)
         nll = spt.reply_losses(backbone, batch, hidden)[0]
     return Decoded(tokens, chosen, scores, nll)
@@ -162,19 +165,30 @@ class GumbelNoise(LogitsProcessor):
         return scores + torch.stack([noise[index] for index in self.indices]).to(scores.device, scores.dtype)
 
 
-def _processors(
-    options: GenerateConfig, fuse: torch.Tensor | None, indices: tuple[int, ...], seed: int
-) -> LogitsProcessorList:
-    steps: list[Any] = [] if fuse is None else [FuseRows(fuse)]
-    if options.do_sample:
-        if options.num_beams > 1:
-            raise ConfigError("generate.do_sample: sampling and beams exclude one another; set generate.num_beams: 1")
-        if options.temperature != 1.0:
-            steps.append(TemperatureLogitsWarper(options.temperature))
-        if options.top_p < 1.0:
-            steps.append(TopPLogitsWarper(options.top_p))
-        steps.append(GumbelNoise(indices, seed))
-    return LogitsProcessorList(steps)
+def _constraints(options: GenerateConfig, end: int, device: torch.device) -> list[LogitsProcessor]:
+    """What a reply may hold. Not through GenerationConfig: the penalty that `generate` makes itself takes a row's
+    padding for a prompt to spare, and the row has embeddings in its place; a reply would depend on its batch."""
+    steps: list[LogitsProcessor] = []
+    if options.repetition_penalty != 1.0:
+        steps.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+    if options.no_repeat_ngram_size:
+        steps.append(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
+    if options.min_new_tokens:
+        steps.append(MinNewTokensLengthLogitsProcessor(0, options.min_new_tokens, end, device=str(device)))
+    return steps
+
+
+def _sampling(options: GenerateConfig, indices: tuple[int, ...], seed: int) -> list[LogitsProcessor]:
+    if not options.do_sample:
+        return []
+    steps: list[LogitsProcessor] = []
+    if options.temperature != 1.0:
+        steps.append(TemperatureLogitsWarper(options.temperature))
+    if options.top_k:
+        steps.append(TopKLogitsWarper(options.top_k))
+    if options.top_p < 1.0:
+        steps.append(TopPLogitsWarper(options.top_p))
+    return [*steps, GumbelNoise(indices, seed)]
 
 
 def _until(tokens: list[int], end: int) -> list[int]:

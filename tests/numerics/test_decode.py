@@ -10,7 +10,6 @@ import torch
 
 from spt_ds.batch import Batch
 from spt_ds.config.schema import GenerateConfig
-from spt_ds.errors import ConfigError
 from spt_ds.model.attention import Layout
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.decode import Decoded, FuseRows, choose_prompts, decode
@@ -131,14 +130,6 @@ def test_perplexity_is_the_loss_under_the_chosen_prompt() -> None:
     for place, k in enumerate(out.chosen):
         assert k is not None
         assert torch.allclose(out.nll[place], expected[k, place], atol=1e-9)
-
-
-@pytest.mark.parametrize("options", [{"mode": "fuse", "num_beams": 2}, {"do_sample": True, "num_beams": 2},
-                                     {"mode": "fuse", "perplexity": True}])  # fmt: skip
-def test_combinations_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
-    backbone, spt, batch = tiny("llama", "prefix")
-    with pytest.raises(ConfigError, match="generate"):
-        run(backbone, spt, batch, **options)
 
 
 def test_beams_find_replies_of_no_lower_likelihood() -> None:
