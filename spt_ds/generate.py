@@ -55,13 +55,17 @@ def _generate(config: Config, run_dir: Path, out: Path, which: str, deepspeed_co
     session, path = open_run(config, run_dir, which, deepspeed_config, world)
     store = open_split(session, "test")
     marker = (path / checkpoint.MARKER).read_text(encoding="utf-8")
-    options = config.model_dump(mode="json", include={"model", "method", "prompts", "retriever", "losses", "generate"})
-    identity = json.dumps([marker, store.data_hash, options, config.train.seed])
     try:
-        final = Generator(session, store, out, identity).run()
+        final = Generator(session, store, out, identity(config, marker, store.data_hash)).run()
     finally:
         session.sharding.close()
     get_logger().info(f"{len(store)} replies of {path.name} in {final}")
+
+
+def identity(config: Config, marker: str, data_hash: str) -> str:
+    """All that replies depend on; those that another start left unfinished are only taken over where it is the same."""
+    sections = config.model_dump(mode="json", include={"model", "method", "prompts", "retriever", "losses", "generate"})
+    return json.dumps([marker, data_hash, sections, config.train.seed])
 
 
 def open_run(

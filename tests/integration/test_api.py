@@ -130,6 +130,21 @@ def test_conversation_reads_its_context_once(folder: Path, arch: str) -> None:
         known = context
 
 
+def test_penalties_see_the_reply_and_not_the_kept_context(folder: Path) -> None:
+    options: dict[str, Any] = {"generate__repetition_penalty": 3.0, "generate__no_repeat_ngram_size": 2}
+    bot = spt_ds.load(folder / "llama-suffix", **options)
+    plain = spt_ds.load(folder / "llama-suffix")
+    history: list[str] = []
+    changed = 0
+    for message in MESSAGES:
+        history.append(message)
+        reply = bot.reply(PERSONA, history)
+        same(reply, fresh(bot, PERSONA, history))
+        changed += reply.tokens != plain.reply(PERSONA, history).tokens
+        history.append(reply.text)
+    assert changed
+
+
 def test_prefix_reads_all_again(folder: Path) -> None:
     """The prompt stands before the context there, so nothing of it can be kept."""
     bot = spt_ds.load(folder / "llama-prefix")

@@ -13,6 +13,7 @@ from spt_ds.cli import main as cli
 from spt_ds.config.load import dump_config, key_paths, load_config
 from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
+from spt_ds.generate import identity
 
 
 def problem(text: str, tmp_path: Path) -> str:
@@ -148,3 +149,20 @@ def test_cli_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["config", "--schema"]) == 0
     assert '"properties"' in capsys.readouterr().out
     assert cli(["nonsense"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("model.base_bits=4", False),
+        ("prompts.placement=suffix", False),
+        ("losses.fusion_weights=normalised", False),
+        ("generate.mode=random", False),
+        ("train.seed=1", False),
+        ("engine.placement=zero3", True),
+        ("log.every_steps=3", True),
+    ],
+)
+def test_replies_of_another_start_are_taken_over_only_from_the_same_work(override: str, same: bool) -> None:
+    plain, other = (identity(load_config("demo", given), "marker", "data") for given in ([], [override]))
+    assert (plain == other) is same
