@@ -95,6 +95,11 @@ spt_open() {
             spt_refuse "$SPT_FOLDER: job $owner is working in this folder; wait for it, or scancel it"
     fi
     printf '%s' "$job" >"$SPT_FOLDER/slurm/owner" # its time is that of this start, see spt_conclude
+    if [[ $owner != "$job" ]]; then
+        sleep 1 # of two jobs that start at once, the last to write stays
+        owner=$(cat "$SPT_FOLDER/slurm/owner")
+        [[ $owner == "$job" ]] || spt_refuse "$SPT_FOLDER: job $owner started in this folder at the same time"
+    fi
     cp "$0" "$SPT_FOLDER/slurm/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.sh"
 }
 

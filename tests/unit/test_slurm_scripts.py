@@ -112,6 +112,16 @@ def test_one_job_at_a_time_owns_a_folder(tmp_path: Path, commands: Path, squeue:
     assert (tmp_path / "run" / "slurm" / "owner").read_text() == ("7" if code else "9")
 
 
+def test_of_two_jobs_that_start_at_once_one_stays(tmp_path: Path, commands: Path) -> None:
+    run = tmp_path / "run"
+    other = f"(until grep -qs 9 {run}/slurm/owner; do sleep 0.01; done; printf 8 >{run}/slurm/owner) &"
+    done = bash(f"{other} spt_open {run}; echo stays", commands, **OPEN)
+    assert done.returncode == 2
+    log = (run / "logs" / "job.log").read_text()
+    assert "job 8 started in this folder at the same time" in log
+    assert "stays" not in log
+
+
 def test_a_heterogeneous_job_is_refused(tmp_path: Path, commands: Path) -> None:
     done = bash(f"spt_open {tmp_path}/run", commands, **OPEN, SLURM_HET_SIZE="2")
     assert done.returncode == 2
