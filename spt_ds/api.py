@@ -55,6 +55,7 @@ def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
         raise EngineError(f"a conversation takes one process, this is one of {size}; start it without a launcher")
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: no config.yaml in it; give the folder of a run that was trained")
+    overrides = [*overrides, "generate.perplexity=false"]  # a conversation has no reference reply
     config = load_config(str(run / "config.yaml"), overrides)
     world = dist.init(config.engine.collective_timeout_s)
     atexit.register(dist.shutdown)  # NCCL complains of a group that is left open
@@ -107,7 +108,7 @@ class Bot:
             try:
                 for piece in streamer:
                     spoken += piece
-                    text = clean(spoken.strip()).strip()
+                    text = clean(spoken).strip()
                     if len(text) > shown:
                         yield text[shown:]
                         shown = len(text)
@@ -130,17 +131,17 @@ class Bot:
             stopped=stream.stopped,
         )
         out = decode_batch(self._session, batch, options, live)
-        text = reply_text(self._session, out.tokens[0])[1].strip()
+        text = reply_text(self._session, out.tokens[0])[1]
         scores = tuple(float(score) for score in out.scores[:, 0])
         return Reply(text, out.chosen[0], scores, tuple(out.tokens[0]), dropped)
 
     def _options(self, prompt: int | None) -> GenerateConfig:
-        changes: dict[str, Any] = {"perplexity": False}
-        if prompt is not None:
-            if not 0 <= prompt < self.prompts:
-                raise ConfigError(f"prompt {prompt}: the bank has {self.prompts}; give 0 to {self.prompts - 1}")
-            changes["mode"] = f"fixed:{prompt}"
-        return self._session.config.generate.model_copy(update=changes)
+        options = self._session.config.generate
+        if prompt is None:
+            return options
+        if not 0 <= prompt < self.prompts:
+            raise ConfigError(f"prompt {prompt}: the bank has {self.prompts}; give 0 to {self.prompts - 1}")
+        return options.model_copy(update={"mode": f"fixed:{prompt}"})
 
     def _batch(self, persona: Sequence[str], history: Sequence[str], options: GenerateConfig) -> tuple[Batch, int]:
         for name, given in (("persona", persona), ("history", history)):

@@ -6,7 +6,7 @@ all ranks, b_local of them on this rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,6 +24,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.context_lens)
+
+    def contexts(self) -> Batch:
+        """The same rows as they stand when the reply is not known."""
+        return replace(self, response_ids=self.response_ids[:0], response_lens=(0,) * len(self))
 
 
 @dataclass(frozen=True)

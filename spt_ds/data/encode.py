@@ -72,15 +72,23 @@ def encode_context(
 
 
 def encode_many(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int, shown: Shown = PLAIN
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    shown: Shown = PLAIN,
+    reserved: int | None = None,
 ) -> Iterator[tuple[Example, Encoded]]:
-    """Encode a stream in order; texts that neighbours share (the turns of a dialogue) are tokenised once."""
+    """Encode a stream in order; texts that neighbours share (the turns of a dialogue) are tokenised once.
+
+    A context leaves room for its response or, where replies are to be generated, for `reserved` tokens: how much of a
+    context is read must then not depend on the response, which nobody knows.
+    """
     stream = iter(examples)
     encoder = Encoder(tokenizer, max_tokens, shown)
     while chunk := list(islice(stream, _CHUNK)):
         encoder.learn(text for example in chunk for text in _pieces(example))
         for example in chunk:
-            yield example, encoder.example(example)
+            yield example, encoder.example(example, reserved)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -113,10 +121,11 @@ class Encoder:
         known = {text: ids for text, ids in self._ids.items() if text in wanted}
         self._ids = {**known, **dict(zip(missing, self._after_anchor(missing), strict=True))}
 
-    def example(self, example: Example) -> Encoded:
-        """Encode context and response."""
+    def example(self, example: Example, reserved: int | None = None) -> Encoded:
+        """Encode context and response; the context leaves `reserved` tokens, None: room for the response."""
         response = [*self._piece(" " + example.response.strip()), self._eos]
-        context = self.context(example.id, example.persona, example.history, reserved=len(response))
+        room = len(response) if reserved is None else reserved
+        context = self.context(example.id, example.persona, example.history, room)
         return Encoded(context.context_ids, response, context.dropped_turns)
 
     def context(self, name: str, persona: tuple[str, ...], history: tuple[str, ...], reserved: int) -> Encoded:

@@ -109,11 +109,13 @@ def build_store(
     max_examples: int = 0,
     cache_dir: str | None = None,
     shown: Shown = PLAIN,
+    reserved: int | None = None,
 ) -> ExampleStore:
     """Encode `source` (see `readers`), or open the store that an earlier run left for the same bytes and tokenizer.
 
-    `max_examples` 0 takes all; `shown` is what the model sees beside the dialogue. Several processes may build at once:
-    each writes its own folder, the first to finish renames it into place, the others use that one. DataError from the
+    `max_examples` 0 takes all; `shown` is what the model sees beside the dialogue; `reserved` is what a context leaves
+    for a reply that is to be generated, None: room for the example's own. Several processes may build at once: each
+    writes its own folder, the first to finish renames it into place, the others use that one. DataError from the
     readers, the encoder or the disk.
     """
     parts = {
@@ -125,6 +127,7 @@ def build_store(
         "max_tokens": max_tokens,
         "persona": shown.persona,
         "shots": shown.shots,
+        "reserved": reserved,
         "template": TEMPLATE_VERSION,
         "layout": _LAYOUT_VERSION,
     }
@@ -134,7 +137,8 @@ def build_store(
         started = time.monotonic()
         examples = islice(read(source, format), max_examples or None)
         try:
-            _write(path, encode_many(examples, tokenizer, max_tokens, shown), {"key": key, "source": source, **parts})
+            pairs = encode_many(examples, tokenizer, max_tokens, shown, reserved)
+            _write(path, pairs, {"key": key, "source": source, **parts})
         except OSError as error:
             raise DataError(f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir") from error
         seconds = time.monotonic() - started

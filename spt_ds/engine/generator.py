@@ -50,8 +50,8 @@ def decode_batch(session: Session, batch: Batch, options: GenerateConfig, live: 
 
 def reply_text(session: Session, tokens: list[int]) -> tuple[str, str]:
     """The text of a reply as it was generated, and as the scores clean it."""
-    raw = str(session.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-    return raw, clean(raw)
+    raw = str(session.tokenizer.decode(tokens, skip_special_tokens=True))
+    return raw, clean(raw).strip()
 
 
 class Generator:
@@ -69,7 +69,7 @@ class Generator:
         world, final = self.session.world, self.out / PREDICTIONS
         dist.agreed(lambda: self.parts.mkdir(parents=True, exist_ok=True))
         done = set(dist.broadcast_json(sorted(self._finished()) if world.rank == 0 else None))
-        batches = plan_batches(self.store.lengths.total, self.session.config.generate.batch_size)
+        batches = plan_batches(self.store.lengths.context, self.session.config.generate.batch_size)
         todo = [rows for rows in batches if not done.issuperset(rows)]
         rounds = -(-len(todo) // world.size)
         bar = tqdm(total=len(self.store), initial=len(done), unit="reply", desc="generate", file=sys.stderr,

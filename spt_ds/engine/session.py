@@ -47,7 +47,7 @@ def open_session(config: Config, deepspeed_config: str | None, world: dist.World
     sharding = Sharding(ds_plan, world.device)
     sharding.before_load()
     backbone = build_backbone(config.model, world.device, strict=config.engine.strict, shard=sharding.shard_function())
-    _check_window(config, backbone.config)
+    _check_positions(config, backbone.config, config.data.max_tokens, "data.max_tokens")
     backbone.checkpoint_activations(recompute)
     root = sharding.wrap(backbone)
     root(lambda inner: inner.check())
@@ -71,7 +71,8 @@ def open_session(config: Config, deepspeed_config: str | None, world: dist.World
 def open_split(session: Session, split: Literal["train", "valid", "test"]) -> ExampleStore:
     """Read and tokenise one split, once per node; raise EngineError on all ranks when they see different data.
 
-    With `data.few_shot` the worked examples that stand before each context are drawn from the train split.
+    With `data.few_shot` the worked examples that stand before each context are drawn from the train split. Contexts of
+    the test split are cut as a conversation's are, without a look at the reply.
     """
     data, world = session.config.data, session.world
     source = getattr(data, split)
@@ -86,10 +87,15 @@ def open_split(session: Session, split: Literal["train", "valid", "test"]) -> Ex
             max_examples=getattr(data, f"max_{split}_examples"),
             cache_dir=data.cache_dir,
             shown=shown,
+            reserved=session.config.generate.max_new_tokens if split == "test" else None,
         )
 
     store = dist.leader_first(world, build)
     dist.same_everywhere(f"data.{split} ({source})", store.data_hash)
+    if split == "test" and session.config.generate.perplexity:  # a reference reply may be longer than a reply may be
+        longest = int(store.lengths.total.max(initial=0))
+        base = load_base_config(session.config.model)
+        _check_positions(session.config, base, longest, "generate.perplexity, context and reference reply")
     get_logger().info(f"data.{split}: {len(store)} examples of {source}")
     return store
 
@@ -152,11 +158,11 @@ def _same_plan(ds_plan: DsPlan) -> None:
     dist.same_everywhere("the DeepSpeed configuration", json.dumps(shared, sort_keys=True))
 
 
-def _check_window(config: Config, base: object) -> None:
+def _check_positions(config: Config, base: object, text_tokens: int, what: str) -> None:
     longest = getattr(base, "max_position_embeddings", None)
-    needed = config.data.max_tokens + config.prompts.tokens
+    needed = text_tokens + config.prompts.tokens
     if longest is not None and needed > longest:
         raise ConfigError(
-            f"data.max_tokens: {config.data.max_tokens} text tokens and prompts.tokens: {config.prompts.tokens} make "
-            f"{needed}, the base has {longest} positions; data.max_tokens: {longest - config.prompts.tokens} fits"
+            f"{what}: {text_tokens} text tokens and prompts.tokens: {config.prompts.tokens} make {needed}, the base "
+            f"has {longest} positions; data.max_tokens: {config.data.max_tokens - needed + longest} fits"
         )

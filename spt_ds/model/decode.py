@@ -28,7 +28,7 @@ from spt_ds.batch import Batch
 from spt_ds.config.schema import GenerateConfig
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.conversation import Live, StopOn
-from spt_ds.model.rows import embed, target_states
+from spt_ds.model.rows import Embedded, embed, target_states
 from spt_ds.model.spt import Spt
 from spt_ds.rng import keyed_generator
 
@@ -80,7 +80,9 @@ def decode(
     """
     embedded = embed(backbone, batch)
     bank = spt.trainables.bank.weight
-    scores = spt.trainables.scores(spt.pooled(backbone, batch, embedded))
+    # Nothing of the reference replies: a pool over the whole text (retriever.pool: padded_text) would read them.
+    asked = Embedded(embedded.context, embedded.response[:0])
+    scores = spt.trainables.scores(spt.pooled(backbone, batch.contexts(), asked))
     seed = spt.config.train.seed
     chosen = choose_prompts(options.mode, scores, batch.indices, seed)
     fused = options.mode == "fuse"

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ import spt_ds
 from spt_ds import api, chat, dist
 from spt_ds.api import Bot, Reply
 from spt_ds.batch import Batch
-from spt_ds.config.load import dump_config
+from spt_ds.config.load import dump_config, load_config
 from spt_ds.config.schema import Config
 from spt_ds.data.encode import encode_context
 from spt_ds.engine import checkpoint
@@ -196,9 +197,13 @@ def test_failure_forgets_the_context(folder: Path) -> None:
 
 @pytest.mark.parametrize("run", ["opt-prefix", "llama-suffix"])
 def test_replies_are_those_of_generate(folder: Path, run: str, tmp_path: Path) -> None:
-    rows = [{"persona": PERSONA[:n], "history": MESSAGES[:1] * (2 * n + 1), "response": "ok"} for n in range(3)]
+    histories = [MESSAGES[:1] * (2 * n + 1) for n in range(3)]
+    histories += [("so " * 40, "fine", "no " * 30, "ok", "bye")] * 2  # the oldest turns do not fit
+    rows = [{"persona": PERSONA[:n % 3], "history": history, "response": "ok " * (1 + 20 * (n == 4))}
+            for n, history in enumerate(histories)]  # fmt: skip
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     bot = spt_ds.load(folder / run)
+    assert not bot._session.config.generate.perplexity, "a conversation has no reference reply"
     store = open_split(bot._session, "test")
     lines = Generator(bot._session, store, tmp_path, "test").run().read_text(encoding="utf-8").splitlines()
     for line in map(json.loads, lines):
@@ -207,7 +212,17 @@ def test_replies_are_those_of_generate(folder: Path, run: str, tmp_path: Path) -
             line["reply"].strip(), line["prompt"], line["new_tokens"],
         )  # fmt: skip
         assert [round(score, 6) for score in reply.scores] == pytest.approx(line["scores"], abs=2e-6)
-    assert len(lines) == 3
+    assert len(lines) == 5
+
+
+def test_a_reference_reply_beyond_the_positions_is_refused(folder: Path) -> None:
+    row = {"persona": PERSONA, "history": ["so " * 60, "fine", "no " * 30], "response": "ok " * 80}
+    (folder / "test.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    bot = spt_ds.load(folder / "opt-prefix")
+    config = load_config(str(folder / "opt-prefix" / "config.yaml"))
+    assert config.generate.perplexity
+    with pytest.raises(ConfigError, match=r"context and reference reply: .* the base has 320 positions"):
+        open_split(replace(bot._session, config=config), "test")
 
 
 @pytest.mark.parametrize("options", [{}, {"generate__mode": "fuse"}, {"generate__num_beams": 2}], ids=str)
@@ -233,7 +248,7 @@ def test_stream_is_the_reply(folder: Path, options: dict[str, Any]) -> None:
         ("  hello there,  you ", ["hello", " there,", "  you"]),
         ("hello there Q: and you", ["hello", " there"]),
         ("i rise at 5:30 now", ["i", " rise", " at", " 5"]),
-        ("\nhello\nthere", ["hello"]),
+        ("\nhello\nthere", []),
         ("a café R: x", ["a", " café"]),
         ("Summary: no", []),
         ("", []),

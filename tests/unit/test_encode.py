@@ -100,6 +100,18 @@ def test_fault_06_truncation_drops_the_oldest_turns_and_nothing_else(history: li
         assert len(template(longer).encode()) + 2 > shortest + room
 
 
+@given(history=turns, room=st.integers(0, 80))
+def test_a_context_for_generation_is_cut_without_a_look_at_the_response(history: list[str], room: int) -> None:
+    """What a long reply would push out, a short one would let the model read."""
+    fixed = len(encode(example(history=()), BYTES, 512).context_ids)
+    examples = [example(history=tuple(history), response=reply) for reply in ("yes", "x" * 200)]
+    short, long = (got for _, got in encode_many(examples, BYTES, fixed + 12 + room, reserved=12))
+    assert short.context_ids == long.context_ids
+    asked = encode_context(examples[0].persona, history, BYTES, fixed + 12 + room, reserved=12)
+    assert (short.context_ids, short.dropped_turns) == (asked.context_ids, asked.dropped_turns)
+    assert len(long.response_ids) == 202
+
+
 def test_too_long_without_any_turn_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(DataError) as caught:
         encode(example(), BYTES, 39)
