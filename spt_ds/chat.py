@@ -20,8 +20,8 @@ HELP = """\
   /persona [FILE]  another persona, from FILE (a sentence a line) or typed; the turns stay
   /reset           begin the dialogue again
   /retry           answer the last message again
-  /prompt [K]      always answer with prompt K; `/prompt auto` lets the scores choose
-  /save FILE       write the dialogue as JSONL, which training and evaluation read too
+  /prompt [K]      always answer with prompt K; `/prompt auto` goes back to generate.mode
+  /save FILE       write the dialogue as JSONL, which training reads too
   /help            this list
   /quit            leave, as the end of input does
 Anything else is said to the bot. Ctrl-C stops a reply."""
@@ -81,7 +81,7 @@ class Conversation:
         self.persona = persona
         self.turns: list[Turn] = []
         self.unanswered: str | None = None  # the last message, when its reply was stopped or failed
-        self.prompt: int | None = None  # None: the scores choose
+        self.prompt: int | None = None  # None: as generate.mode says
         self._saved: set[Path] = set()
 
     def run(self) -> None:
@@ -122,6 +122,9 @@ class Conversation:
                 reply = _show(pieces)
         except KeyboardInterrupt:
             print("\n  [stopped; the message is taken back, /retry asks it again]")
+            return
+        if not reply.text:
+            print(f"  [no words, {len(reply.tokens)} tokens; the message is taken back, /retry asks it again]")
             return
         self.unanswered = None
         self.turns.append(Turn(persona, tuple(history), reply))
@@ -167,7 +170,8 @@ class Conversation:
         try:
             # A file of another origin is not overwritten; one that this conversation wrote is brought up to date.
             with path.open("w" if path in self._saved else "x", encoding="utf-8") as file:
-                file.writelines(json.dumps(_record(turn), ensure_ascii=False) + "\n" for turn in self.turns)
+                lines = (json.dumps(_record(turn, path.stem), ensure_ascii=False) + "\n" for turn in self.turns)
+                file.writelines(lines)
         except OSError as error:
             raise DataError(f"{path}: cannot be written ({error.strerror}); give another name") from error
         self._saved.add(path)
@@ -197,9 +201,10 @@ def _summary(reply: Reply, fixed: bool) -> str:
     return f"{answered}; scores {scores}; {len(reply.tokens)} tokens{dropped}"
 
 
-def _record(turn: Turn) -> dict[str, object]:
+def _record(turn: Turn, dialogue: str) -> dict[str, object]:
     reply = turn.reply
     return {
+        "dialogue_id": dialogue, "turn": len(turn.history),
         "persona": turn.persona, "history": turn.history, "response": reply.text, "prompt": reply.prompt,
         "scores": [round(score, 6) for score in reply.scores], "new_tokens": len(reply.tokens),
     }  # fmt: skip

@@ -56,7 +56,7 @@ def _generate(config: Config, run_dir: Path, out: Path, which: str, deepspeed_co
     store = open_split(session, "test")
     marker = (path / checkpoint.MARKER).read_text(encoding="utf-8")
     try:
-        final = Generator(session, store, out, identity(config, marker, store.data_hash)).run()
+        final = Generator(session, store, out, identity(config, marker, store.data_hash), path.name).run()
     finally:
         session.sharding.close()
     get_logger().info(f"{len(store)} replies of {path.name} in {final}")

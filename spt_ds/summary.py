@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -43,9 +44,9 @@ def summary_rows(run: Path) -> list[tuple[str, str]]:
     rows.append(("trained parameters", f"{done['trained_parameters']:,}"))
     rows += [(name, f"{before[key]:.4f} before, {after[key]:.4f} after") for name, key in LOSSES]
     predictions = run / "generate" / "predictions.jsonl"
-    if (run / "generate" / "scores.json").is_file():
-        values = _read(run / "generate" / "scores.json", "run `spt-ds evaluate` again")["values"]
-        rows += [(name, f"{values[key]:.2f}") for name, key in SCORES]
+    scores = run / "generate" / "scores.json"
+    if scores.is_file():
+        rows += _score_rows(_read(scores, "run `spt-ds evaluate` again"), predictions)
     if predictions.is_file():
         used = Counter(json.loads(line)["prompt"] for line in predictions.read_text(encoding="utf-8").splitlines())
         usage = ", ".join(f"{prompt}: {count}" for prompt, count in sorted(used.items(), key=str))
@@ -53,6 +54,14 @@ def summary_rows(run: Path) -> list[tuple[str, str]]:
         rows.append(("prompt usage", usage))
     rows.append(("run folder", str(run)))
     return rows
+
+
+def _score_rows(scores: dict[str, Any], predictions: Path) -> list[tuple[str, str]]:
+    if predictions.is_file():
+        digest = hashlib.sha256(predictions.read_bytes()).hexdigest()
+        if scores["settings"]["predictions_sha256"] != digest:
+            return [("scores", "those of other replies; run `spt-ds evaluate` again")]
+    return [(name, f"{scores['values'][key]:.2f}") for name, key in SCORES]
 
 
 def _read(path: Path, mend: str) -> dict[str, Any]:

@@ -172,7 +172,11 @@ def _from_record(record: Mapping[str, Any], where: str, name: str) -> Iterator[E
     if "turns" not in record:
         history = _texts(record, "history", where)
         response = _text(record.get("response"), "response", where)
-        yield Example(name, name, len(history), _texts(record, "persona", where), history, response)
+        dialogue = name if (given := record.get("dialogue_id")) is None else _text(str(given), "dialogue_id", where)
+        turn = len(history) if (given := record.get("turn")) is None else given
+        if type(turn) is not int or turn < 0:
+            raise DataError(f'{where}: "turn" must be a whole number from 0 on, got {turn!r:.60}')
+        yield Example(name, dialogue, turn, _texts(record, "persona", where), history, response)
         return
     if (first := record.get("first_speaker")) not in ("partner", "self"):
         raise DataError(f"{where}: first_speaker is {first!r}; allowed are 'partner' and 'self' (the persona's owner)")

@@ -2,7 +2,7 @@
 
 Batches are cut from the examples sorted by length, before they are dealt to ranks: a batch holds the same rows on one
 rank or on eight, so its numbers, rounding included, are the same and so is the file. Finished batches stay in part
-files; a killed run goes on from them.
+files; a killed run goes on from them. `generate.json` beside the predictions tells how they were made.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from spt_ds.data.loader import make_batch
 from spt_ds.data.store import ExampleStore
 from spt_ds.engine.session import Session
 from spt_ds.errors import DataError
+from spt_ds.evaluate.predictions import FILE_NAME as PREDICTIONS
+from spt_ds.evaluate.predictions import RECORD
 from spt_ds.evaluate.scores import clean
+from spt_ds.log import get_logger
 from spt_ds.model.conversation import Live
 from spt_ds.model.decode import Decoded, decode
-
-PREDICTIONS = "predictions.jsonl"
 
 
 def plan_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
@@ -57,16 +58,23 @@ def reply_text(session: Session, tokens: list[int]) -> tuple[str, str]:
 class Generator:
     """Writes `out/predictions.jsonl` for one store under one set of options."""
 
-    def __init__(self, session: Session, store: ExampleStore, out: Path, identity: str) -> None:
-        """`identity` names what the replies depend on (trained tensors, data, options); other parts are ignored."""
+    def __init__(self, session: Session, store: ExampleStore, out: Path, identity: str, checkpoint: str) -> None:
+        """`identity` is all that the replies depend on (trained tensors, data, options): what another one left is not
+        taken over. `checkpoint` names the tensors for the reader.
+        """
         self.session = session
         self.store = store
         self.out = out
-        self.parts = out / f".parts-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+        self.checkpoint = checkpoint
+        self.identity = hashlib.sha256(identity.encode()).hexdigest()
+        self.parts = out / f".parts-{self.identity[:16]}"
 
     def run(self) -> Path:
         """Generate what is not done yet, merge on rank 0, and return the path of the predictions."""
         world, final = self.session.world, self.out / PREDICTIONS
+        if dist.broadcast_json(world.rank == 0 and self._is_done(final)):
+            get_logger().info(f"{final} holds these replies already")
+            return final
         dist.agreed(lambda: self.parts.mkdir(parents=True, exist_ok=True))
         done = set(dist.broadcast_json(sorted(self._finished()) if world.rank == 0 else None))
         batches = plan_batches(self.store.lengths.context, self.session.config.generate.batch_size)
@@ -117,16 +125,35 @@ class Generator:
                     if text.endswith("\n"):  # a line without its end was cut by a kill
                         yield json.loads(text)
 
+    def _is_done(self, final: Path) -> bool:
+        try:
+            record = json.loads((self.out / RECORD).read_text(encoding="utf-8"))
+            return [record["identity"], record["predictions_sha256"]] == [self.identity, _sha256(final)]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     def _merge(self, final: Path) -> None:
         lines = {line["index"]: line for line in self._read_parts()}
         missing = len(self.store) - len(lines)
         if missing:
             raise DataError(f"{self.parts}: {missing} of {len(self.store)} replies are missing; run the command again")
-        temporary = final.with_name(f".{final.name}.writing")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(lines[index], ensure_ascii=False) + "\n" for index in range(len(self.store)))
-        temporary.replace(final)
+        _write(final, (json.dumps(lines[index], ensure_ascii=False) + "\n" for index in range(len(self.store))))
+        record = {"identity": self.identity, "predictions_sha256": _sha256(final), "checkpoint": self.checkpoint}
+        config = self.session.config.model_dump(mode="json")
+        _write(self.out / RECORD, [json.dumps({**record, "config": config}, indent=1) + "\n"])
         shutil.rmtree(self.parts)
+
+
+def _write(path: Path, texts: Iterable[str]) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(texts)
+    temporary.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -12,10 +12,10 @@ from spt_ds.errors import SptError
 from spt_ds.evaluate import report_tables
 from spt_ds.evaluate.evaluation import Scores, score
 from spt_ds.evaluate.measures import OPT_VOCABULARY, measure
-from spt_ds.evaluate.predictions import read_predictions
+from spt_ds.evaluate.predictions import DEFAULT_FOLDER, read_predictions
 from spt_ds.evaluate.report_tables import Cell, Table
 from spt_ds.evaluate.resample import Paired
-from spt_ds.evaluate.scores import METRICS
+from spt_ds.evaluate.scores import METRICS, WIDE_COLUMNS
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,6 +47,20 @@ def table(scores: Scores, against: dict[str, Paired] | None = None) -> Table:
             row += [None] * 4 if pair is None else [pair.difference, pair.low, pair.high, f"{pair.p:.4f}"]
         rows.append(row)
     return Table(columns, rows)
+
+
+def row(name: str, scores: Scores, against: dict[str, Paired] | None = None) -> Table:
+    """One row in the order of the paper's columns, intervals below it; with `against`, differences and p-values."""
+    columns = [metric for metric in METRICS if metric.key in WIDE_COLUMNS and metric.key in scores.values]
+    rows: list[list[Cell]] = [[name, *(scores.values[metric.key] for metric in columns)]]
+    if scores.intervals:
+        known = [scores.intervals.get(metric.key) for metric in columns]
+        rows.append(["95 %", *(None if pair is None else f"{pair[0]:.2f} to {pair[1]:.2f}" for pair in known)])
+    if against is not None:
+        pairs = [against.get(metric.key) for metric in columns]
+        rows.append(["difference", *(None if pair is None else f"{pair.difference:+.2f}" for pair in pairs)])
+        rows.append(["p", *(None if pair is None else f"{pair.p:.4f}" for pair in pairs)])
+    return Table(["system", *(metric.label for metric in columns)], rows)
 
 
 def notes(scores: Scores) -> list[str]:
@@ -103,5 +117,7 @@ def _run(args: argparse.Namespace) -> None:
     print(shown.text())
     print("\n".join(notes(scores)))
     folder = args.out or measured.file.path.parent
-    paths = report_tables.write_files(folder, "scores", data, long=shown, wide=shown)
+    place = measured.file.path.resolve().parent
+    name = (place.parent if place.name == DEFAULT_FOLDER else place).name
+    paths = report_tables.write_files(folder, "scores", data, long=shown, wide=row(name, scores, pairs))
     print("written: " + " ".join(map(str, paths)))

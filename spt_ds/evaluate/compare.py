@@ -18,10 +18,9 @@ from spt_ds.errors import DataError, SptError
 from spt_ds.evaluate import evaluation, predictions, report_tables
 from spt_ds.evaluate.evaluation import Scores
 from spt_ds.evaluate.report_tables import Cell, Table
-from spt_ds.evaluate.scores import METRICS, PAPER_COLUMNS
+from spt_ds.evaluate.scores import METRICS, WIDE_COLUMNS
 
 CONFIG = "config.yaml"
-WIDE_COLUMNS = (*PAPER_COLUMNS, "ead1", "ead2", "ppl_token")
 # What two runs must share for a gain between them to mean anything.
 COMMON = ("data_sha256", "bleu_signature", "ead_vocabulary")
 # Keys of the configuration in which runs of one recipe may differ: they name the repeat or move no number.
@@ -36,7 +35,7 @@ class Run:
     name: str
     seed: int | None
     options: dict[str, Any]
-    """The configuration by key path."""
+    """The configuration by key path, that of generation where it is known."""
     scores: Scores
 
 
@@ -146,7 +145,10 @@ def read_run(folder: Path) -> Run:
         raise DataError(f"{folder / CONFIG}: name is {name!r}, expected a string")
     if seed is not None and not isinstance(seed, int):
         raise DataError(f"{folder / CONFIG}: train.seed is {seed!r}, expected a whole number")
-    return Run(folder, name, seed, options, _read_scores(folder))
+    scores = _read_scores(folder)
+    place = predictions.locate(folder, predictions.FILE_NAME, evaluation.FILE_NAME)
+    options |= _flat("", predictions.generated_with(place, scores.settings.predictions_sha256))
+    return Run(folder, name, seed, options, scores)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from spt_ds.errors import DataError
 
 FILE_NAME = "predictions.jsonl"
+RECORD = "generate.json"  # beside it: how the replies were made
 DEFAULT_FOLDER = "generate"  # where `spt-ds generate` puts the file in a run folder
 MAX_NATS = 700  # exp(700) is about the largest double
 
@@ -134,6 +135,25 @@ def read_predictions(path: str | Path) -> PredictionFile:
         _check_order(where, row, rows)
         rows.append(row)
     return PredictionFile(path, hashlib.sha256(content).hexdigest(), tuple(rows))
+
+
+def generated_with(folder: Path, sha256: str) -> dict[str, Any]:
+    """The configuration, as a tree, under which the predictions in `folder` were generated.
+
+    It is training's with what was overridden. Empty where `generate.json` is not there or tells of other predictions
+    than those whose bytes have the digest `sha256`; DataError where it cannot be read.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        config = record["config"] if record["predictions_sha256"] == sha256 else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read ({error!r}); `spt-ds generate` writes it") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: config is a {type(config).__name__}, expected an object; `spt-ds generate` writes it")
+    return config
 
 
 def check_same_examples(first: PredictionFile, second: PredictionFile) -> None:

@@ -48,6 +48,7 @@ METRICS = (
     Metric("prompt_entropy", "prompt H", "normalised entropy of the prompts' use, 0 to 1"),
 )
 PAPER_COLUMNS = tuple(metric.key for metric in METRICS[:10])
+WIDE_COLUMNS = (*PAPER_COLUMNS, "ead1", "ead2", "ppl_token")  # of a table with a system in each row
 
 _STOP = re.compile(r"R:|Q:|Summary:|\n|:")
 _PUNCTUATION = re.compile(r'[!"#$%&()*+,-./:;<=>?@\[\]\\^`{|}~_\']')

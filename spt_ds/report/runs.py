@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from spt_ds.config.load import key_paths, load_config
 from spt_ds.config.schema import Config
 from spt_ds.engine import run_folder
@@ -46,6 +48,8 @@ class Run:
     label: str
     options: dict[str, Any]
     """The configuration by key path."""
+    generated: dict[str, Any]
+    """The same, as the replies were generated; that of training where it is not known."""
     environment: dict[str, Any]
     """Hardware, versions and variables by key path; empty where they are not recorded."""
     lines: list[dict[str, Any]]
@@ -109,10 +113,12 @@ def read_run(folder: Path, label: str) -> Run:
     lines = read_lines(metrics) if present(metrics, "no step has been logged yet") else []
     is_done = present(done, "training has not come to its end")
     file, scores = _scored(folder, missing)
+    options = options_of(loaded)
     return Run(
         folder=folder,
         label=label,
-        options=options_of(loaded),
+        options=options,
+        generated=(_generated(file) if file else None) or options,
         environment=_flat("", _object(environment)) if has_environment else {},
         lines=lines,
         done=_object(done) if is_done else None,
@@ -168,6 +174,14 @@ def _scored(folder: Path, missing: list[str]) -> tuple[PredictionFile | None, Sc
         missing.append(f"{written.name} belongs to other predictions and is left out: {mend}")
         scores = None
     return file, scores
+
+
+def _generated(file: PredictionFile) -> dict[str, Any] | None:
+    tree = predictions.generated_with(file.path.parent, file.sha256)
+    try:
+        return options_of(Config.model_validate_json(json.dumps(tree))) if tree else None
+    except ValidationError as error:
+        raise DataError(f"{file.path.parent / predictions.RECORD}: {error}; generate again") from error
 
 
 def _replies(file: PredictionFile) -> list[Reply]:

@@ -150,14 +150,17 @@ def configuration(runs: Sequence[Run]) -> Markup:
     keys = list(runs[0].options)
     if len(runs) > 1:
         columns, sets = [run.label for run in runs], [run.options for run in runs]
-        caption, same = "Options that differ between the runs.", "The runs have the same configuration."
+        caption, same = "Options that differ between the runs.", "The runs were trained with the same configuration."
     else:
         columns, sets = ["default", runs[0].label], [options_of(Config()), runs[0].options]
         caption, same = "Options that differ from the defaults.", "Every option has its default."
     differing = [key for key in keys if any(one[key] != sets[0][key] for one in sets)]
     first = _options(caption, columns, sets, differing) if differing else tag("p", same)
     everything = _options("All options.", [run.label for run in runs], [run.options for run in runs], keys)
-    parts = [first, tag("details", tag("summary", "All options"), everything)]
+    changed = [key for key in keys if any(run.generated[key] != run.options[key] for run in runs)]
+    generated = [run.generated for run in runs]
+    overridden = _options("Options set for the replies alone.", [run.label for run in runs], generated, changed)
+    parts = [first, overridden if changed else Markup(""), tag("details", tag("summary", "All options"), everything)]
     parts += [
         tag("details", tag("summary", f"DeepSpeed configuration of {run.label}"), tag("pre", run.deepspeed))
         for run in runs

@@ -119,6 +119,7 @@ def load_cells(path: Path, out: Path | None = None, overrides: Sequence[str] = (
             raise ConfigError(
                 f"{path}: two cells are called {cell.folder.name}; give each entry of configs a name of its own"
             )
+    _check_same_test(path, cells)
     conflicts = [f"  {cell.folder}: {conflict}" for cell in cells if (conflict := cell.conflict())]
     if conflicts:
         raise ConfigError(
@@ -138,12 +139,24 @@ def _cells(path: Path, sweep: SweepFile, entry: Entry, root: Path, overrides: Se
         row = ".".join([name, *parts])
         folder = root / (f"{row}.seed-{place[SEED]}" if SEED in place else row)
         given = [f"{key}={_yaml(value)}" for key, value in {**sweep.set, **entry.set}.items()]
-        options = (*given, *overrides, *(f"{key}={_yaml(value)}" for key, value in place.items()), f"name={row}")
+        options = (*given, *overrides, *(f"{key}={_yaml(value)}" for key, value in place.items()), f"name={_yaml(row)}")
         try:
             config = load_config(source, options)
         except ConfigError as error:
             raise ConfigError(f"{path}: cell {folder.name}: {error}") from error
         yield Cell(row, folder, source, options, config)
+
+
+def _check_same_test(path: Path, cells: Sequence[Cell]) -> None:
+    """One table compares replies to the same examples: better to hear it now than when all cells are trained."""
+    for key in ("test", "max_test_examples"):
+        values = {repr(getattr(cell.config.data, key)): cell.folder.name for cell in cells}
+        if len(values) > 1:
+            listing = ", ".join(f"{value} in {name}" for value, name in values.items())
+            raise ConfigError(
+                f"{path}: data.{key} is {listing}; all cells of a sweep answer the same examples: set it once, under "
+                "`set`, or make a sweep of each"
+            )
 
 
 def _check_keys(path: Path, sweep: SweepFile, overrides: Sequence[str]) -> None:

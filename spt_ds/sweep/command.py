@@ -68,13 +68,14 @@ def _run(args: argparse.Namespace) -> int:
     if not args.table:
         runner = Runner(args.jobs, args.ranks)
         failures, stopped = runner.run([cell for _, cell in numbered]), runner.stopped
+    for name, why in failures.items():
+        if not stopped:
+            print(f"spt-ds sweep: {name}: {why}", file=sys.stderr)
     if args.task is None:
         print("written: " + " ".join(map(str, write_table(root, cells, failures))))
     if stopped:
         print("stopped; the same command goes on", file=sys.stderr)
         return EXIT_STOPPED
-    for name, why in failures.items():
-        print(f"spt-ds sweep: {name}: {why}", file=sys.stderr)
     return EXIT_DONE if all(cell.finished for _, cell in numbered) else EXIT_FAILED
 
 
@@ -90,8 +91,11 @@ def write_table(root: Path, cells: Sequence[Cell], failures: dict[str, str]) -> 
         table = Table(["recipe"], rows)
         return report_tables.write_files(root, "table", {"recipes": [], "failed": missing}, table, table)
     result = compare([cell.folder for cell in finished], finished[0].folder)
+    told = {}
+    if finished[0].row != cells[0].row:
+        told = {cells[0].row: f"the baseline is not finished; gains are over {finished[0].row}"}
     wide, long = result.wide(), result.long()
-    wide = Table(wide.columns, [*wide.rows, *_named(missing, len(wide.columns))])
+    wide = Table(wide.columns, [*wide.rows, *_named({**told, **missing}, len(wide.columns))])
     long = Table(long.columns, [*long.rows, *_named(missing, len(long.columns))])
     paths = report_tables.write_files(root, "table", {**result.to_json(), "failed": missing}, long, wide)
     print(wide.text() + "".join(f"{note}\n" for note in result.notes), end="")

@@ -54,7 +54,7 @@ class Counting(Generator):
     """Counts what is decoded; with `die_after` kills this process, without a word, after so many batches."""
 
     def __init__(self, session: Session, out: Path, die_after: int | None = None) -> None:
-        super().__init__(session, open_split(session, "test"), out, "test")
+        super().__init__(session, open_split(session, "test"), out, "test", "step-1")
         self.decoded = 0
         self.batches = 0
         self.die_after = die_after
@@ -77,31 +77,33 @@ def generate_and_die(
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    assert [path.name for path in folder.iterdir()] == ["predictions.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["generate.json", "predictions.jsonl"]
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def ways(scene: Scene, arch: str, options: list[str]) -> list[Job]:
+def ways(scene: Scene, arch: str, name: str, options: list[str]) -> list[Job]:
     overrides = scene.overrides(arch, *options)
-    return [(f"{arch}-replicated", overrides, None), (f"{arch}-sharded", overrides, scene.ds("zero3"))]
+    return [(f"{name}-replicated", overrides, None), (f"{name}-sharded", overrides, scene.ds("zero3"))]
 
 
 def test_any_ranks_replicated_or_sharded_write_the_same_bytes(scene: Scene, options: list[str], tmp_path: Path) -> None:
     jobs = [
-        *ways(scene, "opt", options),
-        *ways(scene, "llama", [*options, "prompts.placement=suffix", "generate.do_sample=true"]),
+        *ways(scene, "opt", "greedy", options),
+        *ways(scene, "llama", "sampled", [*options, "prompts.placement=suffix", "generate.do_sample=true"]),
+        *ways(scene, "opt", "beams", [*options, "generate.num_beams=3", "generate.repetition_penalty=1.3"]),
+        *ways(scene, "llama", "fused", [*options, "generate.mode=fuse", "generate.perplexity=false"]),
     ]
     for size in (1, 2, 3):
-        decoded = run_ranks(size, generate, jobs, tmp_path / str(size), timeout_s=150)
+        decoded = run_ranks(size, generate, jobs, tmp_path / str(size), timeout_s=240)
         assert [sum(counts) for counts in zip(*decoded, strict=True)] == [EXAMPLES] * len(jobs)
-    for arch in ("opt", "llama"):
+    for name in ("greedy", "sampled", "beams", "fused"):
         files = [
-            (tmp_path / str(size) / f"{arch}-{way}" / "predictions.jsonl").read_bytes()
+            (tmp_path / str(size) / f"{name}-{way}" / "predictions.jsonl").read_bytes()
             for size in (1, 2, 3)
             for way in ("replicated", "sharded")
         ]
         assert all(content == files[0] for content in files)
-        lines = read(tmp_path / "3" / f"{arch}-sharded")
+        lines = read(tmp_path / "3" / f"{name}-sharded")
         assert [line["index"] for line in lines] == list(range(EXAMPLES))
         assert len({line["reply"] for line in lines}) > EXAMPLES // 2, "the replies must differ"
 
@@ -183,3 +185,10 @@ def test_killed_and_resumed_gives_the_same_bytes(
     assert decoded == [left[1]], "what was written is not decoded again"
     assert (out / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
     assert len(read(out)) == EXAMPLES
+    record = json.loads((out / "generate.json").read_text(encoding="utf-8"))
+    assert (record["checkpoint"], record["config"]["generate"]["max_new_tokens"]) == ("step-1", 8)
+    again: Job = ("out", overrides, path)
+    assert run_ranks(2, generate, [again], tmp_path, timeout_s=PATIENCE_S) == [[0], [0]], "it was done"
+    (out / "predictions.jsonl").write_text("of another command")
+    assert sum(counts[0] for counts in run_ranks(2, generate, [again], tmp_path, timeout_s=PATIENCE_S)) == EXAMPLES
+    assert (out / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()

@@ -205,7 +205,7 @@ def test_replies_are_those_of_generate(folder: Path, run: str, tmp_path: Path) -
     bot = spt_ds.load(folder / run)
     assert not bot._session.config.generate.perplexity, "a conversation has no reference reply"
     store = open_split(bot._session, "test")
-    lines = Generator(bot._session, store, tmp_path, "test").run().read_text(encoding="utf-8").splitlines()
+    lines = Generator(bot._session, store, tmp_path, "test", "step-7").run().read_text(encoding="utf-8").splitlines()
     for line in map(json.loads, lines):
         reply = bot.reply(line["persona"], line["history"])
         assert (reply.text, reply.prompt, len(reply.tokens)) == (

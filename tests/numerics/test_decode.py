@@ -145,9 +145,43 @@ def test_perplexity_is_the_loss_under_the_chosen_prompt() -> None:
         assert torch.allclose(out.nll[place], expected[k, place], atol=1e-9)
 
 
-def test_beams_find_replies_of_no_lower_likelihood() -> None:
+@torch.no_grad()
+def likelihood(backbone: Backbone, spt: Spt, batch: Batch, place: int, k: int, tokens: list[int]) -> float:
+    """Log-likelihood of a reply after its context and prompt k, in one pass."""
+    context = batch.context_ids.split(batch.context_lens)[place]
+    ids = torch.cat([context, torch.tensor(tokens)])
+    row = torch.cat([spt.trainables.bank.weight[k], backbone.embed(ids)])
+    logits = backbone.head(backbone.run(row, Layout([len(row)], torch.arange(len(row)), "sdpa", row.device)))
+    told = logits.log_softmax(-1)[-len(tokens) - 1 : -1]
+    return float(told[torch.arange(len(tokens)), torch.tensor(tokens)].sum())
+
+
+def test_beams_find_replies_of_higher_likelihood() -> None:
     backbone, spt, batch = tiny("llama", "prefix")
-    assert all(len(tokens) == 6 for tokens in run(backbone, spt, batch, num_beams=3).tokens)
+    found = {beams: run(backbone, spt, batch, num_beams=beams) for beams in (1, 4)}
+    gains = []
+    for place, k in enumerate(found[1].chosen):
+        assert k is not None
+        one, four = (likelihood(backbone, spt, batch, place, k, out.tokens[place]) for out in found.values())
+        gains.append(four - one)
+    assert min(gains) > -1e-9
+    assert max(gains) > 1e-3, "the case must have a reply that greedy decoding misses"
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"mode": "fuse"}, {"mode": "noise:0.5"}], ids=str)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_reply_is_the_same_alone(placement: str, options: dict[str, Any]) -> None:
+    backbone, spt, batch = tiny("opt", placement)
+    together = run(backbone, spt, batch, **options).tokens
+    assert together == [run(backbone, spt, alone(batch, place), **options).tokens[0] for place in range(4)]
+
+
+def test_a_nucleus_holds_the_likeliest_tokens_only() -> None:
+    """With a share below the likeliest token's the draw is greedy; with a larger one it is not."""
+    backbone, spt, batch = tiny("llama", "prefix")
+    hot = {"do_sample": True, "temperature": 3.0}
+    assert run(backbone, spt, batch, **hot, top_p=1e-6).tokens == run(backbone, spt, batch).tokens
+    assert run(backbone, spt, batch, **hot, top_p=0.2).tokens != run(backbone, spt, batch, **hot).tokens
 
 
 def test_prompt_choice_by_mode() -> None:

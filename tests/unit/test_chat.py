@@ -30,12 +30,15 @@ class EchoBot:
     ) -> Generator[str, None, Reply]:
         self.asked.append((tuple(persona), tuple(history), prompt))
         try:
-            yield "echo"
+            if history[-1] != "silence":
+                yield "echo"
             if history[-1] == "interrupt" and not self.interrupts:
                 self.interrupts += 1
                 raise KeyboardInterrupt
             if history[-1] == "refuse":
                 raise DataError("too long")
+            if history[-1] == "silence":
+                return Reply("", 0, (0.25, 0.5, 0.125), (2,), 0)
             yield f" {history[-1]} {len(self.asked)}"
         finally:
             self.closed += 1
@@ -130,7 +133,18 @@ def test_saved_dialogue_is_data(talk: Talk, tmp_path: Path) -> None:
     assert [example.response for example in examples] == ["echo hi 1", "echo more 2"]
     line = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
     assert line["persona"] == ["i ski."]
+    assert [(example.dialogue_id, example.turn) for example in examples] == [("talk", 1), ("talk", 3)]
     assert (line["prompt"], line["scores"], line["new_tokens"]) == (1, [0.25, 0.5, 0.125], 3)
+
+
+def test_a_reply_without_words_is_no_turn(talk: Talk, tmp_path: Path) -> None:
+    """Neither training nor the next context could read it."""
+    path = tmp_path / "talk.jsonl"
+    bot, conversation, out = talk("hi", "silence", "/retry", "more", f"/save {path}")
+    assert "no words, 1 tokens; the message is taken back" in out
+    assert [asked[1][-1] for asked in bot.asked] == ["hi", "silence", "silence", "more"]
+    assert bot.asked[3][1] == ("hi", "echo hi 1", "more")
+    assert len(list(read(str(path)))) == len(conversation.turns) == 2
 
 
 def test_save_leaves_other_files_alone(talk: Talk, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,31 @@ def test_seeds_of_a_recipe_are_averaged_and_set_against_the_baseline(runs: dict[
     assert set(found.gains(found.baseline).values()) <= {(0.0, 0.0), (0.0, None)}
     dist = [found.gains(spt)[key][1] for key in ("dist1", "dist2")]
     assert found.diversity_gain(spt) == pytest.approx(sum(part for part in dist if part is not None) / 2)
+
+
+def generated(folder: Path, **options: Any) -> Path:
+    """As `spt-ds generate` tells it beside the predictions."""
+    digest = hashlib.sha256((folder / "predictions.jsonl").read_bytes()).hexdigest()
+    record = {"identity": "x", "predictions_sha256": digest, "checkpoint": "step-1", "config": {"generate": options}}
+    (folder / "generate.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_replies_generated_with_other_options_are_told_apart(runs: dict[str, Path]) -> None:
+    """The configuration of training cannot tell: options of generation are set on its command line."""
+    one, other = generated(runs["spt0"], mode="select"), generated(runs["spt1"], mode="random")
+    assert compare([one, other], runs["base"]).notes[0] == f"spt: {other} differs from {one} in generate.mode"
+    (other / "predictions.jsonl").write_bytes((one / "predictions.jsonl").read_bytes())  # the record is of other ones
+    generated(one, mode="select")
+    assert "differs" in compare([one, other], runs["base"]).notes[0]
+    (one / "generate.json").unlink()
+    assert not any("differs" in note for note in compare([one, other], runs["base"]).notes)
+
+
+def test_a_damaged_record_is_named(runs: dict[str, Path]) -> None:
+    (runs["spt0"] / "generate.json").write_text("{")
+    with pytest.raises(DataError, match=r"spt0/generate.json: cannot be read .*`spt-ds generate` writes it"):
+        compare([runs["spt0"]], runs["base"])
 
 
 def test_the_papers_diversity_gain_follows_from_its_table() -> None:

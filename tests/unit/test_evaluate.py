@@ -234,8 +234,12 @@ def test_command_writes_json_csv_markdown_and_latex(tmp_path: Path, capsys: pyte
     assert load_scores(tmp_path / "out" / "scores.json") == evaluate(path, resamples=50)
     table = list(csv.DictReader((tmp_path / "out" / "scores.csv").open()))
     assert (table[0]["metric"], float(table[0]["value"])) == ("F1", f1)
-    assert (tmp_path / "out" / "scores.md").read_text().splitlines()[2].startswith(f"| F1 | {f1:.2f} | ")
-    assert rf"empty \% & {data['values']['empty_replies']:.2f} & " in (tmp_path / "out" / "scores.tex").read_text()
+    head, _, values, _, difference, p = (tmp_path / "out" / "scores.md").read_text().splitlines()
+    assert head.startswith("| system | F1 | BLEU | R-1 | R-2 | R-L | DIST-1 | DIST-2 |"), "the paper's order"
+    assert values.startswith(f"| run | {f1:.2f} | {data['values']['bleu']:.2f} | ")
+    assert difference.startswith(f"| difference | {data['against']['metrics']['f1_spt']['difference']:+.2f} | ")
+    assert p.startswith(f"| p | {data['against']['metrics']['f1_spt']['p']:.4f} | ")
+    assert rf"run & {f1:.2f} & {data['values']['bleu']:.2f} & " in (tmp_path / "out" / "scores.tex").read_text()
     assert f"{f1:.2f}" in shown.splitlines()[2]
     assert "prompts chosen: 0:1 1:3 2:0 3:1" in shown
     assert {file.name for file in (tmp_path / "out").iterdir()} == {

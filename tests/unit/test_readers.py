@@ -158,12 +158,14 @@ def test_spc_faults_name_file_and_line(tmp_path: Path, content: str, line: int, 
 def test_jsonl_examples_and_dialogues(tmp_path: Path) -> None:
     lines = [
         {"persona": ["i ski."], "history": ["hi"], "response": "yes\u2028no"},
+        {"persona": [], "history": ["hi"], "response": "no", "dialogue_id": 7, "turn": 3, "more": None},
         {"id": "x", "persona": [], "turns": ["a", "b", "c"], "first_speaker": "self"},
         {"id": "y", "persona": ["p"], "turns": ["a", "b", "c"], "first_speaker": "partner"},
     ]
     content = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     assert examples(tmp_path, "a.jsonl", content) == [
         Example("a.jsonl:1", "a.jsonl:1", 1, ("i ski.",), ("hi",), "yes\u2028no"),
+        Example("a.jsonl:2", "7", 3, (), ("hi",), "no"),
         Example("x/0", "x", 0, (), (), "a"),
         Example("x/2", "x", 2, (), ("a", "b"), "c"),
         Example("y/1", "y", 1, ("p",), ("a",), "b"),
@@ -179,6 +181,8 @@ def test_jsonl_examples_and_dialogues(tmp_path: Path) -> None:
         ('{"persona": [], "history": [], "response": "  "}', "got '  '"),
         ('{"history": [], "response": "a"}', "\"persona\" must be a list of texts, got no such key among ['history'"),
         ('{"persona": [], "history": "hi", "response": "a"}', "\"history\" must be a list of texts, got 'hi'"),
+        ('{"persona": [], "history": [], "response": "a", "turn": true}', '"turn" must be a whole number from 0 on'),
+        ('{"persona": [], "history": [], "response": "a", "dialogue_id": " "}', '"dialogue_id" must be a text'),
         ('{"persona": [], "history": ["a", 3], "response": "a"}', '"history[1]" must be a text'),
         ('{"persona": [], "turns": ["a"]}', "first_speaker is None; allowed are 'partner' and 'self'"),
         ('{"persona": [], "turns": ["a"], "first_speaker": "me"}', "first_speaker is 'me'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -427,3 +428,18 @@ def test_opens_in_a_browser_in_dark_mode(report: Path, tmp_path: Path) -> None:
     run_colour = tuple(bytes.fromhex(plots.colour(0)[1:]))
     seen = {colour: count for count, colour in picture.getcolors(1 << 24)}
     assert seen[run_colour] > 100  # curves are drawn
+
+
+def test_options_set_for_the_replies_alone_are_shown(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    for run, mode in zip(runs, ("select", "random"), strict=True):
+        digest = hashlib.sha256((run / "generate" / "predictions.jsonl").read_bytes()).hexdigest()
+        record = {"identity": "x", "predictions_sha256": digest, "config": {"name": "tiny", "generate": {"mode": mode}}}
+        (run / "generate" / "generate.json").write_text(json.dumps(record))
+    shown = Page(sections.configuration(read_runs(runs))).text()
+    assert "The runs were trained with the same configuration." in shown
+    assert "Options set for the replies alone. key a b generate.mode select random" in shown
+    assert "replies alone" not in Page(sections.configuration([read_run(runs[0], "a")])).text()
+    (runs[1] / "generate" / "generate.json").write_text(json.dumps({**record, "config": {"generate": {"mode": 3}}}))
+    with pytest.raises(DataError, match=r"generate\.json"):
+        read_run(runs[1], "b")

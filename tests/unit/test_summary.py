@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -24,9 +25,10 @@ def finished(folder: Path, *, scored: bool) -> Path:
     if scored:
         (folder / "generate").mkdir()
         values = {"f1_spt": 12.345, "bleu": 1.0, "dist1": 2.0, "dist2": 3.0}
-        (folder / "generate" / "scores.json").write_text(json.dumps({"values": values}))
         lines = "".join(json.dumps({"prompt": k}) + "\n" for k in (0, 2, 2))
         (folder / "generate" / "predictions.jsonl").write_text(lines)
+        settings = {"predictions_sha256": hashlib.sha256(lines.encode()).hexdigest()}
+        (folder / "generate" / "scores.json").write_text(json.dumps({"values": values, "settings": settings}))
     return folder
 
 
@@ -39,6 +41,15 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["F1 (SPT)"] == "12.35"
     assert rows["prompt usage"] == "0: 1, 2: 2"
     assert rows["run folder"] == str(tmp_path)
+
+
+def test_scores_of_other_replies_are_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished(tmp_path, scored=True)
+    (run / "generate" / "predictions.jsonl").write_text('{"prompt": 1}\n')
+    assert main([str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "F1" not in out
+    assert "those of other replies; run `spt-ds evaluate` again" in out
 
 
 def test_without_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SWEEP = """\
 name: s
 configs: [baseline-pt, {config: demo, name: spt, set: {optim.lr: 2e-3}}]
-set: {train.max_steps: 3}
+set: {train.max_steps: 3, data.max_test_examples: 8}
 grid: {train.seed: [0, 1], losses.tau_gold: [0.05, 1]}
 """
 # Stands in for the interpreter: each step writes what the real one does, for runs whose name has no "bad" in it.
@@ -147,6 +147,25 @@ def test_what_is_wrong_is_told_before_anything_runs(tmp_path: Path, text: str, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: s\nconfigs: [demo]\ngrid: {data.test: ['embedded:test', 'embedded:valid']}\n",
+        "name: s\nconfigs: [demo, {config: demo, name: b, set: {data.max_test_examples: 7}}]\n",
+        "name: s\nconfigs: [demo, baseline-pt]\n",  # the demo answers 96 examples, a baseline all
+    ],
+)
+def test_cells_that_answer_other_examples_are_refused(tmp_path: Path, text: str) -> None:
+    """Their table could not be made once all of them had been trained."""
+    assert "all cells of a sweep answer the same examples" in problem(tmp_path, text)
+
+
+@pytest.mark.parametrize("name", ["2024", "1e3", "2026-11-23", "null", "true"])
+def test_a_name_that_yaml_takes_for_something_else_stays_a_name(tmp_path: Path, name: str) -> None:
+    path = sweep_file(tmp_path, f"name: s\nconfigs: [{{config: demo, name: '{name}'}}]\n")
+    assert [cell.config.name for cell in load_cells(path, tmp_path / "out")[1]] == [name]
+
+
 def test_an_override_must_not_flatten_an_axis(tmp_path: Path) -> None:
     assert "--set train.seed=5: is an axis of the grid" in problem(tmp_path, SWEEP, "train.seed=5")
 
@@ -207,6 +226,16 @@ def test_a_cell_that_fails_is_named_and_ends_no_other(
     scripted.unlink()
     assert command.main(arguments) == 0
     assert steps(scripted) == [("generate", "bad"), ("score", "bad")]  # its training is not repeated
+
+
+def test_a_table_without_its_baseline_says_so(
+    tmp_path: Path, scripted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAD", "train")
+    path = sweep_file(tmp_path, "name: s\nconfigs: [{config: demo, name: bad}, demo, {config: demo, name: b}]\n")
+    assert command.main([str(path), "--out", str(tmp_path / "out")]) == 1
+    assert "bad: failed in training" in capsys.readouterr().err
+    assert "| bad: the baseline is not finished; gains are over demo |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_all_cells_failed_still_makes_a_table(
