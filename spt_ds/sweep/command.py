@@ -95,7 +95,7 @@ def write_table(root: Path, cells: Sequence[Cell], failures: dict[str, str]) -> 
     if finished[0].row != cells[0].row:
         told = {cells[0].row: f"the baseline is not finished; gains are over {finished[0].row}"}
     wide, long = result.wide(), result.long()
-    wide = Table(wide.columns, [*wide.rows, *_named({**told, **missing}, len(wide.columns))])
+    wide = Table(wide.columns, [*wide.rows, *_named(told, len(wide.columns)), *_named(missing, len(wide.columns))])
     long = Table(long.columns, [*long.rows, *_named(missing, len(long.columns))])
     paths = report_tables.write_files(root, "table", {**result.to_json(), "failed": missing}, long, wide)
     print(wide.text() + "".join(f"{note}\n" for note in result.notes), end="")

@@ -163,5 +163,5 @@ def replies(base: Path, changes: dict[str, torch.Tensor], lines: list[dict[str, 
             torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
         )[0, len(ids) :].tolist()  # fmt: skip
-        out.append((tokenizer.decode(tokens, skip_special_tokens=True).strip(), len(tokens)))
+        out.append((tokenizer.decode(tokens, skip_special_tokens=True), len(tokens)))
     return out
