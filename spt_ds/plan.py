@@ -226,6 +226,13 @@ def choose_placement(
     room = rank_bytes - rest
     sizes = f"base {base / GIB:.2f} GiB at {bits} bits, {max(room, 0) / GIB:.2f} GiB left for it on each rank"
     if config.method.trains_base:
+        if base > room:
+            raise EngineError(
+                f"engine.placement: auto finds no place for the base: {sizes}, and method.type: {config.method.type}, "
+                "which trains weights in it, needs a copy on each rank. Take a smaller base, lower train.micro_batch "
+                "or data.max_tokens, on hosts without GPUs fewer ranks; engine.placement: replicate is taken without "
+                "this check"
+            )
         return "replicate", f"placement: replicate ({sizes}: method.type: {config.method.type} trains weights in it)"
     if base <= room:
         return "replicate", f"placement: replicate ({sizes}: sharding would only add communication)"

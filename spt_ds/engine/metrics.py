@@ -20,14 +20,17 @@ from spt_ds.log import say_once
 class Metrics:
     """Writes on rank 0 only; on the others every call does nothing."""
 
-    def __init__(self, run_dir: Path, total_steps: int, start_step: int, *, active: bool, tensorboard: bool) -> None:
+    def __init__(
+        self, run_dir: Path, total_steps: int, start_step: int, *, revalidates: bool, active: bool, tensorboard: bool
+    ) -> None:
+        """Go on from `start_step`; `revalidates` tells that this step's validation is made (again) by this run."""
         self.active = active
         self._bar: Any = None
         self._board: Any = None
         if not active:
             return
         self._path = run_dir / METRICS
-        self._forget_after(start_step)
+        self._forget_after(start_step, revalidates)
         self._bar = tqdm(
             total=total_steps, initial=start_step, unit="step", desc="train", file=sys.stderr, dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 20.0,
@@ -35,11 +38,12 @@ class Metrics:
         if tensorboard:
             self._board = _writer(run_dir)
 
-    def _forget_after(self, step: int) -> None:
-        """Drop lines of steps that a killed run took after its last checkpoint: they are taken again."""
+    def _forget_after(self, step: int, revalidates: bool) -> None:
+        """Drop lines of what a killed run did after its last checkpoint: it is done again."""
         if self._path.is_file():
             lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step(line) <= step]
+            first_lost = (step, True) if revalidates else (step + 1, False)
+            kept = [line for line in lines if _mark(line) < first_lost]
             write_text(self._path, "".join(f"{line}\n" for line in kept))
 
     def tick(self) -> None:
@@ -76,12 +80,13 @@ class Metrics:
             self._board.close()
 
 
-def _step(line: str) -> float:
-    """Step of one line; infinite where a kill or a full disk cut it short."""
+def _mark(line: str) -> tuple[float, bool]:
+    """(step, whether it is its validation) of one line; infinite where a kill or a full disk cut it short."""
     try:
-        return float(json.loads(line)["step"])
+        found = json.loads(line)
+        return float(found["step"]), found["kind"] == "valid"
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return math.inf, True
 
 
 def _writer(run_dir: Path) -> Any:

@@ -72,6 +72,7 @@ class Trainer:
             self.run_dir,
             self.total,
             self.state.step,
+            revalidates=self.state.owes_validation or self.state.step in (0, self.total),
             active=leads,
             tensorboard=self.config.log.tensorboard,
         )
