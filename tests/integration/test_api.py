@@ -302,7 +302,11 @@ def test_stopped_reply_ends_early_and_leaves_the_context_right(folder: Path) -> 
 
 
 def test_terminal_from_pipe_with_ctrl_c(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     """Ctrl-C in the middle of a long reply comes back to the input; the same question is then answered whole."""
     persona, saved = tmp_path / "persona.txt", tmp_path / "talk.jsonl"
@@ -325,6 +329,9 @@ def test_terminal_from_pipe_with_ctrl_c(
         bot._session.root.lm.register_forward_pre_hook(press)  # type: ignore[union-attr]
         return bot
 
+    # A shell's background job ignores SIGINT, and Python then leaves it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(api, "open_bot", watched)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"hi\n/retry\nmore\n/save {saved}\n"))
     argv = [str(folder / "opt-suffix"), "--persona", str(persona), "--set", "generate.max_new_tokens=60"]
