@@ -6,9 +6,23 @@ all ranks, b_local of them on this rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+
+
+def on_device(
+    values: torch.Tensor | Sequence[float], device: torch.device, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Host values on `device` without waiting for what it still computes: a GPU takes them from pinned memory."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def owners(lens: Sequence[int], device: torch.device) -> torch.Tensor:
+    """[sum lens] the number of the span to which each token belongs, of spans that lie end to end."""
+    return on_device([span for span, length in enumerate(lens) for _ in range(length)], device, torch.long)
 
 
 @dataclass(frozen=True)

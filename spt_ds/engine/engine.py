@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spt_ds import dist
-from spt_ds.batch import Batch, Window
+from spt_ds.batch import Batch, Window, on_device
 from spt_ds.config.schema import Config, OptimConfig
 from spt_ds.engine.zero import Sharding
 from spt_ds.errors import NonFiniteError
@@ -27,24 +27,24 @@ SIGNALS = ("stop", "save")
 
 @dataclass(frozen=True)
 class StepResult:
-    """Sums over all ranks of one optimizer step, still on the device; `metrics` reads them."""
+    """Sums over all ranks of one optimizer step."""
 
-    reduced: torch.Tensor  # [parts, signals, bad, usage of each prompt]
-    grad_norm: torch.Tensor  # [] before clipping
+    reduced: list[float]  # [parts, signals, bad, usage of each prompt]
+    grad_norm: float  # before clipping
     lr: float
     weights: tuple[float, ...]  # of the four losses
 
     def requested(self) -> tuple[bool, bool]:
         """Whether any rank asked to stop, to save."""
-        stop, save = self.reduced[len(PARTS) : len(PARTS) + 2].tolist()
+        stop, save = self.reduced[len(PARTS) : len(PARTS) + 2]
         return stop > 0, save > 0
 
     def metrics(self) -> dict[str, Any]:
         """Losses per part (unweighted), their weighted sum, gradient norm, learning rate, prompt usage counts."""
-        values = self.reduced.tolist()
+        values = self.reduced
         out: dict[str, Any] = dict(zip(PARTS, values[: len(PARTS)], strict=True))
         out["loss"] = sum(w * v for w, v in zip(self.weights, values[: len(PARTS)], strict=True))
-        out["grad_norm"] = self.grad_norm.item()
+        out["grad_norm"] = self.grad_norm
         out["lr"] = self.lr
         out["prompt_usage"] = [int(v) for v in values[len(PARTS) + len(SIGNALS) + 1 :]]
         return out
@@ -107,12 +107,11 @@ class Engine:
             loss, share = self.spt.contrastive(pooled, everyone, window.contrast, self.world.rank)
             (weight * loss).backward()
             self.sums[3] += share
-        self.sums[len(PARTS) : len(PARTS) + 2] += self.sums.new_tensor(signals)
+        self.sums[len(PARTS) : len(PARTS) + 2] += on_device(signals, self.sums.device, self.sums.dtype)
         dist.all_reduce_sum(self.buffer)
         norm = self.gradients.norm()
-        if not math.isfinite(
-            (norm + self.sums[: len(PARTS) + len(SIGNALS) + 1].sum()).item()
-        ):  # the step's one host sync
+        grad_norm, *reduced = torch.cat([norm[None], self.sums]).tolist()  # the step's one wait for the device
+        if not all(map(math.isfinite, (grad_norm, *reduced))):
             self._raise_non_finite(step, window, outs)
         if self.config.optim.clip_norm:
             self.gradients.mul_((self.config.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -120,12 +119,12 @@ class Engine:
         self.optimizer.step()
         losses = self.config.losses
         weights = (1.0, losses.selection, losses.fusion, losses.contrastive)
-        return StepResult(self.sums.clone(), norm, lr, weights)
+        return StepResult(reduced, grad_norm, lr, weights)
 
     def _add(self, out: MicroLosses, batch: Batch) -> None:
         self.sums[:3] += out.parts
         self.sums[len(PARTS) + len(SIGNALS)] += out.bad.sum()
-        real = torch.tensor(batch.weights, device=self.sums.device, dtype=self.sums.dtype)
+        real = on_device(batch.weights, self.sums.device, self.sums.dtype)
         self.sums[len(PARTS) + len(SIGNALS) + 1 :].index_add_(0, out.scores.argmax(dim=0), real)
 
     def _set_lr(self, step: int, total_steps: int) -> float:
@@ -152,8 +151,8 @@ class Engine:
         sums = torch.zeros(7, dtype=torch.float64, device=self.world.device)
         for batch in batches:
             out: MicroLosses = self.root(self.spt.micro_losses, batch, Counts(1, 1))
-            weights = torch.tensor(batch.weights, dtype=torch.float64, device=sums.device)
-            tokens = weights * torch.tensor(batch.response_lens, dtype=torch.float64, device=sums.device)
+            weights = on_device(batch.weights, sums.device, sums.dtype)
+            tokens = weights * on_device(batch.response_lens, sums.device, sums.dtype)
             nll = out.nll.double()
             selected = nll.gather(0, out.scores.argmax(dim=0)[None])[0]
             best = nll.min(dim=0).values

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from spt_ds.batch import on_device
 from spt_ds.errors import ModelError
 from spt_ds.log import fallback, say_once
 
@@ -35,10 +36,9 @@ class Layout:
     ) -> None:
         self.backend = backend
         self.lens = tuple(lens)
-        self.position_ids = positions.to(device, non_blocking=True)[None]  # [1, N]
+        self.position_ids = on_device(positions, device)[None]  # [1, N]
         self.longest = self.reach = max(lens)  # `reach`: most tokens that one token can attend to
-        edges = torch.tensor([0, *accumulate(lens)], dtype=torch.int32)
-        self.edges = edges.to(device, non_blocking=True)  # [R + 1]
+        self.edges = on_device([0, *accumulate(lens)], device, torch.int32)  # [R + 1]
         self.recorded: dict[int, KeyValue] | None = {} if record else None
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -75,8 +75,8 @@ class Branches(Layout):
         self.context = context
         self.count = count
         self.reach = max(c + n for c, n in zip(context.lens, branch_lens, strict=True))
-        future = torch.ones(max(branch_lens), max(branch_lens), dtype=torch.bool).triu(1)
-        self.future = future.to(device, non_blocking=True)
+        longest = max(branch_lens)
+        self.future = torch.ones(longest, longest, dtype=torch.bool, device=device).triu(1)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal in each branch, all of its context visible."""

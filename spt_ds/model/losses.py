@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from spt_ds.batch import owners
+
 
 def membership(lens: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """[n, B] matrix with a 1 where token i belongs to example b; products with it are deterministic sums."""
-    rows = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens))
-    return F.one_hot(rows, len(lens)).to(device=device, dtype=dtype, non_blocking=True)
+    return (owners(lens, device)[:, None] == torch.arange(len(lens), device=device)).to(dtype)
 
 
 def mean_per_example(values: torch.Tensor, member: torch.Tensor, mask: str) -> torch.Tensor:

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from spt_ds.batch import on_device
+from spt_ds.model.losses import membership
+
 
 def softplus_scores(cos: torch.Tensor) -> torch.Tensor:
     """Monotone and positive: softplus(cos) = log(1 + exp(cos)), [K, B] -> [K, B]."""
@@ -54,17 +57,18 @@ def _linear(size: int, generator: torch.Generator | None) -> nn.Linear:
     return layer
 
 
-def pool(embeddings: torch.Tensor, lens: torch.Tensor, fill: torch.Tensor | None, length: int) -> torch.Tensor:
+def pool(embeddings: torch.Tensor, lens: tuple[int, ...], fill: torch.Tensor | None, length: int) -> torch.Tensor:
     """Mean embedding of each of B spans that lie end to end.
 
-    Args: embeddings [n, D]; lens [B]; fill [D] or None. With `fill` each span counts as padded to `length` tokens with
-    that row (the reference's pooling, faults 1 and 2). Returns [B, D] in fp32, or fp64 where the embeddings are.
+    Args: embeddings [n, D]; lens, B of them; fill [D] or None. With `fill` each span counts as padded to `length`
+    tokens with that row (the reference's pooling, faults 1 and 2). Returns [B, D] in fp32, or fp64 where the
+    embeddings are.
     """
     precise = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    row = torch.repeat_interleave(torch.arange(len(lens), device=lens.device), lens)
-    member = (torch.arange(len(lens), device=lens.device)[:, None] == row[None]).to(precise.dtype)
-    sums = member @ precise  # a matrix product: the same order of additions on every device and run
+    member = membership(lens, precise.device, precise.dtype)  # [n, B]
+    sums = member.T @ precise  # a matrix product: the same order of additions on every device and run
+    counted = on_device(lens, precise.device, precise.dtype)[:, None]
     if fill is None:
-        return sums / lens[:, None].to(precise.dtype)
-    missing = (length - lens)[:, None].to(precise.dtype)
+        return sums / counted
+    missing = length - counted
     return (sums + missing * fill.to(precise.dtype)) / length

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spt_ds.batch import Batch
+from spt_ds.batch import Batch, on_device
 from spt_ds.model.attention import Branches, Layout
 from spt_ds.model.backbone import Backbone
 
@@ -26,7 +26,7 @@ class Embedded:
 def embed(backbone: Backbone, batch: Batch) -> Embedded:
     """Look up context and response embeddings in one visit to the table."""
     device = backbone.lm.get_input_embeddings().weight.device
-    ids = torch.cat([batch.context_ids, batch.response_ids]).to(device, non_blocking=True)
+    ids = on_device(torch.cat([batch.context_ids, batch.response_ids]), device)
     context, response = backbone.embed(ids).split([len(batch.context_ids), len(batch.response_ids)])
     return Embedded(context, response)
 
@@ -54,10 +54,10 @@ def _prefix(backbone: Backbone, batch: Batch, embedded: Embedded, prompts: torch
     device = prompts.device
     layout = Layout(lens * count, positions, backbone.backend, device)
     text = torch.cat([embedded.context, embedded.response])
-    packed = _pack(prompts, text, source.to(device, non_blocking=True))
+    packed = _pack(prompts, text, on_device(source, device))
     hidden = backbone.run(packed.flatten(0, 1), layout).view(count, sum(lens), -1)
     firsts = [width + c - 1 for c in batch.context_lens]
-    return hidden[:, _target_index(lens, firsts, batch.response_lens).to(device, non_blocking=True)]
+    return hidden[:, on_device(_target_index(lens, firsts, batch.response_lens), device)]
 
 
 def _suffix(backbone: Backbone, batch: Batch, embedded: Embedded, prompts: torch.Tensor) -> torch.Tensor:
@@ -76,14 +76,14 @@ def _suffix(backbone: Backbone, batch: Batch, embedded: Embedded, prompts: torch
     positions = torch.cat([(c + torch.arange(n)).repeat(count) for c, n in zip(batch.context_lens, lens, strict=True)])
     layout = Branches(lens, count, context, positions, device)
     source = _interleave(size * width, batch, with_context=False, width=width)
-    packed = _pack(prompts, embedded.response, source.to(device, non_blocking=True))  # [M, N1, D], prompt-major
-    order = torch.cat([part.T.flatten() for part in _by_example(count, lens)]).to(device, non_blocking=True)
+    packed = _pack(prompts, embedded.response, on_device(source, device))  # [M, N1, D], prompt-major
+    order = on_device(torch.cat([part.T.flatten() for part in _by_example(count, lens)]), device)
     hidden = backbone.run(packed.flatten(0, 1)[order], layout)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=device)
     hidden = hidden[back].view(count, sum(lens), -1)
     firsts = [width - 1] * size
-    return hidden[:, _target_index(lens, firsts, batch.response_lens).to(device, non_blocking=True)]
+    return hidden[:, on_device(_target_index(lens, firsts, batch.response_lens), device)]
 
 
 def _pack(prompts: torch.Tensor, text: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from spt_ds.batch import Batch, Contrast
+from spt_ds.batch import Batch, Contrast, on_device, owners
 from spt_ds.config.schema import Config
 from spt_ds.model import losses
 from spt_ds.model.backbone import Backbone
@@ -90,17 +90,15 @@ class Spt:
 
         Without a graph, also where the embedding table trains: micro-batches keep it until the end of the step.
         """
-        device = embedded.context.device
-        lens = torch.tensor(batch.context_lens, device=device)
         if self.config.retriever.pool == "context":
-            return pool(embedded.context, lens, None, 0)
-        responses = torch.tensor(batch.response_lens, device=device)
+            return pool(embedded.context, batch.context_lens, None, 0)
         parts = zip(
             embedded.context.split(batch.context_lens), embedded.response.split(batch.response_lens), strict=True
         )
         text = torch.cat([piece for pair in parts for piece in pair])
-        fill = backbone.embed(torch.tensor([self.pad_id], device=device))[0]
-        return pool(text, lens + responses, fill, self.config.retriever.pool_length_tokens)
+        lens = tuple(c + r for c, r in zip(batch.context_lens, batch.response_lens, strict=True))
+        fill = backbone.embed(on_device([self.pad_id], text.device))[0]
+        return pool(text, lens, fill, self.config.retriever.pool_length_tokens)
 
     def scores(self, backbone: Backbone, batch: Batch) -> torch.Tensor:
         """Retriever scores [K, B]: no pass through the LLM."""
@@ -119,7 +117,7 @@ class Spt:
         hidden = self._states(backbone, batch, embedded)  # [K, n, head size]
         token_loss, fused_loss = self._token_losses(backbone, batch, hidden, self.mixture(scores))
         member = losses.membership(batch.response_lens, scores.device, token_loss.dtype)  # [n, B]
-        weights = torch.tensor(batch.weights, device=scores.device, dtype=token_loss.dtype)
+        weights = on_device(batch.weights, scores.device, token_loss.dtype)
         nll = losses.mean_per_example(token_loss, member, settings.mask)  # [K, B]
         fused = losses.mean_per_example(fused_loss, member, settings.mask)  # [B]
         chosen = losses.selection(nll, scores, settings.tau_gold, settings.tau_sim)  # [B]
@@ -146,7 +144,7 @@ class Spt:
             nll = self.reply_losses(backbone, batch, hidden)
         chosen = nll.topk(best, dim=0, largest=False).indices  # [m, B]
         trained = target_states(backbone, batch, embedded, bank[chosen], placement)
-        rows = torch.repeat_interleave(chosen, torch.tensor(batch.response_lens, device=chosen.device), dim=1)
+        rows = chosen[:, owners(batch.response_lens, chosen.device)]
         return hidden.scatter(0, rows[..., None].expand_as(trained), trained)
 
     def _token_losses(
@@ -154,9 +152,8 @@ class Spt:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [K, n, head size], mixture [K, B] -> losses under each prompt [K, n] and of the fusion [n]."""
         count, tokens = hidden.shape[:2]
-        targets = batch.response_ids.to(hidden.device, non_blocking=True)
-        lens = torch.tensor(batch.response_lens, device=hidden.device)
-        per_token = torch.repeat_interleave(mixture, lens, dim=1)  # [K, n]
+        targets = on_device(batch.response_ids, hidden.device)
+        per_token = mixture[:, owners(batch.response_lens, hidden.device)]  # [K, n]
         fused = losses.fuse(hidden, per_token).to(hidden.dtype)
         bias_scale = torch.cat([per_token.new_ones(count * tokens), per_token.sum(dim=0)])
         out = backbone.head(
@@ -170,7 +167,7 @@ class Spt:
     def reply_losses(self, backbone: Backbone, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, n, head size] -> mean loss of each reply [M, B]."""
         count = len(hidden)
-        targets = batch.response_ids.to(hidden.device).repeat(count)
+        targets = on_device(batch.response_ids, hidden.device).repeat(count)
         out = backbone.head(hidden.flatten(0, 1), targets, None, self.config.losses.head_chunk_mib)
         member = losses.membership(batch.response_lens, hidden.device, out.dtype)
         return losses.mean_per_example(out.view(count, -1), member, "target")
@@ -189,9 +186,10 @@ class Spt:
             torch.cat([everyone[:rank], own[None], everyone[rank + 1 :]]).transpose(0, 1).flatten(1)
         )  # [K, ranks * slots]
         slots = own.shape[1]
-        column = torch.tensor([r * slots + slot for r, slot in contrast.owner], device=own.device)
-        pairs = column[contrast.pairs.to(own.device)]  # [pairs, 2]
-        terms = losses.contrastive(table[:, pairs[:, 0]], table[:, pairs[:, 1]], contrast.targets.to(own.device))
+        column = on_device([r * slots + slot for r, slot in contrast.owner], own.device, torch.long)
+        pairs = column[on_device(contrast.pairs, own.device)]  # [pairs, 2]
+        similar = on_device(contrast.targets, own.device)
+        terms = losses.contrastive(table[:, pairs[:, 0]], table[:, pairs[:, 1]], similar)
         both = ((pairs // slots) == rank).all(dim=1)
         share = (terms.detach() * torch.where(both, 1.0, 0.5)).sum() / contrast.pair_count
         return terms.sum() / contrast.pair_count, share

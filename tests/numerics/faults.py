@@ -178,8 +178,8 @@ def softmax_over_examples(patch: pytest.MonkeyPatch) -> None:
 
 
 def pad_token_in_pool(patch: pytest.MonkeyPatch) -> None:
-    def broken(rows: Tensor, lens: Tensor, fill: Tensor | None, length: int) -> Tensor:
-        return pool(rows, lens, rows[0], int(lens.max()))
+    def broken(rows: Tensor, lens: tuple[int, ...], fill: Tensor | None, length: int) -> Tensor:
+        return pool(rows, lens, rows[0], max(lens))
 
     patch.setattr(spt, "pool", broken)
 
