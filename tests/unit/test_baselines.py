@@ -18,7 +18,7 @@ from spt_ds.config.schema import Config
 from spt_ds.data.encode import Shown, encode_context
 from spt_ds.data.shots import worked_examples
 from spt_ds.data.store import ExampleStore, build_store
-from spt_ds.errors import ConfigError, DataError
+from spt_ds.errors import ConfigError, DataError, EngineError
 from spt_ds.model.attention import PACKED
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.baselines import build_base_trainables
@@ -79,12 +79,20 @@ def test_what_does_not_fit_is_refused(recipe: str, overrides: list[str], parts: 
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "none"])
-def test_a_base_that_trains_is_never_sharded_by_choice(kind: str) -> None:
+def test_a_base_that_trains_is_copied_to_each_rank_or_refused(kind: str) -> None:
     shape = BaseShape.from_config(LlamaConfig().to_dict())
     config = Config.model_validate({"method": {"type": kind}, "model": {"base_bits": 32}, **NO_PROMPTS})
-    found, why = plan.choose_placement(config, shape, 4, 20 * GIB, None)  # a share fits, the whole of 25 GiB does not
-    assert found == ("zero3" if kind == "none" else "replicate"), why
+    found, why = plan.choose_placement(config, shape, 4, 200 * GIB, None)
+    assert found == "replicate", why
     assert kind == "none" or f"method.type: {kind} trains weights in it" in why
+    scarce = 20 * GIB  # a share fits, the whole of 25 GiB does not
+    if kind == "none":
+        assert plan.choose_placement(config, shape, 4, scarce, None)[0] == "zero3"
+        return
+    with pytest.raises(EngineError) as caught:
+        plan.choose_placement(config, shape, 4, scarce, 1000 * GIB)
+    for part in ("base 25.", f"method.type: {kind}", "train.micro_batch", "engine.placement: replicate"):
+        assert part in str(caught.value)
 
 
 SMALL = {

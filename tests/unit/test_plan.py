@@ -251,18 +251,6 @@ def test_a_base_that_fits_nowhere_is_refused(ranks: int, gib: int, host_gib: int
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_base_that_trains_is_copied_to_each_rank_or_refused(kind: str) -> None:
-    no_prompts = {"losses": dict.fromkeys(("selection", "fusion", "contrastive"), 0), "model": {"base_bits": 32}}
-    config = run(method={"type": kind}, prompts={"count": 1, "tokens": 0}, **no_prompts)
-    shape = shape_of("llama-2-7b")
-    assert plan.choose_placement(config, shape, 8, 200 * GIB, None)[0] == "replicate"
-    with pytest.raises(EngineError) as caught:
-        plan.choose_placement(config, shape, 8, 26 * GIB, 1000 * GIB)
-    for part in ("base 25.", f"method.type: {kind}", "train.micro_batch", "engine.placement: replicate"):
-        assert part in str(caught.value)
-
-
 def test_offload_takes_the_host_share_and_no_more() -> None:
     shape = shape_of("llama-2-70b")
     share = shape.base_bytes(16) // 2
