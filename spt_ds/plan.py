@@ -38,6 +38,7 @@ class BaseShape:
     layers: int
     ffn: int
     ffn_matrices: int  # 3 with a gate (Llama), 2 without (OPT)
+    experts: int  # feed-forward blocks of a layer; 1 but for mixtures of experts
     queries: int  # heads times their size
     keys: int  # key/value heads times their size
     vocabulary: int
@@ -63,6 +64,7 @@ class BaseShape:
             layers=first("num_hidden_layers", "n_layer"),
             ffn=int(config.get("intermediate_size") or config.get("ffn_dim") or 4 * hidden),
             ffn_matrices=3 if gated else 2,
+            experts=int(config.get("num_local_experts") or config.get("num_experts") or 1),
             queries=heads * head,
             keys=int(config.get("num_key_value_heads") or heads) * head,
             vocabulary=first("vocab_size"),
@@ -73,7 +75,7 @@ class BaseShape:
     @property
     def layer_parameters(self) -> int:
         """Weights of one layer's matrices."""
-        return self.hidden * (2 * self.queries + 2 * self.keys + self.ffn_matrices * self.ffn)
+        return self.hidden * (2 * self.queries + 2 * self.keys + self.experts * self.ffn_matrices * self.ffn)
 
     @property
     def parameters(self) -> int:
@@ -150,7 +152,7 @@ def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:
     c, bits = config, config.model.base_bits
     suffix = c.prompts.placement == "suffix"
     per_prompt = c.prompts.tokens + (min(RESPONSE_TOKENS, c.data.max_tokens) if suffix else c.data.max_tokens)
-    tokens = c.train.micro_batch * c.prompts.count * per_prompt
+    tokens = c.train.micro_batch * (c.losses.train_top_m or c.prompts.count) * per_prompt
     kept = shape.activation_bytes(tokens, bits, recompute=recompute, trained=c.method.trains_base)
     if suffix:
         kept += shape.context_bytes(c.train.micro_batch * c.data.max_tokens, bits)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from spt_ds.batch import on_device
 from spt_ds.errors import ModelError
@@ -166,8 +166,9 @@ def packed_attention(
     return layout.attend(getattr(module, "layer_idx", 0), query, key, value, scale), None
 
 
+# The layout is the mask. None is registered beside it: transformers makes none for a name that it does not know, and
+# for one that it knows it first reads the positions from the device.
 AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)  # the layout is the mask
 
 
 def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, strict: bool) -> str:
@@ -216,11 +217,14 @@ def _flash_package() -> str | None:
 
 
 def _has_varlen() -> bool:
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return False
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None and "window_size" in _varlen_options()
+
+
+def _varlen_options() -> frozenset[str]:
+    """Names that torch's `varlen_attn` takes: `window_size` came with torch 2.11, `enable_gqa` with 2.12."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return "window_size" in inspect.signature(varlen_attn).parameters
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -246,8 +250,13 @@ def _variable_length(
         return _flash(q, k, v, edges, longest, scale)[None]
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = q.shape[1] != k.shape[1]
-    out = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped)
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and "enable_gqa" in _varlen_options():
+        options["enable_gqa"] = True
+    elif groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    out = varlen_attn(q, k, v, edges, edges, longest, longest, **options)
     assert isinstance(out, torch.Tensor)
     return out[None]
 

@@ -28,7 +28,7 @@ from spt_ds.batch import Batch
 from spt_ds.config.schema import GenerateConfig
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.conversation import Live, StopOn
-from spt_ds.model.rows import Embedded, embed, target_states
+from spt_ds.model.rows import Embedded, embed, read_context, target_states
 from spt_ds.model.spt import Spt
 from spt_ds.rng import keyed_generator
 
@@ -120,7 +120,8 @@ def decode(
     tokens = [_until(row, end) for row in out[: len(batch)].tolist()]
     nll = None
     if options.perplexity:
-        hidden = target_states(backbone, batch, embedded, prompts, spt.config.prompts.placement)
+        read = read_context(backbone, batch, embedded, spt.config.prompts.placement)
+        hidden = target_states(backbone, batch, embedded, prompts, read)
         nll = spt.reply_losses(backbone, batch, hidden)[0]
     return Decoded(tokens, chosen, scores, nll)
 

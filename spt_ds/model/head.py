@@ -2,9 +2,9 @@
 
 A frozen head needs no weight gradient, so the gradient of every token's loss to its hidden row is known the moment
 its logits are: it is computed chunk by chunk in the forward pass and only [n, D] is kept. The vocabulary logits exist
-for one chunk at a time, the backward pass neither recomputes them nor needs the weight, and ZeRO-3 gathers the head
-once. (The idea of a fused linear cross entropy, without its weight gradient.) Only where all of the base trains
-(`method.type: full`) does the head have a gradient of its own.
+for one chunk at a time, and the backward pass neither recomputes them nor needs the weight. (The idea of a fused linear
+cross entropy, without its weight gradient.) Only where all of the base trains (`method.type: full`) does the head have
+a gradient of its own.
 
 Legend: n rows, D hidden size, V vocabulary.
 """

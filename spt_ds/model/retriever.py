@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from spt_ds.batch import on_device
+from spt_ds.errors import ModelError
 from spt_ds.model.losses import membership
 
 
@@ -62,7 +63,7 @@ def pool(embeddings: torch.Tensor, lens: tuple[int, ...], fill: torch.Tensor | N
 
     Args: embeddings [n, D]; lens, B of them; fill [D] or None. With `fill` each span counts as padded to `length`
     tokens with that row (the reference's pooling, faults 1 and 2). Returns [B, D] in fp32, or fp64 where the
-    embeddings are.
+    embeddings are. Raises ModelError where a span is longer than `length`.
     """
     precise = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
     member = membership(lens, precise.device, precise.dtype)  # [n, B]
@@ -70,5 +71,10 @@ def pool(embeddings: torch.Tensor, lens: tuple[int, ...], fill: torch.Tensor | N
     counted = on_device(lens, precise.device, precise.dtype)[:, None]
     if fill is None:
         return sums / counted
+    if max(lens) > length:
+        raise ModelError(
+            f"retriever.pool: padded_text: a text of {max(lens)} tokens is longer than retriever.pool_length_tokens = "
+            f"{length}, to which texts are padded; set it to data.max_tokens or more"
+        )
     missing = length - counted
     return (sums + missing * fill.to(precise.dtype)) / length

@@ -32,15 +32,27 @@ def embed(backbone: Backbone, batch: Batch) -> Embedded:
 
 
 def target_states(
-    backbone: Backbone, batch: Batch, embedded: Embedded, prompts: torch.Tensor, placement: str
+    backbone: Backbone, batch: Batch, embedded: Embedded, prompts: torch.Tensor, context: Layout | None
 ) -> torch.Tensor:
     """Hidden states that predict the response tokens: [M, n, head size].
 
-    Args: prompts [M, B, P, D], the virtual tokens of each row; placement `prefix` reads `[E ; context ; response]`,
-    `suffix` reads each context once without gradient and then the M branches `[E ; response]` on its keys and values.
+    Args: prompts [M, B, P, D], the virtual tokens of each row; context, what `read_context` gave: None for the rows
+    `[E ; context ; response]`, else the M branches `[E ; response]` are read on its keys and values.
     """
-    read = _suffix if placement == "suffix" else _prefix
-    return read(backbone, batch, embedded, prompts)
+    if context is None:
+        return _prefix(backbone, batch, embedded, prompts)
+    return _suffix(backbone, batch, embedded, prompts, context)
+
+
+@torch.no_grad()
+def read_context(backbone: Backbone, batch: Batch, embedded: Embedded, placement: str) -> Layout | None:
+    """Read each context once, without gradient, and keep its keys and values; None in `prefix` placement."""
+    if placement != "suffix":
+        return None
+    positions = torch.cat([torch.arange(c) for c in batch.context_lens])
+    context = Layout(batch.context_lens, positions, backbone.backend, embedded.context.device, record=True)
+    backbone.run(embedded.context, context)
+    return context
 
 
 def _prefix(backbone: Backbone, batch: Batch, embedded: Embedded, prompts: torch.Tensor) -> torch.Tensor:
@@ -60,18 +72,11 @@ def _prefix(backbone: Backbone, batch: Batch, embedded: Embedded, prompts: torch
     return hidden[:, on_device(_target_index(lens, firsts, batch.response_lens), device)]
 
 
-def _suffix(backbone: Backbone, batch: Batch, embedded: Embedded, prompts: torch.Tensor) -> torch.Tensor:
+def _suffix(
+    backbone: Backbone, batch: Batch, embedded: Embedded, prompts: torch.Tensor, context: Layout
+) -> torch.Tensor:
     count, size, width = prompts.shape[0], len(batch), prompts.shape[2]
     device = prompts.device
-    context = Layout(
-        batch.context_lens,
-        torch.cat([torch.arange(c) for c in batch.context_lens]),
-        backbone.backend,
-        device,
-        record=True,
-    )
-    with torch.no_grad():
-        backbone.run(embedded.context, context)
     lens = [width + r - 1 for r in batch.response_lens]
     positions = torch.cat([(c + torch.arange(n)).repeat(count) for c, n in zip(batch.context_lens, lens, strict=True)])
     layout = Branches(lens, count, context, positions, device)

@@ -16,7 +16,7 @@ from spt_ds.model import losses
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.prompt_bank import PromptBank, initial_prompts
 from spt_ds.model.retriever import Retriever, pool
-from spt_ds.model.rows import Embedded, embed, target_states
+from spt_ds.model.rows import Embedded, embed, read_context, target_states
 
 
 class Trainables(nn.Module):
@@ -133,17 +133,18 @@ class Spt:
         return MicroLosses(total, parts.detach(), nll.detach(), bad, scores.detach(), pooled)
 
     def _states(self, backbone: Backbone, batch: Batch, embedded: Embedded) -> torch.Tensor:
-        bank, placement = self.trainables.bank.weight, self.config.prompts.placement
+        bank = self.trainables.bank.weight
+        context = read_context(backbone, batch, embedded, self.config.prompts.placement)
         every = bank[:, None].expand(-1, len(batch), -1, -1)
         best = self.config.losses.train_top_m
         if not best or best == len(bank) or not torch.is_grad_enabled():
-            return target_states(backbone, batch, embedded, every, placement)
+            return target_states(backbone, batch, embedded, every, context)
         # Selective backward: the value is that of all K, the gradient goes through the m best of each example only.
         with torch.no_grad():
-            hidden = target_states(backbone, batch, embedded, every, placement)
+            hidden = target_states(backbone, batch, embedded, every, context)
             nll = self.reply_losses(backbone, batch, hidden)
         chosen = nll.topk(best, dim=0, largest=False).indices  # [m, B]
-        trained = target_states(backbone, batch, embedded, bank[chosen], placement)
+        trained = target_states(backbone, batch, embedded, bank[chosen], context)
         rows = chosen[:, owners(batch.response_lens, chosen.device)]
         return hidden.scatter(0, rows[..., None].expand_as(trained), trained)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from spt_ds.errors import ModelError
 from spt_ds.model import head as head_module
 from spt_ds.model import losses
 from spt_ds.model.attention import Branches, Layout
@@ -92,6 +93,11 @@ def test_mean_per_example(mask: str) -> None:
 def test_pool(padded: bool) -> None:
     fill = random(D, seed=1, grad=False) if padded else None
     assert gradcheck(lambda rows: pool(rows, (2, 4, 1), fill, 9 if padded else 0), (random(N, D),))
+
+
+def test_a_text_longer_than_the_padding_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"a text of 9 tokens .*pool_length_tokens = 8"):
+        pool(torch.ones(12, D), (3, 9), torch.zeros(D), 8)
 
 
 @pytest.mark.parametrize("shared", [False, True])

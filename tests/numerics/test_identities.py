@@ -12,7 +12,7 @@ import torch
 
 from spt_ds.batch import Batch
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.rows import embed, target_states
+from spt_ds.model.rows import embed, read_context, target_states
 from spt_ds.model.spt import MicroLosses, Spt
 from tests.helpers.tiny import pick, random_batch
 from tests.numerics.steps import Case, build, contrast_of, counts_of, our_step, twin_of
@@ -121,9 +121,11 @@ def test_identity_5_each_example_is_read_once_with_its_own_prompt(placement: str
     bank, chosen = spt.trainables.bank.weight.detach(), torch.tensor([2, 0, 3])
     every = bank[:, None].expand(-1, EXAMPLES, -1, -1)
     with torch.no_grad():
-        full = backbone(target_states, batch, embed(backbone, batch), every, placement)
+        read = read_context(backbone, batch, embed(backbone, batch), placement)
+        full = backbone(target_states, batch, embed(backbone, batch), every, read)
         with metered(backbone) as meter:
-            own = backbone(target_states, batch, embed(backbone, batch), bank[chosen][None], placement)
+            read = read_context(backbone, batch, embed(backbone, batch), placement)
+            own = backbone(target_states, batch, embed(backbone, batch), bank[chosen][None], read)
     rows = torch.repeat_interleave(chosen, torch.tensor(batch.response_lens))
     torch.testing.assert_close(own[0], full[rows, torch.arange(TARGETS)], rtol=1e-12, atol=1e-12)
     assert sum(meter.layer_tokens) == EXAMPLES * TOKENS + CONTEXT + TARGETS - EXAMPLES

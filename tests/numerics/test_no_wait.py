@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spt_ds.batch import Batch
 from spt_ds.model import losses
@@ -41,6 +44,32 @@ def without_numbers(case: Case, **options: int) -> None:
 def test_no_value_is_read(arch: str, backend: str, placement: str, checkpointing: str, top_m: int) -> None:
     case = Case(arch, torch.float32, backend, placement=placement, checkpointing=checkpointing)
     without_numbers(case, train_top_m=top_m)
+
+
+class Reads(TorchDispatchMode):
+    """Names of the operations that gave the host a number: transformers keeps its own from tensors without values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix"])
+@pytest.mark.parametrize("arch", ["opt", "llama", "gemma", "phi"])
+def test_the_base_reads_no_value(arch: str, placement: str) -> None:
+    backbone, spt = build(Case(arch, torch.float32, placement=placement))
+    batch = random_batch(LENS)
+    with Reads() as reads:
+        backbone(spt.micro_losses, batch, counts_of(batch)).total.backward()
+    assert reads.seen == []
+    with reads:
+        torch.ones(1).item()
+    assert len(reads.seen) == 1
 
 
 @pytest.mark.parametrize(

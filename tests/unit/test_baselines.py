@@ -145,7 +145,7 @@ def kept_bytes(backbone: Backbone, bank: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        target_states(backbone, batch, embed(backbone, batch), bank[:, None].expand(-1, 2, -1, -1), "prefix")
+        target_states(backbone, batch, embed(backbone, batch), bank[:, None].expand(-1, 2, -1, -1), None)
     return sum(storage.nbytes() for storage in held.values())
 
 

@@ -132,6 +132,7 @@ def test_flops_by_hand() -> None:
     args = command._arguments(["step", "--tokens", "2", "--max-tokens", "10"])
     batch = Batch(torch.arange(7), torch.arange(3), (7,), (3,), (0,), (1.0,))
     shape = BaseShape(
+        experts=1,
         hidden=4, embed=4, layers=2, ffn=5, ffn_matrices=2, queries=4, keys=4, vocabulary=11, embeddings=1,
         masked_relu=False,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
     PhiConfig,
     PretrainedConfig,
@@ -24,7 +25,7 @@ from spt_ds.config.schema import Config
 from spt_ds.errors import EngineError, ModelError
 from spt_ds.model.attention import PACKED, Layout
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.rows import embed, target_states
+from spt_ds.model.rows import embed, read_context, target_states
 from spt_ds.plan import GIB, BaseShape
 from tests.helpers.tiny import make_batch, tiny_spt
 
@@ -67,6 +68,7 @@ BASES: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(),
     "gpt-neox": GPTNeoXConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=8),
     "phi": PhiConfig(),
+    "mixtral-8x7b": MixtralConfig(),
 }  # fmt: skip
 
 
@@ -126,7 +128,8 @@ def kept_bytes(name: str, dtype: torch.dtype, recompute: str, placement: str) ->
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         bank = spt.trainables.bank.weight
-        target_states(backbone, batch, embed(backbone, batch), bank[:, None].expand(-1, 2, -1, -1), placement)
+        read = read_context(backbone, batch, embed(backbone, batch), placement)
+        target_states(backbone, batch, embed(backbone, batch), bank[:, None].expand(-1, 2, -1, -1), read)
     tokens = 2 * 4 * (8 + 8 + (56 if placement == "prefix" else 0))  # a response's last token is never read
     return sum(storage.nbytes() for storage in held.values()), tokens
 
