@@ -26,6 +26,8 @@ from spt_ds.log import fallback, say_once
 
 PACKED = "spt_packed"  # the name under which transformers finds `packed_attention`
 KeyValue = tuple[torch.Tensor, torch.Tensor]
+AMPERE = (8, 0)  # the compute capability from which on the variable-length kernels run
+FLASH_4_CARDS = (9, 10, 11)  # Hopper and Blackwell of data centres
 
 
 class Layout:
@@ -175,7 +177,7 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, stri
     """Pick the kernel for `model.attention: asked`, say it once with the reason, and return its name."""
     half_on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     package = _flash_package() if half_on_gpu else None
-    varlen = half_on_gpu and _has_varlen()
+    varlen = half_on_gpu and torch.cuda.get_device_capability() >= AMPERE and _has_varlen()
     why = f"{dtype} on {device.type}"
     if asked == "auto":
         used = "flash" if package else "varlen" if varlen else "sdpa"
@@ -188,7 +190,7 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, stri
         fallback(
             f"model.attention: {asked}",
             "sdpa",
-            f"{asked} needs {need}a CUDA device and 16-bit weights, this is {why}",
+            f"{asked} needs {need}a CUDA device (Ampere or later) and 16-bit weights, this is {why}",
             strict=strict,
             error=ModelError,
         )
@@ -199,14 +201,15 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, stri
 
 @cache
 def _flash_package() -> str | None:
-    """Which flash-attn can be imported: version 4 before 2 on the cards that 4 is made for (Hopper and later).
+    """Which flash-attn can be imported and runs here: version 4 before 2 on the cards that 4 is made for.
 
     Version 4 is the module `flash_attn.cute`, a distribution of its own; some releases of 2 carry a copy of it that
     lacks what it imports. Where version 4 stands alone `flash_attn` itself is an empty namespace.
     """
     versions = {"flash-attn 4": "flash_attn.cute", "flash-attn 2": "flash_attn"}
+    card = torch.cuda.get_device_capability()
     for name, module in versions.items():
-        if name == "flash-attn 4" and torch.cuda.get_device_capability() < (9, 0):
+        if card < AMPERE or (name == "flash-attn 4" and card[0] not in FLASH_4_CARDS):
             continue
         try:
             if hasattr(importlib.import_module(module), "flash_attn_varlen_func"):

@@ -140,6 +140,15 @@ def test_identity_6_suffix_reads_each_context_once() -> None:
     assert meter.base_calls == 2
 
 
+def test_identity_6_selective_backward_reads_each_context_once_too() -> None:
+    backbone, spt = build(Case("llama", placement="suffix", count=COUNT, tokens=TOKENS), train_top_m=1)
+    with metered(backbone) as meter:
+        forward(backbone, spt, random_batch(LENS)).total.backward()
+    branch = EXAMPLES * TOKENS + TARGETS - EXAMPLES
+    assert meter.layer_tokens == [CONTEXT, COUNT * branch, branch]
+    assert meter.layer_grads == [False, False, True]
+
+
 def test_identity_6_suffix_context_tokens_do_not_grow_with_prompts() -> None:
     seen = []
     for count in (1, 2, 5):

@@ -379,6 +379,8 @@ class TestFlashPackages:
             ({"flash_attn": True, "flash_attn.cute": True}, (8, 0), "flash-attn 2"),  # 4 is made for later cards
             ({"flash_attn": False, "flash_attn.cute": True}, (10, 0), "flash-attn 4"),  # flash_attn: a namespace
             ({"flash_attn": False, "flash_attn.cute": True}, (8, 0), None),
+            ({"flash_attn": True, "flash_attn.cute": True}, (12, 0), "flash-attn 2"),
+            ({"flash_attn": True, "flash_attn.cute": True}, (7, 5), None),
             ({}, (9, 0), None),
         ],
     )
