@@ -104,9 +104,8 @@ def _new_folder(out: Path) -> Iterator[Path]:
             _to_disk(path)
         part.rename(out)
         _to_disk(out.parent)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # nothing has that name once it is renamed
 
 
 def _to_disk(path: Path) -> None:

@@ -223,6 +223,7 @@ def _has_varlen() -> bool:
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None and "window_size" in _varlen_options()
 
 
+@cache
 def _varlen_options() -> frozenset[str]:
     """Names that torch's `varlen_attn` takes: `window_size` came with torch 2.11, `enable_gqa` with 2.12."""
     from torch.nn.attention.varlen import varlen_attn

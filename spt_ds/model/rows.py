@@ -26,7 +26,7 @@ class Embedded:
 def embed(backbone: Backbone, batch: Batch) -> Embedded:
     """Look up context and response embeddings in one visit to the table."""
     device = backbone.lm.get_input_embeddings().weight.device
-    ids = on_device(torch.cat([batch.context_ids, batch.response_ids]), device)
+    ids = torch.cat([on_device(part, device) for part in (batch.context_ids, batch.response_ids)])
     context, response = backbone.embed(ids).split([len(batch.context_ids), len(batch.response_ids)])
     return Embedded(context, response)
 

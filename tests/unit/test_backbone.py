@@ -347,6 +347,7 @@ class TestBackend:
             return rows(q, k, v, cu_q, enable_gqa)
 
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", newer if knows_groups else older)
+        monkeypatch.setattr(attention, "_varlen_options", attention._varlen_options.__wrapped__)  # without its cache
         q, k, v = (torch.randn(1, heads, sum(lens), 8) for heads in (4, 2, 2))
         positions = torch.cat([torch.arange(n) for n in lens])
         layout = Layout(lens, positions, "varlen", CPU)
