@@ -6,13 +6,16 @@ import re
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
-VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "spt_ds" / "__init__.py").read_text(encoding="utf-8")).group(1)
+VERSION = re.search(
+    r'__version__ = "([^"]+)"', (HERE / "spt_ds" / "__init__.py").read_text(encoding="utf-8")
+).group(1)
 
 INSTALL = [
-    # 2.6 is the first with safe `torch.load` defaults and the attention interfaces used here; from 2.14 on the
-    # engine has not been measured.
+    # 2.6 is the first with safe `torch.load` defaults and the attention interfaces used here; from
+    # 2.14 on the engine has not been measured.
     "torch>=2.6,<2.14",
-    # The engine hooks (frozen base under ZeRO-3, offload) are measured on 0.19.8; minor releases move them.
+    # The engine hooks (frozen base under ZeRO-3, offload) are measured on 0.19.8; minor releases
+    # move them.
     "deepspeed>=0.19.8,<0.20",
     # v5 names: `dtype`, the attention interface, position ids in OPT.
     "transformers>=5.17,<6",
@@ -54,7 +57,9 @@ EXTRAS["dev"] = [
 setup(
     name="spt-ds",
     version=VERSION,
-    description="Distributed training toolkit for Selective Prompt Tuning of frozen language models",
+    description=(
+        "Distributed training toolkit for Selective Prompt Tuning of frozen language models"
+    ),
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

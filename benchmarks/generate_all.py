@@ -1,10 +1,12 @@
-"""Generates replies to a whole split with a trained run, scores them, and watches throughput and memory.
+"""Generates replies to a whole split with a trained run, scores them, and watches throughput and
+memory.
 
     python benchmarks/generate_all.py runs/demo --data valid.txt [--ranks 2] [--set generate.batch_size=32]
 
-Starts `spt_ds.generate` on `--ranks` processes of one thread each and samples their resident memory (VmRSS, the worst
-rank) while the replies grow; then runs `spt-ds evaluate`. Limit: memory is flat, the peak of the last half is at most
-5 % over that of the first quarter. The last line is one JSON object, the exit code is 1 when the limit is passed.
+Starts `spt_ds.generate` on `--ranks` processes of one thread each and samples their resident memory
+(VmRSS, the worst rank) while the replies grow; then runs `spt-ds evaluate`. Limit: memory is flat,
+the peak of the last half is at most 5 % over that of the first quarter. The last line is one JSON
+object, the exit code is 1 when the limit is passed.
 """
 
 from __future__ import annotations
@@ -29,13 +31,18 @@ def resident_bytes(pid: int) -> int:
         text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("VmRSS")), 0)
+    return next(
+        (int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("VmRSS")), 0
+    )
 
 
 def children(pid: int) -> list[int]:
     """Direct children of a process."""
     try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+        return [
+            int(word)
+            for word in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+        ]
     except (FileNotFoundError, ProcessLookupError):
         return []
 
@@ -56,7 +63,9 @@ def watch(process: subprocess.Popen[bytes], out: Path) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", required=True, help="the split, as data.test names it")
     parser.add_argument("--ranks", type=int, default=2)
@@ -67,7 +76,16 @@ def main() -> int:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
     overrides = [f"data.test={args.data}", "data.max_test_examples=0", *args.overrides]
     options = [word for override in overrides for word in ("--set", override)]
-    command = [sys.executable, *launcher, "-m", "spt_ds.generate", str(args.run), "--out", str(out), *options]
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "spt_ds.generate",
+        str(args.run),
+        "--out",
+        str(out),
+        *options,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(command, env=environment) as process:
         samples = watch(process, out)
@@ -75,7 +93,10 @@ def main() -> int:
         raise SystemExit(f"generation failed with {process.returncode}; its messages are above")
     predictions = out / "predictions.jsonl"
     begin = time.monotonic()
-    subprocess.run([sys.executable, "-m", "spt_ds.cli", "evaluate", str(predictions), "--out", str(out)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "spt_ds.cli", "evaluate", str(predictions), "--out", str(out)],
+        check=True,
+    )
     evaluate_s = time.monotonic() - begin
     lines = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
     result = summary(samples, lines) | {"ranks": args.ranks, "evaluate_s": round(evaluate_s, 1)}
@@ -84,21 +105,30 @@ def main() -> int:
 
 
 def summary(samples: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Throughput from the first written batch to the last, and memory by the share of replies that is done."""
+    """Throughput from the first written batch to the last, and memory by the share of replies that
+    is done.
+    """
     first, last = samples[0], samples[-1]
     seconds, done = last["s"] - first["s"], last["replies"] - first["replies"]
 
     def peak(low: float, high: float) -> float:
-        inside = [s["bytes"] for s in samples if low * len(lines) <= s["replies"] <= high * len(lines)]
+        inside = [
+            s["bytes"] for s in samples if low * len(lines) <= s["replies"] <= high * len(lines)
+        ]
         return max(inside, default=0) / MIB
 
     tokens = sum(line["new_tokens"] for line in lines)
     start, end = peak(0, 0.25), peak(0.5, 1)
     return {
-        "replies": len(lines), "new_tokens": tokens, "seconds": round(seconds, 1),
-        "replies_per_s": round(done / seconds, 2), "tokens_per_s": round(done / seconds * tokens / len(lines), 1),
-        "peak_first_quarter_mib": round(start, 1), "peak_last_half_mib": round(end, 1), "passed": end <= FLAT * start,
-    }  # fmt: skip
+        "replies": len(lines),
+        "new_tokens": tokens,
+        "seconds": round(seconds, 1),
+        "replies_per_s": round(done / seconds, 2),
+        "tokens_per_s": round(done / seconds * tokens / len(lines), 1),
+        "peak_first_quarter_mib": round(start, 1),
+        "peak_last_half_mib": round(end, 1),
+        "passed": end <= FLAT * start,
+    }
 
 
 if __name__ == "__main__":

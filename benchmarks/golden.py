@@ -2,10 +2,10 @@
 
     python benchmarks/golden.py tests/data/golden_opt_tiny_k3
 
-FOLDER holds config.json, opt_weights.npz, spt_weights.npz and golden.npz; K, P, D, B and the number of layers are
-free. Losses must agree within 1e-5 and gradients within 1e-6 in fp32, both within 1e-12 in
-fp64. The last line is one JSON object with the largest differences; the exit code is 1 when a
-limit is passed.
+FOLDER holds config.json, opt_weights.npz, spt_weights.npz and golden.npz; K, P, D, B and the number
+of layers are free. Losses must agree within 1e-5 and gradients within 1e-6 in fp32, both within
+1e-12 in fp64. The last line is one JSON object with the largest differences; the exit code is 1
+when a limit is passed.
 """
 
 from __future__ import annotations
@@ -32,18 +32,24 @@ LIMITS = {torch.float32: (1e-5, 1e-6), torch.float64: (1e-12, 1e-12)}
 GRADS = {"prompt": "bank.weight", "W": "retriever.context.weight", "b": "retriever.context.bias"}
 
 
-def load_case(folder: Path, dtype: torch.dtype, backend: str = "sdpa") -> tuple[Backbone, Spt, Batch, dict[str, Any]]:
+def load_case(
+    folder: Path, dtype: torch.dtype, backend: str = "sdpa"
+) -> tuple[Backbone, Spt, Batch, dict[str, Any]]:
     """Return backbone, method, micro-batch and golden arrays of one case."""
     golden = dict(np.load(folder / "golden.npz"))
     base = AutoConfig.from_pretrained(folder)
     lm = AutoModelForCausalLM.from_config(base, dtype=torch.float32, attn_implementation=PACKED)
-    weights = {name: torch.from_numpy(array) for name, array in np.load(folder / "opt_weights.npz").items()}
+    weights = {
+        name: torch.from_numpy(array) for name, array in np.load(folder / "opt_weights.npz").items()
+    }
     missing, unexpected = lm.load_state_dict(weights, strict=False)
     if set(missing) - {"lm_head.weight"} or unexpected:
         raise SystemExit(f"{folder}: weights do not fit the configuration: {missing} {unexpected}")
     lm.tie_weights()
     backbone = Backbone(lm.to(dtype), backend)
-    spt_weights = {name: torch.from_numpy(array) for name, array in np.load(folder / "spt_weights.npz").items()}
+    spt_weights = {
+        name: torch.from_numpy(array) for name, array in np.load(folder / "spt_weights.npz").items()
+    }
     retriever = Retriever(base.hidden_size, shared=True, activation="reference")
     trainables = Trainables(PromptBank(spt_weights["prompts"].clone()), retriever)
     with torch.no_grad():
@@ -51,13 +57,22 @@ def load_case(folder: Path, dtype: torch.dtype, backend: str = "sdpa") -> tuple[
         retriever.context.bias.copy_(spt_weights["b"])
     length = golden["input_ids"].shape[1]
     config = load_config("reference", [f"retriever.pool_length_tokens={length}"])
-    return backbone, Spt(config, trainables.to(dtype), base.pad_token_id), _batch(golden, base.pad_token_id), golden
+    return (
+        backbone,
+        Spt(config, trainables.to(dtype), base.pad_token_id),
+        _batch(golden, base.pad_token_id),
+        golden,
+    )
 
 
 def _batch(golden: dict[str, Any], ignored: int) -> Batch:
     contexts, responses = [], []
-    for ids, mask, target in zip(golden["input_ids"], golden["attention_mask"], golden["lm_target"], strict=True):
-        first = int(np.nonzero(target != ignored)[0][0]) + 1  # lm_target is shifted by one against the inputs
+    for ids, mask, target in zip(
+        golden["input_ids"], golden["attention_mask"], golden["lm_target"], strict=True
+    ):
+        first = (
+            int(np.nonzero(target != ignored)[0][0]) + 1
+        )  # lm_target is shifted by one against the inputs
         contexts.append(torch.from_numpy(ids[:first]))
         responses.append(torch.from_numpy(ids[first : int(mask.sum())]))
     return Batch(
@@ -77,19 +92,28 @@ def compute(backbone: Backbone, spt: Spt, batch: Batch, golden: dict[str, Any]) 
     pairs = torch.tensor([(i, j) for i in range(size) for j in range(i + 1, size)])
     dtype = spt.trainables.bank.weight.dtype
     contrast = Contrast(
-        tuple((0, b) for b in range(size)), pairs, torch.from_numpy(golden["ctr_target"]).to(dtype), len(pairs)
+        tuple((0, b) for b in range(size)),
+        pairs,
+        torch.from_numpy(golden["ctr_target"]).to(dtype),
+        len(pairs),
     )
     out: dict[str, Any] = {}
 
     def record(name: str, loss: torch.Tensor) -> None:
         parameters = dict(spt.trainables.named_parameters())
-        grads = torch.autograd.grad(loss, [parameters[p] for p in GRADS.values()], allow_unused=True)
+        grads = torch.autograd.grad(
+            loss, [parameters[p] for p in GRADS.values()], allow_unused=True
+        )
         out[f"loss_{name}"] = loss.detach()
         for key, grad, parameter in zip(GRADS, grads, GRADS.values(), strict=True):
-            out[f"g_{key}_{name}"] = torch.zeros_like(parameters[parameter]) if grad is None else grad
+            out[f"g_{key}_{name}"] = (
+                torch.zeros_like(parameters[parameter]) if grad is None else grad
+            )
 
     def micro(weights: tuple[float, float]) -> Any:
-        chosen = spt.config.losses.model_copy(update={"selection": weights[0], "fusion": weights[1]})
+        chosen = spt.config.losses.model_copy(
+            update={"selection": weights[0], "fusion": weights[1]}
+        )
         one = Spt(spt.config.model_copy(update={"losses": chosen}), spt.trainables, spt.pad_id)
         return backbone(one.micro_losses, batch, counts)
 
@@ -100,7 +124,8 @@ def compute(backbone: Backbone, spt: Spt, batch: Batch, golden: dict[str, Any]) 
 
     plain = micro((0.0, 0.0))
     record("nll", plain.total)
-    # The losses are linear in their weights: a weighted run minus the plain one leaves the single loss.
+    # The losses are linear in their weights: a weighted run minus the plain one leaves the single
+    # loss.
     for name, weights in (("kl", (1.0, 0.0)), ("fusion", (0.0, 1.0))):
         record(name, micro(weights).total - micro((0.0, 0.0)).total)
     record("ctr", contrastive())
@@ -116,7 +141,13 @@ def compare(folder: Path, dtype: torch.dtype, backend: str = "sdpa") -> dict[str
     suffix = "64" if dtype == torch.float64 else ""
     worst = {"loss": 0.0, "gradient": 0.0, "score": 0.0}
     for name, value in compute(backbone, spt, batch, golden).items():
-        kind = "gradient" if name.startswith("g_") else "loss" if name.startswith(("loss", "nll")) else "score"
+        kind = (
+            "gradient"
+            if name.startswith("g_")
+            else "loss"
+            if name.startswith(("loss", "nll"))
+            else "score"
+        )
         gap = float(np.abs(value.double().numpy() - golden[name + suffix]).max())
         worst[kind] = max(worst[kind], gap)
     grid = reference_scores(torch.from_numpy(golden["act_x"])).numpy()
@@ -125,7 +156,9 @@ def compare(folder: Path, dtype: torch.dtype, backend: str = "sdpa") -> dict[str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--backend", default="sdpa", choices=["sdpa", "eager"])
     args = parser.parse_args()
@@ -134,9 +167,13 @@ def main() -> int:
         worst = compare(args.folder, dtype, args.backend)
         name = str(dtype).removeprefix("torch.")
         result[name] = worst
-        failed |= max(worst["loss"], worst["score"]) > loss_limit or worst["gradient"] > gradient_limit
+        failed |= (
+            max(worst["loss"], worst["score"]) > loss_limit or worst["gradient"] > gradient_limit
+        )
         print(f"{name}: " + ", ".join(f"{kind} {gap:.2e}" for kind, gap in worst.items()))
-    print(json.dumps({"case": args.folder.name, "passed": not failed, "largest_difference": result}))
+    print(
+        json.dumps({"case": args.folder.name, "passed": not failed, "largest_difference": result})
+    )
     return int(failed)
 
 

@@ -2,11 +2,12 @@
 
     python benchmarks/gpu.py
 
-First the checks, each in a process of its own: every attention kernel against plain attention in fp32, 4-bit and 8-bit
-layers against their dequantised weights, ZeRO-3, host offload and a resumed run against a plain run. Then one training
-step (forward, losses, backward, optimizer) of random weights at several shapes and widths: tokens/s and peak memory.
-Without a GPU the same runs on the CPU at a tiny shape. The last line is one JSON object, the exit code is 1 when a
-check or a step failed, or when `--budget-s` was spent before all was done.
+First the checks, each in a process of its own: every attention kernel against plain attention in
+fp32, 4-bit and 8-bit layers against their dequantised weights, ZeRO-3, host offload and a resumed
+run against a plain run. Then one training step (forward, losses, backward, optimizer) of random
+weights at several shapes and widths: tokens/s and peak memory. Without a GPU the same runs on the
+CPU at a tiny shape. The last line is one JSON object, the exit code is 1 when a check or a step
+failed, or when `--budget-s` was spent before all was done.
 """
 
 from __future__ import annotations
@@ -37,20 +38,36 @@ from spt_ds.model.spt import Counts, Spt
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-TIMINGS = "opt-1.3b:16,llama-7b:16,llama-7b:8,llama-7b:4,llama-70b:4" if GPU else "tiny:16,tiny:8,tiny:4"
+TIMINGS = (
+    "opt-1.3b:16,llama-7b:16,llama-7b:8,llama-7b:4,llama-70b:4" if GPU else "tiny:16,tiny:8,tiny:4"
+)
 KERNELS = ("flash", "varlen", "sdpa")
 ROUNDING = 4.0  # times plain attention's own distance from fp32, in the same 16 bits
 SAME_WEIGHTS = 1e-2  # relative; one kernel or another multiplies the same bf16 numbers
 SAME_RUN = 5e-3  # relative; a GPU adds in another order each time
-RUN = ("train.max_steps=4", "train.global_batch=4", "train.micro_batch=2", "data.max_train_examples=64",
-       "data.max_valid_examples=8", "checkpoint.every_steps=2", "model.base_bits=4", "data.workers=0")  # fmt: skip
+RUN = (
+    "train.max_steps=4",
+    "train.global_batch=4",
+    "train.micro_batch=2",
+    "data.max_train_examples=64",
+    "data.max_valid_examples=8",
+    "checkpoint.every_steps=2",
+    "model.base_bits=4",
+    "data.workers=0",
+)
 FILES = Path(__file__).parents[1] / "ds_configs"
 
 
 def settings(placement: str, bits: int, attention: str = "sdpa") -> Config:
     """A tiny step without the contrastive loss, which takes no pass through the base."""
-    overrides = [f"prompts.placement={placement}", f"model.base_bits={bits}", f"model.attention={attention}"]
-    return load_config("demo", [*overrides, "model.activation_checkpointing=off", "losses.contrastive=0"])
+    overrides = [
+        f"prompts.placement={placement}",
+        f"model.base_bits={bits}",
+        f"model.attention={attention}",
+    ]
+    return load_config(
+        "demo", [*overrides, "model.activation_checkpointing=off", "losses.contrastive=0"]
+    )
 
 
 def some_batch(backbone: Backbone) -> Batch:
@@ -87,14 +104,18 @@ def check_attention() -> dict[str, Any]:
             if choose_backend(kernel, DEVICE, torch.bfloat16, strict=False) != kernel:
                 found[f"{kernel}, {placement}"] = "not usable here"
                 continue
-            gap = distance(gradients(*build("tiny", settings(placement, 16, kernel), DEVICE)), right)
+            gap = distance(
+                gradients(*build("tiny", settings(placement, 16, kernel), DEVICE)), right
+            )
             found[f"{kernel}, {placement}"] = gap
             found["passed"] &= gap <= ROUNDING * unit
     return found
 
 
 def check_quantised() -> dict[str, Any]:
-    """Gradients through 4-bit and 8-bit layers, and through plain layers that hold the dequantised weights."""
+    """Gradients through 4-bit and 8-bit layers, and through plain layers that hold the dequantised
+    weights.
+    """
     found: dict[str, Any] = {"passed": True}
     for bits in (4, 8):
         backbone, spt = build("tiny", settings("prefix", bits), DEVICE)
@@ -113,7 +134,13 @@ def with_plain_layers(backbone: Backbone) -> Backbone:
 
     for name, layer in list(backbone.lm.named_modules()):
         if isinstance(layer, QuantLinear):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device=DEVICE, dtype=torch.bfloat16)
+            plain = nn.Linear(
+                layer.in_features,
+                layer.out_features,
+                bias=False,
+                device=DEVICE,
+                dtype=torch.bfloat16,
+            )
             plain.weight.data = layer.dequantised(torch.bfloat16)
             plain.bias = layer.bias  # type: ignore[assignment]  # may be None
             backbone.lm.set_submodule(name, plain.requires_grad_(False))
@@ -121,13 +148,17 @@ def with_plain_layers(backbone: Backbone) -> Backbone:
 
 
 def check_runs() -> dict[str, Any]:
-    """Whole runs over a 4-bit base: under ZeRO-3, with shards in host memory, and resumed, all end as a plain one."""
+    """Whole runs over a 4-bit base: under ZeRO-3, with shards in host memory, and resumed, all end
+    as a plain one.
+    """
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "plain"
         right = train(plain)
         found: dict[str, Any] = {"plain run ends at": right}
         for file in ("zero3.json", "zero3_offload_cpu.json"):
-            found[file] = train(Path(folder) / file, "--deepspeed_config", str(FILES / file)) / right - 1
+            found[file] = (
+                train(Path(folder) / file, "--deepspeed_config", str(FILES / file)) / right - 1
+            )
         saved = sorted(path.name for path in (plain / "checkpoints").glob("step-*"))
         shutil.rmtree(plain / "checkpoints" / saved.pop())
         (plain / "DONE.json").unlink()
@@ -139,7 +170,17 @@ def check_runs() -> dict[str, Any]:
 def train(out: Path, *more: str) -> float:
     """One short run over the embedded base; its last validation loss."""
     options = [word for setting in RUN for word in ("--set", setting)]
-    command = [sys.executable, "-m", "spt_ds.train", "--config", "demo", "--run-dir", str(out), *options, *more]
+    command = [
+        sys.executable,
+        "-m",
+        "spt_ds.train",
+        "--config",
+        "demo",
+        "--run-dir",
+        str(out),
+        *options,
+        *more,
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     done = json.loads((out / "DONE.json").read_text(encoding="utf-8"))
     return float(done["valid_after"]["loss"])
@@ -149,7 +190,9 @@ CHECKS = {"attention": check_attention, "quantised": check_quantised, "runs": ch
 
 
 def last_json(command: list[str], deadline: float) -> dict[str, Any]:
-    """Run `command` and read its last line; {"error": ...} when it fails, or when no time is left for it."""
+    """Run `command` and read its last line; {"error": ...} when it fails, or when no time is left
+    for it.
+    """
     left = deadline - time.monotonic()
     if left <= 0:
         return {"error": "not run: the time is spent"}
@@ -159,14 +202,26 @@ def last_json(command: list[str], deadline: float) -> dict[str, Any]:
         return {"error": "stopped: the time is spent"}
     lines = done.stdout.strip().splitlines()
     if not lines or not lines[-1].startswith("{"):
-        return {"error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]}
+        return {
+            "error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+        }
     result: dict[str, Any] = json.loads(lines[-1])
     return result
 
 
 def step_time(shape: str, bits: str, args: argparse.Namespace, deadline: float) -> dict[str, Any]:
     """What `spt-ds bench step` measures for our prefix step."""
-    command = [sys.executable, "-m", "spt_ds.cli", "bench", "step", "--cases", "prefix", "--shape", shape]
+    command = [
+        sys.executable,
+        "-m",
+        "spt_ds.cli",
+        "bench",
+        "step",
+        "--cases",
+        "prefix",
+        "--shape",
+        shape,
+    ]
     command += ["--bits", bits, "--batch", str(args.batch), "--steps", str(args.steps)]
     command += ["--checkpointing", "non_reentrant", "--max-tokens", str(args.max_tokens)]
     report = last_json(command, deadline)
@@ -190,17 +245,33 @@ def machine() -> dict[str, Any]:
     import transformers
 
     return {
-        "device": torch.cuda.get_device_name() if GPU else "CPU", "cuda": torch.version.cuda, "cores": os.cpu_count(),
-        "torch": torch.__version__, "transformers": transformers.__version__, "deepspeed": deepspeed.__version__,
-        "bitsandbytes": bitsandbytes.__version__, "date": date.today().isoformat(),
-    }  # fmt: skip
+        "device": torch.cuda.get_device_name() if GPU else "CPU",
+        "cuda": torch.version.cuda,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "deepspeed": deepspeed.__version__,
+        "bitsandbytes": bitsandbytes.__version__,
+        "date": date.today().isoformat(),
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--timings", default=TIMINGS, help=f"SHAPE:BITS, comma-separated (default {TIMINGS})")
-    parser.add_argument("--batch", type=int, default=4, help="examples; each is read under 4 prompts")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps after one to warm up; the median counts")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--timings", default=TIMINGS, help=f"SHAPE:BITS, comma-separated (default {TIMINGS})"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=4, help="examples; each is read under 4 prompts"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=3,
+        help="measured steps after one to warm up; the median counts",
+    )
     parser.add_argument("--max-tokens", type=int, default=512, help="longest text")
     parser.add_argument("--budget-s", type=float, default=590.0, help="seconds for everything")
     parser.add_argument("--check", choices=CHECKS, help="run this check alone, in this process")
@@ -216,7 +287,10 @@ def main() -> int:
     for name in CHECKS:
         found = last_json([sys.executable, __file__, "--check", name], deadline)
         report["checks"][name] = found
-        print(f"{name:<10} {'right' if found.get('passed') else 'WRONG'}  {json.dumps(found)}", flush=True)
+        print(
+            f"{name:<10} {'right' if found.get('passed') else 'WRONG'}  {json.dumps(found)}",
+            flush=True,
+        )
     for timing in args.timings.split(","):
         shape, _, bits = timing.partition(":")
         row = step_time(shape, bits, args, deadline)

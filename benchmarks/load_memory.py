@@ -2,11 +2,11 @@
 
     python benchmarks/load_memory.py [--ranks 1 2] [--bits 4 8 16] [--layers 16] [--random-init] [--folder KEEP]
 
-Writes a Llama base with random bf16 weights (445 MB by default), loads it under ZeRO-3 as a run does, and samples the
-anonymous memory (RssAnon) of every rank. Limit: a rank grows by no more than its share of the base + one bf16 layer +
-200 MiB, modules that are imported for loading included. What the process held before (`before_mib`:
-Python, torch, transformers, DeepSpeed) is no part of it. CPU and gloo; the last line is one JSON object, the exit code
-is 1 when a limit is passed.
+Writes a Llama base with random bf16 weights (445 MB by default), loads it under ZeRO-3 as a run
+does, and samples the anonymous memory (RssAnon) of every rank. Limit: a rank grows by no more than
+its share of the base + one bf16 layer + 200 MiB, modules that are imported for loading included.
+What the process held before (`before_mib`: Python, torch, transformers, DeepSpeed) is no part of
+it. CPU and gloo; the last line is one JSON object, the exit code is 1 when a limit is passed.
 """
 
 from __future__ import annotations
@@ -38,28 +38,49 @@ def write_base(folder: Path, hidden: int, layers: int, vocabulary: int = 8192) -
 
     ffn = hidden * 11 // 4
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        tie_word_embeddings=False,
+    )
     config.save_pretrained(folder)
     wide = {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}
     square = {f"{name}_proj": (hidden, hidden) for name in "qkvo"}
     shapes: list[dict[str, tuple[int, ...]]] = [
-        {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden),
-         "model.norm.weight": (hidden,)}
-    ]  # fmt: skip
+        {
+            "model.embed_tokens.weight": (vocabulary, hidden),
+            "lm_head.weight": (vocabulary, hidden),
+            "model.norm.weight": (hidden,),
+        }
+    ]
     for layer in range(layers):
-        parts = {f"self_attn.{k}": v for k, v in square.items()} | {f"mlp.{k}": v for k, v in wide.items()}
-        norms: dict[str, tuple[int, ...]] = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
-        shapes.append({f"model.layers.{layer}.{name}.weight": shape for name, shape in {**parts, **norms}.items()})
+        parts = {f"self_attn.{k}": v for k, v in square.items()} | {
+            f"mlp.{k}": v for k, v in wide.items()
+        }
+        norms: dict[str, tuple[int, ...]] = {
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }
+        shapes.append(
+            {
+                f"model.layers.{layer}.{name}.weight": shape
+                for name, shape in {**parts, **norms}.items()
+            }
+        )
     weight_map: dict[str, str] = {}
     generator = torch.Generator().manual_seed(0)
     for number, group in enumerate(shapes):
         file = f"model-{number:05d}.safetensors"
         tensors = {
-            name: (0.02 * torch.randn(shape, generator=generator)).bfloat16() if len(shape) == 2 else
-            torch.ones(shape, dtype=torch.bfloat16) for name, shape in group.items()
-        }  # fmt: skip
+            name: (
+                (0.02 * torch.randn(shape, generator=generator)).bfloat16()
+                if len(shape) == 2
+                else torch.ones(shape, dtype=torch.bfloat16)
+            )
+            for name, shape in group.items()
+        }
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -107,8 +128,12 @@ def measure_rank(folder: str, bits: int, random_init: bool) -> dict[str, Any]:
     sharding.before_load()
     before, start = anonymous_bytes(), time.perf_counter()
     with Peak() as peak:
-        config = ModelConfig.model_validate({"base": folder, "base_bits": bits, "random_init": random_init})
-        backbone = build_backbone(config, world.device, strict=False, shard=sharding.shard_function())
+        config = ModelConfig.model_validate(
+            {"base": folder, "base_bits": bits, "random_init": random_init}
+        )
+        backbone = build_backbone(
+            config, world.device, strict=False, shard=sharding.shard_function()
+        )
     load_s = time.perf_counter() - start
     dist.barrier()
     return {"before": before, "peak": peak.bytes, "share": local_bytes(backbone), "load_s": load_s}
@@ -123,31 +148,51 @@ def measure(folder: Path, ranks: int, bits: int, random_init: bool) -> list[dict
     for rank in range(ranks):
         # The allocator gives a freed tensor back at once, so that the peak is that of live tensors.
         environment = os.environ | {
-            "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            "MALLOC_MMAP_THRESHOLD_": "65536", "CUDA_VISIBLE_DEVICES": "",
-        }  # fmt: skip
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         command = [sys.executable, __file__, "--measure-rank", str(folder), str(bits)]
         command += ["--random-init"] if random_init else []
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    lines = [process.communicate(timeout=TIMEOUT_S)[0].strip().splitlines() for process in processes]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        )
+    lines = [
+        process.communicate(timeout=TIMEOUT_S)[0].strip().splitlines() for process in processes
+    ]
     if any(process.returncode for process in processes):
         raise SystemExit(f"a rank of {ranks} failed at {bits} bits; its messages are above")
     return [json.loads(line[-1]) for line in lines]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8, 16], choices=[4, 8, 16])
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--folder", type=Path, help="keep the base here; default a temporary folder")
-    parser.add_argument("--random-init", action="store_true", help="draw the weights instead of reading them")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the base here; default a temporary folder"
+    )
+    parser.add_argument(
+        "--random-init", action="store_true", help="draw the weights instead of reading them"
+    )
     parser.add_argument("--measure-rank", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure_rank:
-        print(json.dumps(measure_rank(args.measure_rank[0], int(args.measure_rank[1]), args.random_init)))
+        print(
+            json.dumps(
+                measure_rank(args.measure_rank[0], int(args.measure_rank[1]), args.random_init)
+            )
+        )
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
@@ -156,9 +201,17 @@ def main() -> int:
             write_base(folder, args.hidden, args.layers)
         files = sorted(folder.glob("*.safetensors"))
         base, layer = sum(file.stat().st_size for file in files), files[-1].stat().st_size
-        rows = [row(folder, ranks, bits, args.random_init, layer) for bits in args.bits for ranks in args.ranks]
+        rows = [
+            row(folder, ranks, bits, args.random_init, layer)
+            for bits in args.bits
+            for ranks in args.ranks
+        ]
     passed = all(r["growth_mib"] <= r["limit_mib"] for r in rows)
-    result = {"base_mb": round(base / 1e6), "layer_mib": round(layer / MIB, 1), "cpu": platform.machine()}
+    result = {
+        "base_mb": round(base / 1e6),
+        "layer_mib": round(layer / MIB, 1),
+        "cpu": platform.machine(),
+    }
     print(json.dumps({**result, "rows": rows, "passed": passed}))
     return int(not passed)
 

@@ -1,4 +1,6 @@
-"""The library's front door: `spt_ds.load(run).reply(persona, history)`. One process, one reply at a time."""
+"""The library's front door: `spt_ds.load(run).reply(persona, history)`. One process, one reply at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -41,18 +43,23 @@ class Reply:
 def load(run: str | Path, checkpoint: str | int = "best", **overrides: Any) -> Bot:
     """Open a trained run for replies.
 
-    Args: run, its folder; checkpoint, best, last or the number of a step; overrides, options with two underscores for
-    the point: `generate__max_new_tokens=64`. Raises SptError where run, checkpoint or an option cannot be used.
+    Args: run, its folder; checkpoint, best, last or the number of a step; overrides, options with
+    two underscores for the point: `generate__max_new_tokens=64`. Raises SptError where run,
+    checkpoint or an option cannot be used.
     """
     options = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
     return open_bot(Path(run), str(checkpoint), options)
 
 
 def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
-    """Open a run as `load` does; overrides are written as those of the command line, `key.path=value`."""
+    """Open a run as `load` does; overrides are written as those of the command line,
+    `key.path=value`.
+    """
     size = dist.launch_variables(os.environ)["WORLD_SIZE"]
     if size != 1:
-        raise EngineError(f"a conversation takes one process, this is one of {size}; start it without a launcher")
+        raise EngineError(
+            f"a conversation takes one process, this is one of {size}; start it without a launcher"
+        )
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: no config.yaml in it; give the folder of a run that was trained")
     overrides = [*overrides, "generate.perplexity=false"]  # a conversation has no reference reply
@@ -63,35 +70,42 @@ def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
 
 
 class Bot:
-    """A trained run that answers. In suffix placement what it has read of a dialogue is kept from call to call."""
+    """A trained run that answers. In suffix placement what it has read of a dialogue is kept from
+    call to call.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._shown = shown_to(session)  # worked examples are drawn once, not for every reply
         self._context = ContextCache()
-        self._replies = 0  # each reply has noise of its own, where sampling or generate.mode draws any
+        # each reply has noise of its own, where sampling or generate.mode draws any
+        self._replies = 0
 
     @property
     def prompts(self) -> int:
         """K, the size of the prompt bank."""
         return self._session.config.prompts.count
 
-    def reply(self, persona: Sequence[str], history: Sequence[str], *, prompt: int | None = None) -> Reply:
+    def reply(
+        self, persona: Sequence[str], history: Sequence[str], *, prompt: int | None = None
+    ) -> Reply:
         """Answer the last turn of a dialogue.
 
-        Args: persona, sentences, none are allowed; history, turns of partner and bot in alternation, oldest first, the
-        partner's last; prompt, the one to answer with instead of what generate.mode says. Raises DataError when persona
-        and last turn do not fit into data.max_tokens.
+        Args: persona, sentences, none are allowed; history, turns of partner and bot in
+        alternation, oldest first, the partner's last; prompt, the one to answer with instead of
+        what generate.mode says. Raises DataError when persona and last turn do not fit into
+        data.max_tokens.
         """
         return self._answer(persona, history, prompt, None)
 
     def stream(
         self, persona: Sequence[str], history: Sequence[str], *, prompt: int | None = None
     ) -> Generator[str, None, Reply]:
-        """Yield the text of a reply in pieces, whole words each; the generator returns what `reply` would.
+        """Yield the text of a reply in pieces, whole words each; the generator returns what `reply`
+        would.
 
-        Joined, the pieces are `Reply.text`. Closing the generator ends decoding after the token at hand. With beams all
-        of the text comes at once.
+        Joined, the pieces are `Reply.text`. Closing the generator ends decoding after the token at
+        hand. With beams all of the text comes at once.
         """
         streamer = _FirstRow(self._session.tokenizer, skip_special_tokens=True)
         live = Live(streamer=streamer)
@@ -100,7 +114,8 @@ class Bot:
             try:
                 return self._answer(persona, history, prompt, live)
             finally:
-                streamer.end()  # also when decoding failed or has no stream: the loop below waits for an end
+                # also when decoding failed or has no stream: the loop below waits for an end
+                streamer.end()
 
         spoken, shown = "", 0
         with ThreadPoolExecutor(1) as pool:
@@ -119,7 +134,9 @@ class Bot:
             yield rest
         return reply
 
-    def _answer(self, persona: Sequence[str], history: Sequence[str], prompt: int | None, live: Live | None) -> Reply:
+    def _answer(
+        self, persona: Sequence[str], history: Sequence[str], prompt: int | None, live: Live | None
+    ) -> Reply:
         options = self._options(prompt)
         batch, dropped = self._batch(persona, history, options)
         alone = options.mode != "fuse" and options.num_beams == 1
@@ -140,25 +157,45 @@ class Bot:
         if prompt is None:
             return options
         if not 0 <= prompt < self.prompts:
-            raise ConfigError(f"prompt {prompt}: the bank has {self.prompts}; give 0 to {self.prompts - 1}")
+            raise ConfigError(
+                f"prompt {prompt}: the bank has {self.prompts}; give 0 to {self.prompts - 1}"
+            )
         return options.model_copy(update={"mode": f"fixed:{prompt}"})
 
-    def _batch(self, persona: Sequence[str], history: Sequence[str], options: GenerateConfig) -> tuple[Batch, int]:
+    def _batch(
+        self, persona: Sequence[str], history: Sequence[str], options: GenerateConfig
+    ) -> tuple[Batch, int]:
         for name, given in (("persona", persona), ("history", history)):
             if isinstance(given, str):
-                raise DataError(f"{name}: expected a list of texts, got one text {given[:40]!r}; put it into a list")
+                raise DataError(
+                    f"{name}: expected a list of texts, got one text {given[:40]!r}; put it into a"
+                    " list"
+                )
         window = self._session.config.data.max_tokens
         encoded = encode_context(
-            persona, history, self._session.tokenizer, window, reserved=options.max_new_tokens, shown=self._shown
+            persona,
+            history,
+            self._session.tokenizer,
+            window,
+            reserved=options.max_new_tokens,
+            shown=self._shown,
         )
         if history and encoded.dropped_turns == len(history):
             raise DataError(
-                f"the last turn does not fit: data.max_tokens is {window}, of which generate.max_new_tokens keeps "
-                f"{options.max_new_tokens} for the reply; shorten the turn"
+                f"the last turn does not fit: data.max_tokens is {window}, of which"
+                f" generate.max_new_tokens keeps {options.max_new_tokens} for the reply; shorten"
+                " the turn"
             )
         ids = encoded.context_ids
         self._replies += 1
-        batch = Batch(torch.tensor(ids), torch.zeros(0, dtype=torch.long), (len(ids),), (0,), (self._replies,), (1.0,))
+        batch = Batch(
+            torch.tensor(ids),
+            torch.zeros(0, dtype=torch.long),
+            (len(ids),),
+            (0,),
+            (self._replies,),
+            (1.0,),
+        )
         return batch, encoded.dropped_turns
 
 

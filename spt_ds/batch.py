@@ -1,7 +1,8 @@
-"""What travels from the data workers to the model: one micro-batch without padding, and one optimizer step's window.
+"""What travels from the data workers to the model: one micro-batch without padding, and one
+optimizer step's window.
 
-B examples in a micro-batch, C_b context tokens and R_b response tokens of example b, G examples in a window over
-all ranks, b_local of them on this rank.
+B examples in a micro-batch, C_b context tokens and R_b response tokens of example b, G examples in
+a window over all ranks, b_local of them on this rank.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ import torch
 def on_device(
     values: torch.Tensor | Sequence[float], device: torch.device, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Host values on `device` without waiting for what it still computes: a GPU takes them from pinned memory."""
+    """Host values on `device` without waiting for what it still computes: a GPU takes them from
+    pinned memory.
+    """
     tensor = torch.as_tensor(values, dtype=dtype)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def owners(lens: Sequence[int], device: torch.device) -> torch.Tensor:
     """[sum lens] the number of the span to which each token belongs, of spans that lie end to end."""
-    return on_device([span for span, length in enumerate(lens) for _ in range(length)], device, torch.long)
+    return on_device(
+        [span for span, length in enumerate(lens) for _ in range(length)], device, torch.long
+    )
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,9 @@ class Batch:
     """One micro-batch. Spans are known by construction: nothing is searched for, nothing is padded."""
 
     context_ids: torch.Tensor  # int64 [sum C_b], the template up to and including "R:"
-    response_ids: torch.Tensor  # int64 [sum R_b], the reply and EOS: the targets, nothing else is one
+    response_ids: (
+        torch.Tensor
+    )  # int64 [sum R_b], the reply and EOS: the targets, nothing else is one
     context_lens: tuple[int, ...]  # [B]
     response_lens: tuple[int, ...]  # [B]
     indices: tuple[int, ...]  # [B] rows of the dataset, for messages and for ordering results
@@ -46,7 +53,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Pairs (i, j), i < j in window order, of which at least one side is on this rank (method: contrastive loss).
+    """Pairs (i, j), i < j in window order, of which at least one side is on this rank (method:
+    contrastive loss).
 
     A slot is a place in this rank's list of window examples (micro-batches in order). `owner[g]` is
     (rank, slot) of the window's g-th example, the same on every rank.
@@ -60,7 +68,9 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Window:
-    """All of one rank's micro-batches of one optimizer step, and the global counts that normalise its losses."""
+    """All of one rank's micro-batches of one optimizer step, and the global counts that normalise
+    its losses.
+    """
 
     micro: tuple[Batch, ...]
     examples: int  # G, over all ranks, fillers not counted

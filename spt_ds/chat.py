@@ -45,9 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="spt-ds chat", description="Talk with a trained run.")
     parser.add_argument("run", type=Path, help="run folder of a training")
     parser.add_argument("--checkpoint", default="best", help="best, last, or the number of a step")
-    parser.add_argument("--persona", type=Path, metavar="FILE", help="the bot's persona, a sentence a line; else typed")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="override an option, such as generate.do_sample=true")  # fmt: skip
+    parser.add_argument(
+        "--persona",
+        type=Path,
+        metavar="FILE",
+        help="the bot's persona, a sentence a line; else typed",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override an option, such as generate.do_sample=true",
+    )
     args = parser.parse_args(argv)
     from spt_ds.api import open_bot
 
@@ -68,7 +79,9 @@ def read_persona(path: Path) -> tuple[str, ...]:
     try:
         text = path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: no persona can be read ({error}); give a UTF-8 text, a sentence a line") from error
+        raise DataError(
+            f"{path}: no persona can be read ({error}); give a UTF-8 text, a sentence a line"
+        ) from error
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
@@ -87,9 +100,14 @@ class Conversation:
     def run(self) -> None:
         """Go on until /quit or the end of the input."""
         commands = {
-            "/persona": self._persona, "/reset": self._reset, "/retry": self._retry, "/prompt": self._prompt,
-            "/save": self._save, "/help": self._help, "/quit": self._quit,
-        }  # fmt: skip
+            "/persona": self._persona,
+            "/reset": self._reset,
+            "/retry": self._retry,
+            "/prompt": self._prompt,
+            "/save": self._save,
+            "/help": self._help,
+            "/quit": self._quit,
+        }
         while True:
             try:
                 if self.persona is None:
@@ -114,17 +132,24 @@ class Conversation:
     def _say(self, message: str) -> None:
         if not message:
             return
-        history: list[str] = [*self.turns[-1].history, self.turns[-1].reply.text] if self.turns else []
+        history: list[str] = (
+            [*self.turns[-1].history, self.turns[-1].reply.text] if self.turns else []
+        )
         history.append(message)
         persona, self.unanswered = self.persona or (), message
         try:
-            with contextlib.closing(self.bot.stream(persona, history, prompt=self.prompt)) as pieces:
+            with contextlib.closing(
+                self.bot.stream(persona, history, prompt=self.prompt)
+            ) as pieces:
                 reply = _show(pieces)
         except KeyboardInterrupt:
             print("\n  [stopped; the message is taken back, /retry asks it again]")
             return
         if not reply.text:
-            print(f"  [no words, {len(reply.tokens)} tokens; the message is taken back, /retry asks it again]")
+            print(
+                f"  [no words, {len(reply.tokens)} tokens; the message is taken back, /retry asks"
+                " it again]"
+            )
             return
         self.unanswered = None
         self.turns.append(Turn(persona, tuple(history), reply))
@@ -168,12 +193,18 @@ class Conversation:
             raise DataError("/save: name a file")
         path = Path(name).expanduser()
         try:
-            # A file of another origin is not overwritten; one that this conversation wrote is brought up to date.
+            # A file of another origin is not overwritten; one that this conversation wrote is
+            # brought up to date.
             with path.open("w" if path in self._saved else "x", encoding="utf-8") as file:
-                lines = (json.dumps(_record(turn, path.stem), ensure_ascii=False) + "\n" for turn in self.turns)
+                lines = (
+                    json.dumps(_record(turn, path.stem), ensure_ascii=False) + "\n"
+                    for turn in self.turns
+                )
                 file.writelines(lines)
         except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error.strerror}); give another name") from error
+            raise DataError(
+                f"{path}: cannot be written ({error.strerror}); give another name"
+            ) from error
         self._saved.add(path)
         print(f"  [{len(self.turns)} turns in {path}]")
 
@@ -195,16 +226,27 @@ def _show(pieces: Generator[str, None, Reply]) -> Reply:
 
 
 def _summary(reply: Reply, fixed: bool) -> str:
-    answered = "all prompts, fused" if reply.prompt is None else f"prompt {reply.prompt}{' (fixed)' if fixed else ''}"
+    answered = (
+        "all prompts, fused"
+        if reply.prompt is None
+        else f"prompt {reply.prompt}{' (fixed)' if fixed else ''}"
+    )
     scores = " ".join(f"{score:.3f}" for score in reply.scores)
-    dropped = f"; the oldest {reply.dropped_turns} turns no longer fit" if reply.dropped_turns else ""
+    dropped = (
+        f"; the oldest {reply.dropped_turns} turns no longer fit" if reply.dropped_turns else ""
+    )
     return f"{answered}; scores {scores}; {len(reply.tokens)} tokens{dropped}"
 
 
 def _record(turn: Turn, dialogue: str) -> dict[str, object]:
     reply = turn.reply
     return {
-        "dialogue_id": dialogue, "turn": len(turn.history),
-        "persona": turn.persona, "history": turn.history, "response": reply.text, "prompt": reply.prompt,
-        "scores": [round(score, 6) for score in reply.scores], "new_tokens": len(reply.tokens),
-    }  # fmt: skip
+        "dialogue_id": dialogue,
+        "turn": len(turn.history),
+        "persona": turn.persona,
+        "history": turn.history,
+        "response": reply.text,
+        "prompt": reply.prompt,
+        "scores": [round(score, 6) for score in reply.scores],
+        "new_tokens": len(reply.tokens),
+    }

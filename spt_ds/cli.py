@@ -1,4 +1,6 @@
-"""The `spt-ds` command: each sub-command lives in its own module and is imported only when it is called."""
+"""The `spt-ds` command: each sub-command lives in its own module and is imported only when it is
+called.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,17 @@ COMMANDS = {
     "evaluate": ("spt_ds.evaluate.command", "score a predictions file"),
     "compare": ("spt_ds.evaluate.compare", "one table of several runs"),
     "sweep": ("spt_ds.sweep.command", "every cell of a grid through all of these, and one table"),
-    "report": ("spt_ds.report.command", "one HTML page of runs: curves, prompt use, scores, examples"),
+    "report": (
+        "spt_ds.report.command",
+        "one HTML page of runs: curves, prompt use, scores, examples",
+    ),
     "summary": ("spt_ds.summary", "losses, scores and prompt usage of a run"),
     "bench": ("spt_ds.bench.command", "a training step at a given shape beside a naive twin"),
     "quantize": ("spt_ds.quantize", "write a base once in 4 or 8 bits"),
-    "plan": ("spt_ds.plan_command", "where the base of a run would live, and why, without loading it"),
+    "plan": (
+        "spt_ds.plan_command",
+        "where the base of a run would live, and why, without loading it",
+    ),
     "doctor": ("spt_ds.doctor", "check machine, ranks and network before a run"),
     "config": ("spt_ds.cli", "show a resolved configuration, the schema or the recipes"),
 }
@@ -54,7 +62,9 @@ def config_main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="spt-ds config")
     parser.add_argument("config", nargs="?", help="YAML file or recipe to resolve")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--schema", action="store_true", help="print the JSON schema of the YAML file")
+    parser.add_argument(
+        "--schema", action="store_true", help="print the JSON schema of the YAML file"
+    )
     args = parser.parse_args(argv)
     if args.schema:
         print(json_schema())

@@ -1,6 +1,7 @@
 """The only door to process groups outside `engine/`: start, reduce, gather, agree.
 
-A single process is a group of one, so that no caller needs a second path. Objects travel as JSON, never as pickles.
+A single process is a group of one, so that no caller needs a second path. Objects travel as JSON,
+never as pickles.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ class World:
     device: torch.device
 
 
-# Names under which the launchers tell a process its place: torchrun, deepspeed, Open MPI, srun. The last comes last
-# because mpirun starts its daemons with srun: its ranks carry the variables of a daemon's task.
+# Names under which the launchers tell a process its place: torchrun, deepspeed, Open MPI, srun. The
+# last comes last because mpirun starts its daemons with srun: its ranks carry the variables of a
+# daemon's task.
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _LAUNCHERS = (
     _PLACE,
@@ -60,20 +62,29 @@ _LAUNCHERS = (
 
 
 def launch_variables(environment: Mapping[str, str]) -> dict[str, int]:
-    """Map the launcher's variables to RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a bare process is 0 of 1.
+    """Map the launcher's variables to RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a bare
+    process is 0 of 1.
 
-    One launcher is taken whole: srun's numbers are not mixed with torchrun's, which may run inside an srun task.
-    Raises EngineError when a launcher set some of them only, or numbers that contradict one another.
+    One launcher is taken whole: srun's numbers are not mixed with torchrun's, which may run inside
+    an srun task. Raises EngineError when a launcher set some of them only, or numbers that
+    contradict one another.
     """
-    candidates = [names for names in _LAUNCHERS if names[0] in environment and names[1] in environment]
+    candidates = [
+        names for names in _LAUNCHERS if names[0] in environment and names[1] in environment
+    ]
     if not candidates:
         partial = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
         if partial:
-            raise EngineError(f"{partial[0]} is set but not its partner; set both RANK and WORLD_SIZE, or neither")
+            raise EngineError(
+                f"{partial[0]} is set but not its partner; set both RANK and WORLD_SIZE, or neither"
+            )
         return dict(zip(_PLACE, (0, 1, 0, 1), strict=True))
     alike = [names for names in candidates if names[:3] == candidates[0][:3]]
     names = next((names for names in alike if names[3] in environment), alike[0])
-    told = [environment.get(name, default) for name, default in zip(names, ("", "", "0", "1"), strict=True)]
+    told = [
+        environment.get(name, default)
+        for name, default in zip(names, ("", "", "0", "1"), strict=True)
+    ]
     if names[3].startswith("SLURM"):
         told[3] = _tasks_of(told[3], int(environment.get("SLURM_NODEID", "0")))
     for name, text in zip(names, told, strict=True):
@@ -81,12 +92,16 @@ def launch_variables(environment: Mapping[str, str]) -> dict[str, int]:
             raise EngineError(f"{name}: expected a whole number, got {text!r}")
     values = dict(zip(_PLACE, map(int, told), strict=True))
     if not values["RANK"] < values["WORLD_SIZE"]:
-        raise EngineError(f"rank {values['RANK']} does not exist in a world of {values['WORLD_SIZE']}")
+        raise EngineError(
+            f"rank {values['RANK']} does not exist in a world of {values['WORLD_SIZE']}"
+        )
     return values
 
 
 def _srun_address(environment: Mapping[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT of a task that srun started itself: first node of the step, port from its numbers."""
+    """MASTER_ADDR and MASTER_PORT of a task that srun started itself: first node of the step, port
+    from its numbers.
+    """
     if "SLURM_STEP_NODELIST" not in environment or shutil.which("scontrol") is None:
         return {}
     command = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
@@ -98,7 +113,9 @@ def _srun_address(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _tasks_of(listed: str, node: int) -> str:
-    """Tasks on a node, from Slurm's list such as "4(x2),2"; the list itself where it has no such node."""
+    """Tasks on a node, from Slurm's list such as "4(x2),2"; the list itself where it has no such
+    node.
+    """
     for item in listed.split(","):
         count, _, times = item.rstrip(")").partition("(x")
         node -= int(times or 1)
@@ -108,18 +125,22 @@ def _tasks_of(listed: str, node: int) -> str:
 
 
 def gpu_of(local_rank: int) -> int | None:
-    """The GPU that a local rank takes, None on a host without. Raises EngineError when there are too few."""
+    """The GPU that a local rank takes, None on a host without. Raises EngineError when there are
+    too few.
+    """
     count = torch.cuda.device_count()
     if count and local_rank >= count:
         raise EngineError(
-            f"local rank {local_rank} has no GPU: this process sees {count}; start one rank per GPU, each of which "
-            "sees all GPUs of its node (srun: --gpu-bind=none)"
+            f"local rank {local_rank} has no GPU: this process sees {count}; start one rank per"
+            " GPU, each of which sees all GPUs of its node (srun: --gpu-bind=none)"
         )
     return local_rank if count else None
 
 
 def init(timeout_s: int) -> World:
-    """Join (or, alone, make) the process group; NCCL on GPUs, gloo on CPUs. Collectives fail after `timeout_s`."""
+    """Join (or, alone, make) the process group; NCCL on GPUs, gloo on CPUs. Collectives fail after
+    `timeout_s`.
+    """
     place = launch_variables(os.environ)
     size = place["WORLD_SIZE"]
     gpu = gpu_of(place["LOCAL_RANK"])
@@ -137,18 +158,30 @@ def init(timeout_s: int) -> World:
         store = dist.HashStore() if size == 1 else None  # type: ignore[attr-defined]
         if store is None and "MASTER_ADDR" not in os.environ:
             os.environ.update(_srun_address(os.environ))
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if store is None and name not in os.environ]
+        missing = [
+            name
+            for name in ("MASTER_ADDR", "MASTER_PORT")
+            if store is None and name not in os.environ
+        ]
         if missing:
-            raise EngineError(f"{' and '.join(missing)} not set: every rank needs the address and port of rank 0")
+            raise EngineError(
+                f"{' and '.join(missing)} not set: every rank needs the address and port of rank 0"
+            )
         dist.init_process_group(
-            "gloo" if gpu is None else "nccl", timeout=timeout, store=store, rank=place["RANK"], world_size=size
+            "gloo" if gpu is None else "nccl",
+            timeout=timeout,
+            store=store,
+            rank=place["RANK"],
+            world_size=size,
         )
     _processes[:] = gather_json([socket.gethostname(), os.getpid()])
     return World(place["RANK"], size, place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"], device)
 
 
 def explain_loss(error: BaseException) -> str | None:
-    """Say which rank is gone when `error` is what a collective raises after a peer died or fell silent, else None."""
+    """Say which rank is gone when `error` is what a collective raises after a peer died or fell
+    silent, else None.
+    """
     text = str(error)
     if not any(sign in text for sign in _LOSS_SIGNS):
         return None
@@ -156,16 +189,23 @@ def explain_loss(error: BaseException) -> str | None:
     gone: list[int] = []
     give_up_s = time.monotonic() + 1.0  # a killed process closes its connections before it is gone
     while not gone and time.monotonic() < give_up_s:
-        gone = [rank for rank, (where, pid) in enumerate(_processes) if where == host and not _alive(pid)]
+        gone = [
+            rank
+            for rank, (where, pid) in enumerate(_processes)
+            if where == host and not _alive(pid)
+        ]
         time.sleep(0.02)
     if gone:
         who = " and ".join(f"rank {rank} (pid {_processes[rank][1]} on {host})" for rank in gone)
-        return f"{who} ended in the middle of a step: killed (out of memory?), or its own message stands above"
+        return (
+            f"{who} ended in the middle of a step: killed (out of memory?), or its own message"
+            " stands above"
+        )
     elsewhere = sorted({where for where, _ in _processes} - {host})
     suspects = f"a rank on {', '.join(elsewhere)}" if elsewhere else "a rank"
     return (
-        f"{suspects} died or did not answer within engine.collective_timeout_s (every rank on {host} is alive): "
-        "it hangs, or the network is cut"
+        f"{suspects} died or did not answer within engine.collective_timeout_s (every rank on"
+        f" {host} is alive): it hangs, or the network is cut"
     )
 
 
@@ -234,15 +274,22 @@ def same_everywhere(what: str, value: str) -> None:
     """Raise EngineError on every rank when `value` differs between ranks, naming the groups."""
     values = gather_json(value)
     if len(set(values)) > 1:
-        groups = {one: [rank for rank, other in enumerate(values) if other == one] for one in dict.fromkeys(values)}
+        groups = {
+            one: [rank for rank, other in enumerate(values) if other == one]
+            for one in dict.fromkeys(values)
+        }
         listing = "; ".join(f"ranks {ranks}: {one}" for one, ranks in groups.items())
-        raise EngineError(f"{what} differs between ranks: {listing}; give every rank the same files")
+        raise EngineError(
+            f"{what} differs between ranks: {listing}; give every rank the same files"
+        )
 
 
 def leader_first(world: World, work: Callable[[], Result]) -> Result:
-    """Run `work` (free of collectives) on the first rank of each node, then on the others, who find its caches warm.
+    """Run `work` (free of collectives) on the first rank of each node, then on the others, who find
+    its caches warm.
 
-    An error that a user can cause is raised on every rank together, so that nobody waits for a rank that gave up.
+    An error that a user can cause is raised on every rank together, so that nobody waits for a rank
+    that gave up.
     """
     leader = world.local_rank == 0
     result = agreed(lambda: work() if leader else None)
@@ -250,7 +297,9 @@ def leader_first(world: World, work: Callable[[], Result]) -> Result:
 
 
 def agreed(work: Callable[[], Result]) -> Result:
-    """Run `work` (free of collectives) on this rank; where it failed on any rank, raise that error on all of them."""
+    """Run `work` (free of collectives) on this rank; where it failed on any rank, raise that error
+    on all of them.
+    """
     result, problem, mine = None, None, None
     try:
         result = work()
@@ -265,4 +314,8 @@ def agreed(work: Callable[[], Result]) -> Result:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if dist.get_backend() == "nccl"
+        else torch.device("cpu")
+    )

@@ -1,8 +1,9 @@
-"""`spt-ds doctor`: what is wrong with this machine, or with `--distributed` these nodes, before a run finds out.
+"""`spt-ds doctor`: what is wrong with this machine, or with `--distributed` these nodes, before a
+run finds out.
 
-One line per finding: `ok`, `warn` (a run works, but perhaps not as meant) or `FAIL`. Start it as the run will be
-started: `torchrun ... -m spt_ds.doctor --distributed`; the job scripts do so with SPT_DOCTOR=1. Exit code 0, or 2
-when a line says FAIL.
+One line per finding: `ok`, `warn` (a run works, but perhaps not as meant) or `FAIL`. Start it as
+the run will be started: `torchrun ... -m spt_ds.doctor --distributed`; the job scripts do so with
+SPT_DOCTOR=1. Exit code 0, or 2 when a line says FAIL.
 """
 
 from __future__ import annotations
@@ -47,14 +48,30 @@ class Finding:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the findings, those that all ranks share on rank 0 only; return 0, or 2 when one of them is a FAIL."""
-    parser = argparse.ArgumentParser(prog="spt-ds doctor", description="Check machine, ranks and network before a run.")
-    parser.add_argument("--distributed", action="store_true", help="compare all ranks and measure an all-reduce")
-    parser.add_argument("--config", help="recipe or YAML file whose data is to be there, and the same on every rank")
+    """Print the findings, those that all ranks share on rank 0 only; return 0, or 2 when one of
+    them is a FAIL.
+    """
+    parser = argparse.ArgumentParser(
+        prog="spt-ds doctor", description="Check machine, ranks and network before a run."
+    )
+    parser.add_argument(
+        "--distributed", action="store_true", help="compare all ranks and measure an all-reduce"
+    )
+    parser.add_argument(
+        "--config", help="recipe or YAML file whose data is to be there, and the same on every rank"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--deepspeed_config", metavar="JSON", help="DeepSpeed file to check for --config and the ranks")
-    parser.add_argument("--run-dir", type=Path, default=Path(), help="run folder, whose disk is looked at")
-    parser.add_argument("--timeout", type=int, default=60, metavar="S", help="seconds to wait for the other ranks")
+    parser.add_argument(
+        "--deepspeed_config",
+        metavar="JSON",
+        help="DeepSpeed file to check for --config and the ranks",
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, default=Path(), help="run folder, whose disk is looked at"
+    )
+    parser.add_argument(
+        "--timeout", type=int, default=60, metavar="S", help="seconds to wait for the other ranks"
+    )
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
     args = parser.parse_args(argv)
     if args.deepspeed_config and not args.config:
@@ -76,7 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def machine(environment: os._Environ[str], run_dir: Path) -> Iterator[Finding]:
     """Findings that one process can make: packages, devices, disk, leftovers of killed builds."""
-    yield Finding("ok", f"{socket.gethostname()}: Python {platform.python_version()}, {os.cpu_count()} CPUs")
+    yield Finding(
+        "ok", f"{socket.gethostname()}: Python {platform.python_version()}, {os.cpu_count()} CPUs"
+    )
     broken: list[str] = []
     for name in PACKAGES:
         try:
@@ -89,7 +108,9 @@ def machine(environment: os._Environ[str], run_dir: Path) -> Iterator[Finding]:
         yield from _devices(environment)
     yield _disk("run folder", run_dir)
     yield _disk("cache", Path(environment.get("SPT_CACHE", Path.home())))
-    yield from _stale_locks(Path(environment.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")))
+    yield from _stale_locks(
+        Path(environment.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    )
 
 
 def _devices(environment: os._Environ[str]) -> Iterator[Finding]:
@@ -100,10 +121,19 @@ def _devices(environment: os._Environ[str]) -> Iterator[Finding]:
     place = dist.launch_variables(environment)
     count = torch.cuda.device_count()
     names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
-    yield Finding("ok", f"{count} GPUs: {names}" if count else "no GPU: ranks compute on the CPU and talk through gloo")
+    yield Finding(
+        "ok",
+        (
+            f"{count} GPUs: {names}"
+            if count
+            else "no GPU: ranks compute on the CPU and talk through gloo"
+        ),
+    )
     if count > 1 and place["WORLD_SIZE"] == 1:
         yield Finding(
-            "warn", f"world size 1 on a host with {count} GPUs: start with `deepspeed --num_gpus {count} --module ...`"
+            "warn",
+            f"world size 1 on a host with {count} GPUs: start with `deepspeed --num_gpus {count}"
+            " --module ...`",
         )
     try:
         dist.gpu_of(place["LOCAL_RANK"])
@@ -115,15 +145,23 @@ def _disk(what: str, folder: Path) -> Finding:
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free / GIB
     text = f"{what}: {free:.0f} GiB free at {existing}"
-    return Finding("ok", text) if free >= MIN_DISK_GIB else Finding("warn", f"{text}, less than {MIN_DISK_GIB:.0f} GiB")
+    return (
+        Finding("ok", text)
+        if free >= MIN_DISK_GIB
+        else Finding("warn", f"{text}, less than {MIN_DISK_GIB:.0f} GiB")
+    )
 
 
 def _stale_locks(folder: Path) -> Iterator[Finding]:
-    """A build of a DeepSpeed op that was killed leaves a lock on which every later start waits for ever."""
+    """A build of a DeepSpeed op that was killed leaves a lock on which every later start waits for
+    ever.
+    """
     for lock in sorted(folder.glob("**/lock")):
         age = time.time() - lock.stat().st_mtime
         if age > STALE_LOCK_S:
-            yield Finding("FAIL", f"{lock}: a killed build left this lock {age / 3600:.1f} h ago; remove it")
+            yield Finding(
+                "FAIL", f"{lock}: a killed build left this lock {age / 3600:.1f} h ago; remove it"
+            )
 
 
 def _of_rank(finding: Finding) -> Finding:
@@ -132,9 +170,11 @@ def _of_rank(finding: Finding) -> Finding:
 
 
 def across_ranks(args: argparse.Namespace, here: list[Finding]) -> list[Finding]:
-    """Findings that need all ranks, the same list on each of them; `here` are those of this process.
+    """Findings that need all ranks, the same list on each of them; `here` are those of this
+    process.
 
-    Raises EngineError when they do not meet, and on all ranks what is wrong with the job on one of them.
+    Raises EngineError when they do not meet, and on all ranks what is wrong with the job on one of
+    them.
     """
     from spt_ds import dist
 
@@ -143,11 +183,15 @@ def across_ranks(args: argparse.Namespace, here: list[Finding]) -> list[Finding]
     begin = time.monotonic()
     try:
         world = dist.init(args.timeout)
-    except (RuntimeError, ValueError) as error:  # torch's DistStoreError and DistNetworkError are RuntimeErrors
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # torch's DistStoreError and DistNetworkError are RuntimeErrors
         raise EngineError(
-            f"rank {place['RANK']} on {socket.gethostname()}: not all of {place['WORLD_SIZE']} ranks met at {where} "
-            f"within {args.timeout} s ({str(error).splitlines()[0]}); was every node started, did a rank say FAIL, and "
-            "does NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME name the network they share?"
+            f"rank {place['RANK']} on {socket.gethostname()}: not all of {place['WORLD_SIZE']}"
+            f" ranks met at {where} within {args.timeout} s ({str(error).splitlines()[0]}); was"
+            " every node started, did a rank say FAIL, and does NCCL_SOCKET_IFNAME or"
+            " GLOO_SOCKET_IFNAME name the network they share?"
         ) from error
     met = time.monotonic() - begin
     dist.barrier()
@@ -156,27 +200,45 @@ def across_ranks(args: argparse.Namespace, here: list[Finding]) -> list[Finding]
     local = dist.gather_json([finding.line() for finding in here if finding.level != "ok"])
     gib_s = _bandwidth(dist)
     dist.shutdown()
-    findings = [Finding("ok", f"{world.size} ranks on {len({one['host'] for one in facts})} hosts met in {met:.1f} s")]
+    findings = [
+        Finding(
+            "ok",
+            f"{world.size} ranks on {len({one['host'] for one in facts})} hosts met in {met:.1f} s",
+        )
+    ]
     findings += [_same(name, facts) for name in facts[0] if name not in ("host", "clock")]
     findings.append(_clocks([one["clock"] for one in facts]))
-    findings.append(Finding("ok", f"all-reduce of {MEASURED_MIB} MiB: {gib_s:.2f} GiB/s on {world.device.type}"))
+    findings.append(
+        Finding("ok", f"all-reduce of {MEASURED_MIB} MiB: {gib_s:.2f} GiB/s on {world.device.type}")
+    )
     for rank, lines in enumerate(local):
-        findings += [Finding(line[:5].strip(), f"rank {rank} on {facts[rank]['host']}: {line[5:]}") for line in lines]
+        findings += [
+            Finding(line[:5].strip(), f"rank {rank} on {facts[rank]['host']}: {line[5:]}")
+            for line in lines
+        ]
     return findings
 
 
 def _facts(args: argparse.Namespace, size: int) -> dict[str, Any]:
     from spt_ds.engine.run_folder import commit
 
-    facts: dict[str, Any] = {"host": socket.gethostname(), "clock": time.time(), "code": f"{commit()} {_code_hash()}"}
-    facts |= {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+    facts: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "clock": time.time(),
+        "code": f"{commit()} {_code_hash()}",
+    }
+    facts |= {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
     return facts | _job(args, size)
 
 
 def _job(args: argparse.Namespace, size: int) -> dict[str, str]:
     """What the job named by --config will read; its DeepSpeed file is checked for `size` ranks.
 
-    Of the base only configuration and tokenizer: where those are, in a folder or a cache, the weights are too.
+    Of the base only configuration and tokenizer: where those are, in a folder or a cache, the
+    weights are too.
     """
     if args.config is None:
         return {}
@@ -185,11 +247,21 @@ def _job(args: argparse.Namespace, size: int) -> dict[str, str]:
     from spt_ds.model.backbone import load_base_config, load_tokenizer
 
     config = load_config(args.config, args.overrides)
-    found = {"base": f"{load_base_config(config.model).model_type}, {len(load_tokenizer(config.model))} tokens"}
-    found |= {f"data.{name}": digest(getattr(config.data, name))[:16] for name in ("train", "valid", "test")}
+    found = {
+        "base": (
+            f"{load_base_config(config.model).model_type}, {len(load_tokenizer(config.model))}"
+            " tokens"
+        )
+    }
+    found |= {
+        f"data.{name}": digest(getattr(config.data, name))[:16]
+        for name in ("train", "valid", "test")
+    }
     if args.deepspeed_config is not None:
         load_ds_config(args.deepspeed_config, config, size)
-        found["DeepSpeed file"] = hashlib.sha256(Path(args.deepspeed_config).read_bytes()).hexdigest()[:16]
+        found["DeepSpeed file"] = hashlib.sha256(
+            Path(args.deepspeed_config).read_bytes()
+        ).hexdigest()[:16]
     return found
 
 
@@ -209,14 +281,19 @@ def _same(name: str, facts: list[dict[str, Any]]) -> Finding:
     if len(groups) == 1:
         return Finding("ok", f"{name}: {facts[0][name]} everywhere")
     listing = "; ".join(f"{value}: {', '.join(members)}" for value, members in groups.items())
-    return Finding("FAIL", f"{name} differs: {listing}; give every node the same environment, checkout and files")
+    return Finding(
+        "FAIL",
+        f"{name} differs: {listing}; give every node the same environment, checkout and files",
+    )
 
 
 def _clocks(clocks: list[float]) -> Finding:
     spread = max(clocks) - min(clocks)
     if spread <= MAX_CLOCK_SPREAD_S:
         return Finding("ok", f"clocks within {spread:.1f} s")
-    return Finding("warn", f"clocks differ by {spread:.0f} s: times in logs cannot be compared, check NTP")
+    return Finding(
+        "warn", f"clocks differ by {spread:.0f} s: times in logs cannot be compared, check NTP"
+    )
 
 
 def _bandwidth(dist: Any) -> float:

@@ -1,7 +1,8 @@
-"""Errors that a user can cause. Each says what is wrong, what was got, what is allowed and how to mend it.
+"""Errors that a user can cause. Each says what is wrong, what was got, what is allowed and how to
+mend it.
 
-The command line prints their text without a traceback and ends with exit code 2; anything else is a fault of
-ours and keeps its traceback.
+The command line prints their text without a traceback and ends with exit code 2; anything else is a
+fault of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ class SptError(Exception):
 
 
 class ConfigError(SptError):
-    """The YAML file, an override or the DeepSpeed JSON cannot be used; the text holds every problem found."""
+    """The YAML file, an override or the DeepSpeed JSON cannot be used; the text holds every problem
+    found.
+    """
 
 
 class DataError(SptError):
-    """A dialogue file is missing, malformed or does not fit; the text starts with `file:line` where there is one."""
+    """A dialogue file is missing, malformed or does not fit; the text starts with `file:line` where
+    there is one.
+    """
 
 
 class ModelError(SptError):
@@ -32,4 +37,6 @@ class CheckpointError(SptError):
 
 
 class NonFiniteError(SptError):
-    """A loss or gradient is NaN or infinite; raised on every rank together, before the optimizer moves."""
+    """A loss or gradient is NaN or infinite; raised on every rank together, before the optimizer
+    moves.
+    """

@@ -22,15 +22,32 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Generate replies with a trained run; return the exit code."""
-    parser = argparse.ArgumentParser(prog="spt-ds generate", description="Generate replies for evaluation.")
+    parser = argparse.ArgumentParser(
+        prog="spt-ds generate", description="Generate replies for evaluation."
+    )
     parser.add_argument("run", type=Path, help="run folder of a training")
     parser.add_argument("--checkpoint", default="best", help="best, last, or the number of a step")
-    parser.add_argument("--out", type=Path, help="folder for predictions.jsonl; default RUN/generate")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="override an option, such as data.test=FILE or generate.mode=fuse")  # fmt: skip
-    parser.add_argument("--ppl", action="append_const", const="generate.perplexity=true", dest="overrides",
-                        help="measure the perplexity of the reference replies too")  # fmt: skip
-    parser.add_argument("--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives")
+    parser.add_argument(
+        "--out", type=Path, help="folder for predictions.jsonl; default RUN/generate"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override an option, such as data.test=FILE or generate.mode=fuse",
+    )
+    parser.add_argument(
+        "--ppl",
+        action="append_const",
+        const="generate.perplexity=true",
+        dest="overrides",
+        help="measure the perplexity of the reference replies too",
+    )
+    parser.add_argument(
+        "--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives"
+    )
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
     args = parser.parse_args(argv)
     args.config, args.run_dir = str(args.run / "config.yaml"), args.run
@@ -39,14 +56,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         from spt_ds import dist
 
         world = join(config, run_dir)
-        _generate(config, run_dir, args.out or run_dir / "generate", args.checkpoint, args.deepspeed_config, world)
+        _generate(
+            config,
+            run_dir,
+            args.out or run_dir / "generate",
+            args.checkpoint,
+            args.deepspeed_config,
+            world,
+        )
         dist.shutdown()
         return 0
 
     return run_job(args, work)
 
 
-def _generate(config: Config, run_dir: Path, out: Path, which: str, deepspeed_config: str | None, world: World) -> None:
+def _generate(
+    config: Config, run_dir: Path, out: Path, which: str, deepspeed_config: str | None, world: World
+) -> None:
     from spt_ds.engine import checkpoint
     from spt_ds.engine.generator import Generator
     from spt_ds.engine.session import open_split
@@ -56,15 +82,21 @@ def _generate(config: Config, run_dir: Path, out: Path, which: str, deepspeed_co
     store = open_split(session, "test")
     marker = (path / checkpoint.MARKER).read_text(encoding="utf-8")
     try:
-        final = Generator(session, store, out, identity(config, marker, store.data_hash), path.name).run()
+        final = Generator(
+            session, store, out, identity(config, marker, store.data_hash), path.name
+        ).run()
     finally:
         session.sharding.close()
     get_logger().info(f"{len(store)} replies of {path.name} in {final}")
 
 
 def identity(config: Config, marker: str, data_hash: str) -> str:
-    """All that replies depend on; those that another start left unfinished are only taken over where it is the same."""
-    sections = config.model_dump(mode="json", include={"model", "method", "prompts", "retriever", "losses", "generate"})
+    """All that replies depend on; those that another start left unfinished are only taken over
+    where it is the same.
+    """
+    sections = config.model_dump(
+        mode="json", include={"model", "method", "prompts", "retriever", "losses", "generate"}
+    )
     return json.dumps([marker, data_hash, sections, config.train.seed])
 
 
@@ -84,7 +116,9 @@ def open_run(
 
 
 def find_checkpoint(run_dir: Path, which: str) -> Path:
-    """The folder of a run's `best`, `last` or numbered checkpoint; raise CheckpointError when there is none."""
+    """The folder of a run's `best`, `last` or numbered checkpoint; raise CheckpointError when there
+    is none.
+    """
     from spt_ds.engine import checkpoint, run_folder
     from spt_ds.log import get_logger
 
@@ -99,7 +133,9 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
         raise SptError(f"--checkpoint {which}: give best, last or the number of a step")
     newest = checkpoint.load_newest(folder)
     if newest is None:
-        raise CheckpointError(f"{folder}: no good checkpoint; train first, or give another run folder")
+        raise CheckpointError(
+            f"{folder}: no good checkpoint; train first, or give another run folder"
+        )
     path, saved = newest
     best = saved.state["run"]["best_step"]
     if which == "last" or best is None:
@@ -107,7 +143,9 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
     found = folder / f"step-{best:08d}"
     if found.is_dir():
         return found
-    get_logger().warning(f"{found}: the best checkpoint is missing; taking the last one, {path.name}, in its place")
+    get_logger().warning(
+        f"{found}: the best checkpoint is missing; taking the last one, {path.name}, in its place"
+    )
     return path
 
 

@@ -1,6 +1,7 @@
 """One logger for the package: the first rank speaks, the others only from WARNING on.
 
-Fallbacks go through `fallback`: said once, with what was asked, what is used and why; an error under `strict`.
+Fallbacks go through `fallback`: said once, with what was asked, what is used and why; an error
+under `strict`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ _said: set[str] = set()
 
 
 def get_logger() -> logging.Logger:
-    """Return the package's logger, set up on first use from `RANK` (absent: rank 0) and `SPT_LOG_LEVEL`."""
+    """Return the package's logger, set up on first use from `RANK` (absent: rank 0) and
+    `SPT_LOG_LEVEL`.
+    """
     if not _LOGGER.handlers:
         rank = os.environ.get("RANK", "0")
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(
+            logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", "%H:%M:%S")
+        )
         _LOGGER.addHandler(handler)
         _LOGGER.propagate = False
         default = "INFO" if rank == "0" else "WARNING"
@@ -35,9 +40,13 @@ def say_once(message: str, level: int = logging.INFO) -> None:
         get_logger().log(level, message)
 
 
-def fallback(asked: str, used: str, why: str, *, strict: bool, error: type[SptError] = SptError) -> None:
+def fallback(
+    asked: str, used: str, why: str, *, strict: bool, error: type[SptError] = SptError
+) -> None:
     """Say once that `used` replaces `asked` and why; raise `error` instead when `strict`."""
     message = f"asked for {asked}, using {used}: {why}"
     if strict:
-        raise error(f"{message} (strict: true forbids the fallback; set strict: false to accept it)")
+        raise error(
+            f"{message} (strict: true forbids the fallback; set strict: false to accept it)"
+        )
     say_once(message, logging.WARNING)

@@ -23,14 +23,28 @@ from spt_ds.plan import GIB, BaseShape
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(prog="spt-ds plan", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="spt-ds plan", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--config", required=True, help="YAML file or name of a shipped recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of the run (default 1)")
-    parser.add_argument("--memory-gib", type=float, metavar="G", help="memory of a rank's GPU; default this machine's")
     parser.add_argument(
-        "--host-gib", type=float, metavar="G", help="host memory beside each GPU; default this host's, shared by N"
+        "--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives"
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="processes of the run (default 1)"
+    )
+    parser.add_argument(
+        "--memory-gib",
+        type=float,
+        metavar="G",
+        help="memory of a rank's GPU; default this machine's",
+    )
+    parser.add_argument(
+        "--host-gib",
+        type=float,
+        metavar="G",
+        help="host memory beside each GPU; default this host's, shared by N",
     )
     args = parser.parse_args(argv)
     try:
@@ -57,15 +71,23 @@ def _memory(gpu_gib: float | None, host_gib: float | None, ranks: int) -> Memory
     if gpu is None and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0).total_memory
     if gpu is None and host_gib is not None:
-        raise ConfigError("--host-gib is the memory beside a GPU, and this machine has none; give --memory-gib too")
-    host = plan.host_memory_per_rank(ranks) if host_gib is None else int(host_gib * GIB * plan.USABLE)
+        raise ConfigError(
+            "--host-gib is the memory beside a GPU, and this machine has none; give"
+            " --memory-gib too"
+        )
+    host = (
+        plan.host_memory_per_rank(ranks) if host_gib is None else int(host_gib * GIB * plan.USABLE)
+    )
     return Memory(plan.memory_per_rank(gpu, ranks), None if gpu is None else host)
 
 
 def sizes(config: Config, shape: BaseShape, ranks: int, memory: Memory) -> list[str]:
     """The terms of the decision, a line each, in GiB for one rank."""
     base = shape.base_bytes(config.model.base_bits)
-    shared = {p: plan.resident_bytes(shape, config.model.base_bits, p, ranks) for p in ("zero3", "zero3_offload")}
+    shared = {
+        p: plan.resident_bytes(shape, config.model.base_bits, p, ranks)
+        for p in ("zero3", "zero3_offload")
+    }
     terms = {
         f"memory of a rank, {plan.USABLE:.0%} of it": memory.rank_bytes,
         f"host memory beside it, {plan.USABLE:.0%} of it": memory.host_bytes,

@@ -1,6 +1,8 @@
-"""`spt-ds quantize BASE OUT`: store a quantised base once, so that later runs read a quarter of the bytes.
+"""`spt-ds quantize BASE OUT`: store a quantised base once, so that later runs read a quarter of the
+bytes.
 
-OUT gets safetensors files, config.json with our own section, and the tokenizer. Memory: one file and one layer.
+OUT gets safetensors files, config.json with our own section, and the tokenizer. Memory: one file
+and one layer.
 """
 
 from __future__ import annotations
@@ -50,16 +52,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> tuple[ModelConfig, Path]:
-    parser = argparse.ArgumentParser(prog="spt-ds quantize", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="spt-ds quantize", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("base", help="`embedded`, a folder, or a hub id")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--bits", type=int, default=4, choices=[4, 8])
     parser.add_argument("--type", default="nf4", help="4-bit code book: nf4 (default) or fp4")
-    parser.add_argument("--block-size", type=int, default=64, help="weights that share one scale (default 64)")
-    parser.add_argument("--double-quant", action="store_true", help="quantise the scales of a 4-bit base too")
     parser.add_argument(
-        "--skip", action="append", metavar="NAME", help="linear layers that stay in 16 bits (default lm_head)"
+        "--block-size", type=int, default=64, help="weights that share one scale (default 64)"
+    )
+    parser.add_argument(
+        "--double-quant", action="store_true", help="quantise the scales of a 4-bit base too"
+    )
+    parser.add_argument(
+        "--skip",
+        action="append",
+        metavar="NAME",
+        help="linear layers that stay in 16 bits (default lm_head)",
     )
     args = parser.parse_args(argv)
     quant = {"type": args.type, "block_size": args.block_size, "double_quant": args.double_quant}
@@ -70,7 +81,9 @@ def _arguments(argv: Sequence[str] | None) -> tuple[ModelConfig, Path]:
             {"base": args.base, "revision": args.revision, "base_bits": args.bits, "quant": quant}
         )
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']}" for e in error.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']}" for e in error.errors()
+        )
         raise ConfigError(problems) from error
     if args.out.exists():
         raise ConfigError(f"{args.out} is already there; give a folder that is not, or delete it")
@@ -78,7 +91,9 @@ def _arguments(argv: Sequence[str] | None) -> tuple[ModelConfig, Path]:
 
 
 def write_quantised(config: ModelConfig, out: Path) -> None:
-    """Quantise the base of `config` into the new folder `out`, which appears only when it is complete."""
+    """Quantise the base of `config` into the new folder `out`, which appears only when it is
+    complete.
+    """
     base, path = load_base_config(config), base_path(config.base)
     refuse_foreign_quantisation(base, config, path)
     try:
@@ -86,13 +101,17 @@ def write_quantised(config: ModelConfig, out: Path) -> None:
             total = _fill(part, config, base, path)
     except (OSError, SafetensorError) as error:
         free = "make room there, or give a folder that can be written; nothing was left behind"
-        raise ConfigError(f"{out}: the quantised base cannot be written: {str(error).strip()}; {free}") from error
+        raise ConfigError(
+            f"{out}: the quantised base cannot be written: {str(error).strip()}; {free}"
+        ) from error
     get_logger().info("%s: %.1f MiB", out, total / 2**20)
 
 
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out`, on disk, if the block ends well and goes otherwise."""
+    """A hidden folder beside `out` that becomes `out`, on disk, if the block ends well and goes
+    otherwise.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # a name nobody else has
     try:
@@ -136,7 +155,9 @@ def _fill(part: Path, config: ModelConfig, base: PretrainedConfig, path: str) ->
 
 
 def _files(finished: Iterator[tuple[str, nn.Module]]) -> Iterator[Tensors]:
-    """Tensors of about `FILE_BYTES` at a time; a module's own are let go of once they are in a file."""
+    """Tensors of about `FILE_BYTES` at a time; a module's own are let go of once they are in a
+    file.
+    """
     tensors: Tensors = {}
     written: dict[int, nn.Parameter] = {}  # tied weights come once
     for name, module in finished:
@@ -163,7 +184,9 @@ def _write_files(folder: Path, files: Iterator[Tensors]) -> int:
         weight_map |= dict.fromkeys(sorted(tensors), name)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(
+        json.dumps(index, indent=2) + "\n", encoding="utf-8"
+    )
     return total
 
 

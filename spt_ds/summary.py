@@ -18,13 +18,24 @@ LOSSES = (
     ("nll, mean of all prompts", "nll"),
     ("nll, selected prompt", "nll_selected"),
 )
-SCORES = (("F1 (SPT)", "f1_spt"), ("BLEU", "bleu"), ("DIST-1", "dist1"), ("DIST-2", "dist2"))  # keys of scores.json
+SCORES = (
+    ("F1 (SPT)", "f1_spt"),
+    ("BLEU", "bleu"),
+    ("DIST-1", "dist1"),
+    ("DIST-2", "dist2"),
+)  # keys of scores.json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table of a run; return the exit code."""
-    parser = argparse.ArgumentParser(prog="spt-ds summary", description="Losses, scores and prompt usage of a run.")
-    parser.add_argument("run", type=Path, help="run folder with DONE.json, and generate/scores.json where it is scored")
+    parser = argparse.ArgumentParser(
+        prog="spt-ds summary", description="Losses, scores and prompt usage of a run."
+    )
+    parser.add_argument(
+        "run",
+        type=Path,
+        help="run folder with DONE.json, and generate/scores.json where it is scored",
+    )
     args = parser.parse_args(argv)
     try:
         rows = summary_rows(args.run)
@@ -48,7 +59,10 @@ def summary_rows(run: Path) -> list[tuple[str, str]]:
     if scores.is_file():
         rows += _score_rows(_read(scores, "run `spt-ds evaluate` again"), predictions)
     if predictions.is_file():
-        used = Counter(json.loads(line)["prompt"] for line in predictions.read_text(encoding="utf-8").splitlines())
+        used = Counter(
+            json.loads(line)["prompt"]
+            for line in predictions.read_text(encoding="utf-8").splitlines()
+        )
         usage = ", ".join(f"{prompt}: {count}" for prompt, count in sorted(used.items(), key=str))
         rows.append(("replies", str(sum(used.values()))))
         rows.append(("prompt usage", usage))

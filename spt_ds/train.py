@@ -1,6 +1,8 @@
-"""Entry point of the main job: `deepspeed --num_gpus N --module spt_ds.train --config ...` or `spt-ds train ...`.
+"""Entry point of the main job: `deepspeed --num_gpus N --module spt_ds.train --config ...` or
+`spt-ds train ...`.
 
-Exit codes: 0 done, 75 stopped on request with a checkpoint, 2 an error the user can mend, 1 a fault.
+Exit codes: 0 done, 75 stopped on request with a checkpoint, 2 an error the user can mend, 1 a
+fault.
 """
 
 from __future__ import annotations
@@ -31,9 +33,17 @@ _started: list[str] = []  # name of this start, the same on every rank, once the
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that training and generation share."""
     parser.add_argument("--config", required=True, help="YAML file or name of a shipped recipe")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="override one option, such as losses.tau_gold=0.5; may be given often")  # fmt: skip
-    parser.add_argument("--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override one option, such as losses.tau_gold=0.5; may be given often",
+    )
+    parser.add_argument(
+        "--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives"
+    )
     parser.add_argument("--run-dir", type=Path, help="run folder; default runs/NAME")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
 
@@ -60,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def join(config: Config, run_dir: Path) -> World:
-    """Start the process group; the ranks agree on a name for this start, under which the first that fails speaks."""
+    """Start the process group; the ranks agree on a name for this start, under which the first that
+    fails speaks.
+    """
     from spt_ds import dist
 
     world = dist.init(config.engine.collective_timeout_s)
@@ -75,8 +87,9 @@ def join(config: Config, run_dir: Path) -> World:
 def run_job(args: argparse.Namespace, work: Callable[[Config, Path], int]) -> int:
     """Read the configuration, do `work`, and turn what fails into one message and an exit code.
 
-    The first rank that fails speaks; the others, who fail because of it, only leave their traceback in
-    `RUN/errors/rank-N.txt`. When a rank is gone without a word, one survivor on each host says what it sees from there.
+    The first rank that fails speaks; the others, who fail because of it, only leave their traceback
+    in `RUN/errors/rank-N.txt`. When a rank is gone without a word, one survivor on each host says
+    what it sees from there.
     """
     run_dir: Path | None = None
     try:
@@ -86,7 +99,8 @@ def run_job(args: argparse.Namespace, work: Callable[[Config, Path], int]) -> in
     except SptError as error:
         _speak(run_dir, f"error: {error}")
         return EXIT_USER_ERROR
-    except Exception as error:  # the last frame before the interpreter's: nothing is swallowed, the code says failed
+    # the last frame before the interpreter's: nothing is swallowed, the code says failed
+    except Exception as error:
         text = traceback.format_exc()
         where = _keep_traceback(run_dir, text)
         what, lost = _explained(error)
@@ -102,11 +116,19 @@ def _explained(error: Exception) -> tuple[str, bool]:
     loss = dist.explain_loss(error)
     if loss is None:
         return f"{type(error).__name__}: {error}", False
-    return f"{loss}.\nThe same command goes on from the newest checkpoint. What the transport said: {error}", True
+    return (
+        (
+            f"{loss}.\nThe same command goes on from the newest checkpoint. What the transport"
+            f" said: {error}"
+        ),
+        True,
+    )
 
 
 def exit_with(code: int) -> None:
-    """End the process now: after a failure, communication threads that wait for a dead peer must not hold it."""
+    """End the process now: after a failure, communication threads that wait for a dead peer must
+    not hold it.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -129,11 +151,17 @@ def _keep_traceback(run_dir: Path | None, text: str) -> Path | None:
 
 
 def _speak(run_dir: Path | None, message: str, host: str = "") -> None:
-    """Print `message` unless another rank of this start has spoken already; with `host`, another rank of that host."""
+    """Print `message` unless another rank of this start has spoken already; with `host`, another
+    rank of that host.
+    """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if not _started:
-            # Nobody has met: the configuration fails alike on all ranks of a host, what comes after it does not.
-            if run_dir is None and os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
+            # Nobody has met: the configuration fails alike on all ranks of a host, what comes after
+            # it does not.
+            if (
+                run_dir is None
+                and os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"
+            ):
                 return
         elif run_dir is not None and run_dir.is_dir():
             cause = run_dir / "errors" / f".first-{_started[0]}"

@@ -1,7 +1,8 @@
-"""`spt-ds bench`: what a piece of work costs at a given shape, ours beside a naive twin, in one run.
+"""`spt-ds bench`: what a piece of work costs at a given shape, ours beside a naive twin, in one
+run.
 
-Each case runs in a process of its own, so that its peak memory is its own. On a CPU the cost is CPU seconds of the
-process, on a GPU seconds between synchronisations. The last line is one JSON object.
+Each case runs in a process of its own, so that its peak memory is its own. On a CPU the cost is CPU
+seconds of the process, on a GPU seconds between synchronisations. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Any
 from spt_ds.errors import SptError
 
 SUBJECTS = {
-    "step": "spt_ds.bench.step",  # naive: K passes padded to one length, checkpointed, all logits in fp32
+    "step": (
+        "spt_ds.bench.step"
+    ),  # naive: K passes padded to one length, checkpointed, all logits in fp32
     "more": "spt_ds.bench.more",  # one prompt more in the bank
     "load": "spt_ds.bench.load",  # reading the base, proving it usable, tokenising
     "decode": "spt_ds.bench.decode",  # naive: the whole batch once per distinct prompt
@@ -27,17 +30,28 @@ SUBJECTS = {
 }
 BULKY = ("tokens", "gradient")  # compared, not printed
 # Key of a result, and what the naive twin's over ours is called.
-RATIOS = {"cost": "times less", "peak_mib": "times less memory", "row_steps": "times fewer row-steps"}
+RATIOS = {
+    "cost": "times less",
+    "peak_mib": "times less memory",
+    "row_steps": "times fewer row-steps",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the cases one after another and print a table and a JSON line; exit code 1 when one failed."""
+    """Run the cases one after another and print a table and a JSON line; exit code 1 when one
+    failed.
+    """
     args = _arguments(argv)
     subject = importlib.import_module(SUBJECTS[args.subject])
-    cases = args.cases.split(",") if args.cases else list(getattr(subject, "DEFAULT", subject.CASES))
+    cases = (
+        args.cases.split(",") if args.cases else list(getattr(subject, "DEFAULT", subject.CASES))
+    )
     unknown = [case for case in cases if case not in subject.CASES]
     if unknown:
-        print(f"spt-ds bench: no case {unknown[0]!r}; {args.subject} has {', '.join(subject.CASES)}", file=sys.stderr)
+        print(
+            f"spt-ds bench: no case {unknown[0]!r}; {args.subject} has {', '.join(subject.CASES)}",
+            file=sys.stderr,
+        )
         return 2
     results = []
     for case in cases:
@@ -48,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[2:] if argv is None else argv
     report: dict[str, Any] = {"command": " ".join(["spt-ds bench", *given]), "machine": _machine()}
     report |= {"ratios": _ratios(results), "same": _same(results)}
-    shown = [{key: value for key, value in result.items() if key not in BULKY} for result in results]
+    shown = [
+        {key: value for key, value in result.items() if key not in BULKY} for result in results
+    ]
     print(json.dumps({**report, "results": shown}))
     return int(any("error" in result for result in results))
 
@@ -56,25 +72,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="spt-ds bench", description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=SUBJECTS, help="what to measure")
-    parser.add_argument("--shape", default="opt-125m", help="tiny, opt-125m, opt-1.3b, llama-7b, llama-70b")
-    parser.add_argument("--cases", help="comma-separated; default those of the subject, naive first")
+    parser.add_argument(
+        "--shape", default="opt-125m", help="tiny, opt-125m, opt-1.3b, llama-7b, llama-70b"
+    )
+    parser.add_argument(
+        "--cases", help="comma-separated; default those of the subject, naive first"
+    )
     parser.add_argument("--prompts", default="4", help="K; comma-separated for several")
     parser.add_argument("--tokens", type=int, default=8, help="P")
     parser.add_argument("--batch", type=int, default=4, help="examples")
     parser.add_argument("--bits", type=int, default=32, choices=[4, 8, 16, 32])
-    parser.add_argument("--steps", type=int, default=3, help="measured calls after one to warm up; the median counts")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=3,
+        help="measured calls after one to warm up; the median counts",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice"
+    )
     parser.add_argument("--data", default="embedded:train", help="dialogues whose lengths are used")
     parser.add_argument(
-        "--tokenizer", default="embedded", help="folder or hub id of the tokenizer that makes the lengths"
+        "--tokenizer",
+        default="embedded",
+        help="folder or hub id of the tokenizer that makes the lengths",
     )
-    parser.add_argument("--max-tokens", type=int, default=512, help="longest text; the naive step pads to it")
+    parser.add_argument(
+        "--max-tokens", type=int, default=512, help="longest text; the naive step pads to it"
+    )
     parser.add_argument("--attention", default="auto", help="as model.attention")
-    parser.add_argument("--checkpointing", default="off", choices=["off", "non_reentrant", "reentrant"])
+    parser.add_argument(
+        "--checkpointing", default="off", choices=["off", "non_reentrant", "reentrant"]
+    )
     parser.add_argument("--examples", type=int, default=2000, help="load: dialogues to tokenise")
     parser.add_argument("--new-tokens", type=int, default=32, help="decode: tokens per reply")
-    parser.add_argument("--targets", type=int, default=128, help="head: target tokens of the micro-batch")
-    parser.add_argument("--head-chunk-mib", type=int, default=128, help="head: as losses.head_chunk_mib")
+    parser.add_argument(
+        "--targets", type=int, default=128, help="head: target tokens of the micro-batch"
+    )
+    parser.add_argument(
+        "--head-chunk-mib", type=int, default=128, help="head: as losses.head_chunk_mib"
+    )
     return parser.parse_args(argv)
 
 
@@ -125,17 +162,29 @@ def _ratios(results: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _same(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Whether the tokens are the naive twin's; how far losses and gradients lie from it and from float64, relative."""
+    """Whether the tokens are the naive twin's; how far losses and gradients lie from it and from
+    float64, relative.
+    """
     out: dict[str, Any] = {}
     for name, naive, ours in _pairs(results):
         if "tokens" in ours:
             out[name] = ours["tokens"] == naive["tokens"]
         elif ours["case"] in ("prefix", "ours"):  # another placement is another function
             out[name] = _gaps(ours, naive)
-    precise = {result["prompts"]: result for result in results if result["case"] == "precise" and "loss" in result}
+    precise = {
+        result["prompts"]: result
+        for result in results
+        if result["case"] == "precise" and "loss" in result
+    }
     for result in results:
-        if result["prompts"] in precise and result["case"] in ("naive", "prefix") and "loss" in result:
-            out[f"{result['case']} K={result['prompts']} to float64"] = _gaps(result, precise[result["prompts"]])
+        if (
+            result["prompts"] in precise
+            and result["case"] in ("naive", "prefix")
+            and "loss" in result
+        ):
+            out[f"{result['case']} K={result['prompts']} to float64"] = _gaps(
+                result, precise[result["prompts"]]
+            )
     return out
 
 
@@ -144,7 +193,9 @@ def _gaps(result: dict[str, Any], right: dict[str, Any]) -> dict[str, float]:
     import numpy as np
 
     loss = abs(result["loss"] - right["loss"]) / abs(right["loss"])
-    gradient = np.linalg.norm(result["gradient"] - right["gradient"]) / np.linalg.norm(right["gradient"])
+    gradient = np.linalg.norm(result["gradient"] - right["gradient"]) / np.linalg.norm(
+        right["gradient"]
+    )
     return {"loss": float(f"{loss:.2e}"), "gradient": float(f"{gradient:.2e}")}
 
 
@@ -155,9 +206,12 @@ def _machine() -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "device": gpu or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
-    }  # fmt: skip
+        "device": gpu or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def _row(result: dict[str, Any]) -> str:
@@ -175,11 +229,16 @@ def _row(result: dict[str, Any]) -> str:
         parts.append(f"{result['tokens_read']} tokens read, {result['real_share']:.0%} real")
     if "parts" in result:
         parts.append(", ".join(f"{part} {cost:.3f}" for part, cost in result["parts"].items()))
-        parts.append(f"{result['tokens_per_cost']:.0f} real tokens/s, {result['examples_per_cost']:.2f} examples/s")
+        parts.append(
+            f"{result['tokens_per_cost']:.0f} real tokens/s, {result['examples_per_cost']:.2f}"
+            " examples/s"
+        )
         reached = f"{result['tflop_per_cost']:.3f} of {result['matmul_tflop_per_cost']:.3f} TFLOP/s"
         parts.append(f"{reached} ({result['share_of_matmul']:.0%} of matmul)")
     if "row_steps" in result:
-        parts.append(f"{result['row_steps']} row-steps for {result['examples_times_tokens']} tokens")
+        parts.append(
+            f"{result['row_steps']} row-steps for {result['examples_times_tokens']} tokens"
+        )
     return "  ".join([name, *parts])
 
 

@@ -1,6 +1,8 @@
-"""Decoding over several prompts: each example once, against the whole batch once per distinct prompt.
+"""Decoding over several prompts: each example once, against the whole batch once per distinct
+prompt.
 
-A row-step is one row of one forward call of the base: what decoding costs, counted rather than timed.
+A row-step is one row of one forward call of the base: what decoding costs, counted rather than
+timed.
 """
 
 from __future__ import annotations
@@ -36,9 +38,15 @@ class _RowSteps:
 
 
 def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens, row-steps, cost and peak memory of decoding `args.batch` examples over `prompts` prompts."""
+    """Tokens, row-steps, cost and peak memory of decoding `args.batch` examples over `prompts`
+    prompts.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    overrides = [f"prompts.count={prompts}", f"prompts.tokens={args.tokens}", f"model.base_bits={args.bits}"]
+    overrides = [
+        f"prompts.count={prompts}",
+        f"prompts.tokens={args.tokens}",
+        f"model.base_bits={args.bits}",
+    ]
     config = load_config("demo", [*overrides, "model.activation_checkpointing=off"])
     backbone, spt = build(args.shape, config, device)
     batch = micro_batch(args.data, args.tokenizer, args.batch, backbone.vocabulary, args.max_tokens)
@@ -47,16 +55,22 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     reset_peak(device)
     costs, tokens = timed(lambda: run(backbone, spt, batch, args.new_tokens), device, args.steps)
     return {
-        "case": case, "prompts": prompts, "cost": min(costs), "cost_unit": Clock(device).unit,
-        "row_steps": steps.count // (args.steps + 1), "examples_times_tokens": len(batch) * args.new_tokens,
-        "peak_mib": peak_bytes(device) / 2**20, "tokens": tokens,
-    }  # fmt: skip
+        "case": case,
+        "prompts": prompts,
+        "cost": min(costs),
+        "cost_unit": Clock(device).unit,
+        "row_steps": steps.count // (args.steps + 1),
+        "examples_times_tokens": len(batch) * args.new_tokens,
+        "peak_mib": peak_bytes(device) / 2**20,
+        "tokens": tokens,
+    }
 
 
 def _decode(
     backbone: Backbone, spt: Spt, batch: Batch, mode: str, new_tokens: int
 ) -> tuple[list[list[int]], list[Any]]:
-    # Prompts drawn per example: with random weights the retriever would choose the same one for all.
+    # Prompts drawn per example: with random weights the retriever would choose the same one for
+    # all.
     options = GenerateConfig(mode=mode, max_new_tokens=new_tokens)
     with torch.no_grad():
         out = backbone(decode, spt, batch, options, (NO_END, 0), False)
@@ -67,8 +81,12 @@ def _each_once(backbone: Backbone, spt: Spt, batch: Batch, new_tokens: int) -> l
     return _decode(backbone, spt, batch, "random", new_tokens)[0]
 
 
-def _once_per_prompt(backbone: Backbone, spt: Spt, batch: Batch, new_tokens: int) -> list[list[int]]:
-    chosen = choose_prompts("random", torch.zeros(spt.config.prompts.count, len(batch)), batch.indices, 0)
+def _once_per_prompt(
+    backbone: Backbone, spt: Spt, batch: Batch, new_tokens: int
+) -> list[list[int]]:
+    chosen = choose_prompts(
+        "random", torch.zeros(spt.config.prompts.count, len(batch)), batch.indices, 0
+    )
     distinct = sorted({k for k in chosen if k is not None})
     whole = {k: _decode(backbone, spt, batch, f"fixed:{k}", new_tokens)[0] for k in distinct}
     return [whole[k][place] for place, k in enumerate(chosen) if k is not None]

@@ -21,7 +21,9 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     rows = (prompts + 1) * args.targets
-    weight = torch.nn.Parameter(torch.randn(VOCABULARY, HIDDEN, device=device) * 0.02, requires_grad=False)
+    weight = torch.nn.Parameter(
+        torch.randn(VOCABULARY, HIDDEN, device=device) * 0.02, requires_grad=False
+    )
     hidden = torch.randn(rows, HIDDEN, device=device, requires_grad=True)
     targets = torch.randint(VOCABULARY, (rows,), device=device)
     head = FrozenHead(weight, None)
@@ -42,8 +44,12 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     costs, loss = timed(step, device, args.steps)
     assert hidden.grad is not None
     return {
-        "case": case, "prompts": prompts, "loss": float(loss),
-        "gradient": hidden.grad.flatten().double().cpu().numpy(), "cost": statistics.median(costs),
-        "cost_unit": Clock(device).unit, "rows": rows,
+        "case": case,
+        "prompts": prompts,
+        "loss": float(loss),
+        "gradient": hidden.grad.flatten().double().cpu().numpy(),
+        "cost": statistics.median(costs),
+        "cost_unit": Clock(device).unit,
+        "rows": rows,
         "peak_mib": (peak_bytes(device) - before) / 2**20,
-    }  # fmt: skip
+    }

@@ -1,4 +1,6 @@
-"""What happens before the first step: reading the base's weights and proving it usable, and tokenising a data set."""
+"""What happens before the first step: reading the base's weights and proving it usable, and
+tokenising a data set.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,14 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     costs, amount, unit, peak = (_base if case == "base" else _data)(args, device)
     cost = statistics.median(costs)
     return {
-        "case": case, "prompts": prompts, "cost": cost, "cost_unit": Clock(device).unit, "peak_mib": peak / 2**20,
-        "per_cost": amount / cost, "per_cost_unit": f"{unit} per {Clock(device).unit}",
-    }  # fmt: skip
+        "case": case,
+        "prompts": prompts,
+        "cost": cost,
+        "cost_unit": Clock(device).unit,
+        "peak_mib": peak / 2**20,
+        "per_cost": amount / cost,
+        "per_cost_unit": f"{unit} per {Clock(device).unit}",
+    }
 
 
 def _base(args: argparse.Namespace, device: torch.device) -> tuple[list[float], float, str, int]:
@@ -56,5 +63,7 @@ def _data(args: argparse.Namespace, device: torch.device) -> tuple[list[float], 
     dialogues = list(islice(read(args.data, "auto"), args.examples))
     reset_peak(device)
     before = peak_bytes(device)
-    costs, encoded = timed(lambda: len(list(encode_many(dialogues, tokenizer, args.max_tokens))), device, args.steps)
+    costs, encoded = timed(
+        lambda: len(list(encode_many(dialogues, tokenizer, args.max_tokens))), device, args.steps
+    )
     return costs, encoded, "examples", peak_bytes(device) - before

@@ -1,4 +1,6 @@
-"""Cost and peak memory of a piece of work, and what the device's matrix products reach in the same run."""
+"""Cost and peak memory of a piece of work, and what the device's matrix products reach in the same
+run.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Inside:
 
     def __init__(self, base: torch.nn.Module, clock: Clock) -> None:
         self.clock, self.start, self.total = clock, 0.0, 0.0
-        module = getattr(base, "decoder", base)  # OPT's causal LM calls the decoder in its base model directly
+        module = getattr(
+            base, "decoder", base
+        )  # OPT's causal LM calls the decoder in its base model directly
         module.register_forward_pre_hook(self._enter)
         module.register_forward_hook(self._leave)
 
@@ -56,8 +60,12 @@ def timed(step: Callable[[], Any], device: torch.device, steps: int) -> tuple[li
     return costs, out
 
 
-def matmul_ceiling(device: torch.device, dtype: torch.dtype, rows: int, hidden: int, ffn: int) -> float:
-    """TFLOP per cost of the best of five products [rows, hidden] x [hidden, ffn], the largest of a layer."""
+def matmul_ceiling(
+    device: torch.device, dtype: torch.dtype, rows: int, hidden: int, ffn: int
+) -> float:
+    """TFLOP per cost of the best of five products [rows, hidden] x [hidden, ffn], the largest of a
+    layer.
+    """
     left = torch.randn(rows, hidden, device=device).to(dtype)
     right = torch.randn(hidden, ffn, device=device).to(dtype)
     repeats = 20 if device.type == "cuda" else 1  # a single product is too short for a GPU's clock

@@ -1,6 +1,8 @@
-"""What one prompt more in the bank costs: steps with K and with K + 1 prompts, in turn on the same base.
+"""What one prompt more in the bank costs: steps with K and with K + 1 prompts, in turn on the same
+base.
 
-In turn, because on a shared machine two runs one after the other differ by more than a prompt costs.
+In turn, because on a shared machine two runs one after the other differ by more than a prompt
+costs.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ CASES = ("prefix", "suffix")
 
 
 def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Cost of a step of K prompts, and the median over pairs of steps of what K + 1 cost beyond that, as a share."""
+    """Cost of a step of K prompts, and the median over pairs of steps of what K + 1 cost beyond
+    that, as a share.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone, spt = build(args.shape, config_of(case, prompts, args), device)
     config = config_of(case, prompts + 1, args)
@@ -29,10 +33,16 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     steppers = [Stepper(case, backbone, one, batch, args) for one in (spt, larger)]
     inside = Inside(backbone.lm.base_model, steppers[0].clock)
     reset_peak(device)
-    pairs = [[sum(stepper.step(inside).values()) for stepper in steppers] for _ in range(args.steps + 1)][1:]
+    pairs = [
+        [sum(stepper.step(inside).values()) for stepper in steppers] for _ in range(args.steps + 1)
+    ][1:]
     share = statistics.median((more - one) / one for one, more in pairs)
     return {
-        "case": case, "prompts": prompts, "cost": statistics.median(one for one, _ in pairs),
-        "cost_unit": steppers[0].clock.unit, "cost_of_one_more": statistics.median(more for _, more in pairs),
-        "share_of_one_more": share, "peak_mib": peak_bytes(device) / 2**20,
-    }  # fmt: skip
+        "case": case,
+        "prompts": prompts,
+        "cost": statistics.median(one for one, _ in pairs),
+        "cost_unit": steppers[0].clock.unit,
+        "cost_of_one_more": statistics.median(more for _, more in pairs),
+        "share_of_one_more": share,
+        "peak_mib": peak_bytes(device) / 2**20,
+    }

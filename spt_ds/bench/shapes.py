@@ -1,4 +1,6 @@
-"""Bases of real shape with random weights, and micro-batches of real lengths, for benchmarks without downloads."""
+"""Bases of real shape with random weights, and micro-batches of real lengths, for benchmarks
+without downloads.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,30 @@ from spt_ds.model.spt import Spt, build_trainables
 
 def _opt(hidden: int, layers: int, heads: int) -> PretrainedConfig:
     return OPTConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * hidden,
-        word_embed_proj_dim=hidden, vocab_size=50272, max_position_embeddings=2048, dropout=0.0,
-    )  # fmt: skip
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        ffn_dim=4 * hidden,
+        word_embed_proj_dim=hidden,
+        vocab_size=50272,
+        max_position_embeddings=2048,
+        dropout=0.0,
+    )
 
 
-def _llama(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocabulary: int = 32000) -> PretrainedConfig:
+def _llama(
+    hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocabulary: int = 32000
+) -> PretrainedConfig:
     return LlamaConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        intermediate_size=ffn, vocab_size=vocabulary, max_position_embeddings=4096, tie_word_embeddings=False,
-    )  # fmt: skip
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=ffn,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
 
 
 SAMPLE = 4000  # examples of the data set whose lengths are looked at
@@ -45,8 +61,8 @@ SHAPES = {
 def build(shape: str, config: Config, device: torch.device) -> tuple[Backbone, Spt]:
     """A backbone of random weights and the method on it.
 
-    With `config.model.base_bits` 4 or 8 each layer is drawn and quantised before the next one: the base never is in
-    16 bits as a whole.
+    With `config.model.base_bits` 4 or 8 each layer is drawn and quantised before the next one: the
+    base never is in 16 bits as a whole.
     """
     torch.manual_seed(0)
     dtype = base_dtype(config.model.base_bits)
@@ -54,10 +70,14 @@ def build(shape: str, config: Config, device: torch.device) -> tuple[Backbone, S
         from spt_ds.model.quant_load import load_quantized
 
         drawn = config.model.model_copy(update={"random_init": True})
-        lm: Any = load_quantized(drawn, SHAPES[shape](), shape, None, dtype).to(device)  # the buffers are still behind
+        lm: Any = load_quantized(drawn, SHAPES[shape](), shape, None, dtype).to(
+            device
+        )  # the buffers are still behind
     else:
         with device:
-            lm = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype, attn_implementation=PACKED)
+            lm = AutoModelForCausalLM.from_config(
+                SHAPES[shape](), dtype=dtype, attn_implementation=PACKED
+            )
     backend = choose_backend(config.model.attention, device, dtype, strict=False)
     backbone = Backbone(lm, backend)
     backbone.checkpoint_activations(config.model.activation_checkpointing)
@@ -66,9 +86,13 @@ def build(shape: str, config: Config, device: torch.device) -> tuple[Backbone, S
 
 
 def micro_batch(source: str, tokenizer: str, size: int, vocabulary: int, max_tokens: int) -> Batch:
-    """A micro-batch whose lengths stand for those of a real data set: examples at evenly spaced quantiles of length."""
+    """A micro-batch whose lengths stand for those of a real data set: examples at evenly spaced
+    quantiles of length.
+    """
     loaded = load_tokenizer(ModelConfig(base=tokenizer))
-    encoded = [one for _, one in encode_many(islice(read(source, "auto"), SAMPLE), loaded, max_tokens)]
+    encoded = [
+        one for _, one in encode_many(islice(read(source, "auto"), SAMPLE), loaded, max_tokens)
+    ]
     encoded.sort(key=lambda one: len(one.context_ids) + len(one.response_ids))
     chosen = [encoded[(2 * place + 1) * len(encoded) // (2 * size)] for place in range(size)]
     contexts = [torch.tensor(one.context_ids) % vocabulary for one in chosen]

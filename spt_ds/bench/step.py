@@ -1,8 +1,10 @@
-"""A training step of one case at a given shape: forward pass of the base, losses, backward pass and optimizer apart.
+"""A training step of one case at a given shape: forward pass of the base, losses, backward pass and
+optimizer apart.
 
-FLOPs are counted as 4N for each position that is read, N the weights of the layers: frozen weights need the forward
-pass and the gradient of activations, none of weights. A context that is read without gradient (suffix) counts 2N, a
-row of the vocabulary head 4VD. Attention is left out, and so is what is computed a second time.
+FLOPs are counted as 4N for each position that is read, N the weights of the layers: frozen weights
+need the forward pass and the gradient of activations, none of weights. A context that is read
+without gradient (suffix) counts 2N, a row of the vocabulary head 4VD. Attention is left out, and so
+is what is computed a second time.
 """
 
 from __future__ import annotations
@@ -24,13 +26,20 @@ from spt_ds.model.backbone import Backbone, base_dtype
 from spt_ds.model.spt import Counts, Spt
 from spt_ds.plan import BaseShape
 
-CASES = ("naive", "prefix", "suffix", "precise")  # precise: prefix in float64, to see whose rounding a difference is
+CASES = (
+    "naive",
+    "prefix",
+    "suffix",
+    "precise",
+)  # precise: prefix in float64, to see whose rounding a difference is
 DEFAULT = CASES[:3]
 PARTS = ("forward", "losses", "backward", "optimizer")
 
 
 def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Losses, gradients, cost of each part, peak memory, and throughput beside the matmul ceiling, of one case."""
+    """Losses, gradients, cost of each part, peak memory, and throughput beside the matmul ceiling,
+    of one case.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config_of(case, prompts, args)
     backbone, spt = build(args.shape, config, device)
@@ -52,18 +61,31 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     ceiling = matmul_ceiling(device, dtype, min(reads.positions, 8192), shape.hidden, shape.ffn)
     tflop = reads.flops(shape) / 1e12
     return {
-        "case": case, "prompts": prompts, "loss": stepper.loss.item(), "gradient": stepper.gradient().numpy(),
-        "cost": cost, "cost_unit": stepper.clock.unit, "parts": parts,
-        "peak_mib": peak / 2**20, "before_mib": before / 2**20,
-        "tokens_read": reads.positions, "real_share": reads.real / reads.positions, "tflop": tflop,
-        "tokens_per_cost": reads.real / cost, "examples_per_cost": len(batch) / cost,
-        "tflop_per_cost": tflop / cost, "matmul_tflop_per_cost": ceiling, "share_of_matmul": tflop / cost / ceiling,
-    }  # fmt: skip
+        "case": case,
+        "prompts": prompts,
+        "loss": stepper.loss.item(),
+        "gradient": stepper.gradient().numpy(),
+        "cost": cost,
+        "cost_unit": stepper.clock.unit,
+        "parts": parts,
+        "peak_mib": peak / 2**20,
+        "before_mib": before / 2**20,
+        "tokens_read": reads.positions,
+        "real_share": reads.real / reads.positions,
+        "tflop": tflop,
+        "tokens_per_cost": reads.real / cost,
+        "examples_per_cost": len(batch) / cost,
+        "tflop_per_cost": tflop / cost,
+        "matmul_tflop_per_cost": ceiling,
+        "share_of_matmul": tflop / cost / ceiling,
+    }
 
 
 def config_of(case: str, prompts: int, args: argparse.Namespace) -> Config:
     """The settings of one case with so many prompts."""
-    recompute = "non_reentrant" if case == "naive" else args.checkpointing  # the reference always recomputes
+    recompute = (
+        "non_reentrant" if case == "naive" else args.checkpointing
+    )  # the reference always recomputes
     return load_config(
         "demo",
         [
@@ -79,9 +101,13 @@ def config_of(case: str, prompts: int, args: argparse.Namespace) -> Config:
 
 
 class Stepper:
-    """Takes the same training step again and again: at a rate of 0 the optimizer does all of its work for nothing."""
+    """Takes the same training step again and again: at a rate of 0 the optimizer does all of its
+    work for nothing.
+    """
 
-    def __init__(self, case: str, backbone: Backbone, spt: Spt, batch: Batch, args: argparse.Namespace) -> None:
+    def __init__(
+        self, case: str, backbone: Backbone, spt: Spt, batch: Batch, args: argparse.Namespace
+    ) -> None:
         self.case, self.backbone, self.spt, self.batch, self.args = case, backbone, spt, batch, args
         self.clock = Clock(spt.trainables.bank.weight.device)
         self.optimizer = torch.optim.AdamW(spt.trainables.parameters(), lr=0.0, foreach=True)
@@ -107,7 +133,11 @@ class Stepper:
 
     def gradient(self) -> torch.Tensor:
         """That of all trainables as one vector, float64."""
-        grads = [p.grad.flatten().double().cpu() for p in self.spt.trainables.parameters() if p.grad is not None]
+        grads = [
+            p.grad.flatten().double().cpu()
+            for p in self.spt.trainables.parameters()
+            if p.grad is not None
+        ]
         return torch.cat(grads)
 
 

@@ -22,14 +22,17 @@ Model = TypeVar("Model", bound=BaseModel)
 def recipe_names() -> list[str]:
     """Return the names of the shipped recipes."""
     folder = resources.files("spt_ds") / "recipes"
-    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
-    """Read `source` (a YAML file or a recipe's name), apply `key.path=value` overrides and validate.
+    """Read `source` (a YAML file or a recipe's name), apply `key.path=value` overrides and
+    validate.
 
-    Raises ConfigError with every problem found: unknown keys with the nearest known one, wrong types with the key
-    path, syntax errors with `file:line`.
+    Raises ConfigError with every problem found: unknown keys with the nearest known one, wrong
+    types with the key path, syntax errors with `file:line`.
     """
     name, text = _read(source)
     tree = _parse(name, text)
@@ -39,7 +42,9 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_yaml(path: Path, model: type[Model]) -> Model:
-    """Read a YAML file of another schema as strictly as a configuration; raise ConfigError with every problem."""
+    """Read a YAML file of another schema as strictly as a configuration; raise ConfigError with
+    every problem.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give a YAML file")
     return _validate(str(path), _parse(str(path), _text(path)), model)
@@ -58,26 +63,38 @@ def json_schema() -> str:
 def _read(source: str) -> tuple[str, str]:
     path = Path(source)
     names = recipe_names()
-    if path.suffix in (".yaml", ".yml") or path.is_file() or (path.exists() and source not in names):
+    if (
+        path.suffix in (".yaml", ".yml")
+        or path.is_file()
+        or (path.exists() and source not in names)
+    ):
         if not path.is_file():
-            raise ConfigError(f"{source}: no such configuration file; give a YAML file or one of {names}")
+            raise ConfigError(
+                f"{source}: no such configuration file; give a YAML file or one of {names}"
+            )
         return source, _text(path)
     if source not in names:
         near = difflib.get_close_matches(source, names, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(names)}"
         raise ConfigError(f"no file and no recipe is called {source!r}; {hint}")
-    return f"recipe {source}", (resources.files("spt_ds") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
+    return f"recipe {source}", (resources.files("spt_ds") / "recipes" / f"{source}.yaml").read_text(
+        encoding="utf-8"
+    )
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+        raise ConfigError(
+            f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
+        ) from error
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice and, as YAML 1.2, reads 1e-3 as a number and `off` as a word."""
+    """SafeLoader that refuses a key given twice and, as YAML 1.2, reads 1e-3 as a number and `off`
+    as a word.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own name and form
         first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
@@ -88,11 +105,17 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        if not isinstance(key_node, yaml.ScalarNode):  # no option is called by a list, and a list cannot be hashed
-            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+        if not isinstance(
+            key_node, yaml.ScalarNode
+        ):  # no option is called by a list, and a list cannot be hashed
+            raise yaml.constructor.ConstructorError(
+                None, None, "a key must be a word", key_node.start_mark
+            )
         key = loader.construct_object(key_node)
         if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is given twice", key_node.start_mark
+            )
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -123,7 +146,9 @@ def _parse(name: str, text: str) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{name}:1: expected sections such as `model:`, got {type(tree).__name__}")
+        raise ConfigError(
+            f"{name}:1: expected sections such as `model:`, got {type(tree).__name__}"
+        )
     return tree
 
 
@@ -152,7 +177,9 @@ def _validate(name: str, tree: dict[str, Any], model: type[Model]) -> Model:
     except ValidationError as error:
         problems = list(dict.fromkeys(_describe(item, model) for item in error.errors()))
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"{name}: {len(problems)} problem(s) in the configuration\n{lines}") from error
+        raise ConfigError(
+            f"{name}: {len(problems)} problem(s) in the configuration\n{lines}"
+        ) from error
 
 
 def _describe(item: Any, model: type[BaseModel]) -> str:

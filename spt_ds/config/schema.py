@@ -1,4 +1,5 @@
-"""The typed schema of one YAML file. Unknown keys are refused; every field says its unit; no torch is imported.
+"""The typed schema of one YAML file. Unknown keys are refused; every field says its unit; no torch
+is imported.
 
 Field docstrings become the descriptions of `spt-ds config --schema`.
 """
@@ -18,7 +19,9 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 class Section(BaseModel):
     """Base of every section: unknown keys refused, values immutable, field docstrings kept."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class QuantConfig(Section):
@@ -33,23 +36,31 @@ class QuantConfig(Section):
     skip_modules: tuple[str, ...] = ("lm_head",)
     """Linear layers whose name ends so stay in 16 bits. Embeddings and norms always do."""
     self_check: bool = True
-    """Before training, compare logits through the quantised (and sharded) base with its dequantised weights."""
+    """Before training, compare logits through the quantised (and sharded) base with its dequantised
+    weights.
+    """
 
 
 class ModelConfig(Section):
     """The frozen causal language model."""
 
     base: str = "embedded"
-    """`embedded` (the small base that is shipped), a folder, or a hub id such as `facebook/opt-125m`."""
+    """`embedded` (the small base that is shipped), a folder, or a hub id such as
+    `facebook/opt-125m`.
+    """
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     random_init: bool = False
-    """Take only the configuration of `base` and draw random weights: for benchmarks without weights."""
+    """Take only the configuration of `base` and draw random weights: for benchmarks without
+    weights.
+    """
     base_bits: Literal[4, 8, 16, 32] = 16
     """Bits of the frozen weights: 32 float, 16 bfloat, 8 or 4 quantised (see `quant`)."""
     quant: QuantConfig = QuantConfig()
     attention: Literal["auto", "flash", "varlen", "sdpa", "eager"] = "auto"
-    """Kernel of the forward pass: flash-attn (4 or 2), torch's variable-length, SDPA, or plain (slow, exact)."""
+    """Kernel of the forward pass: flash-attn (4 or 2), torch's variable-length, SDPA, or plain
+    (slow, exact).
+    """
     activation_checkpointing: Literal["auto", "off", "non_reentrant", "reentrant"] = "auto"
     """Recompute layers in the backward pass; `auto` decides by memory and says why."""
 
@@ -62,15 +73,18 @@ class LoraConfig(Section):
     alpha: PositiveFloat = 16.0
     """The adapters' product is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ()
-    """Linear layers whose name ends so get an adapter; empty takes peft's choice for the architecture."""
+    """Linear layers whose name ends so get an adapter; empty takes peft's choice for the
+    architecture.
+    """
 
 
 class MethodConfig(Section):
     """What trains: SPT, or one of the baselines in its place."""
 
     type: Literal["spt", "lora", "full", "none"] = "spt"
-    """`spt`: prompts and retriever (prompt tuning where prompts.count is 1); `lora`: adapters in the base; `full`: all
-    of the base; `none`: nothing, the base is evaluated as it is. The last three have no soft prompts."""
+    """`spt`: prompts and retriever (prompt tuning where prompts.count is 1); `lora`: adapters in
+    the base; `full`: all of the base; `none`: nothing, the base is evaluated as it is. The last
+    three have no soft prompts."""
     lora: LoraConfig = LoraConfig()
 
     @property
@@ -87,16 +101,21 @@ class PromptsConfig(Section):
     tokens: NonNegativeInt = 8
     """P, virtual tokens per prompt; 0 with a `method.type` that has no soft prompts."""
     init: Literal["vocab", "text", "normal", "reference"] = "vocab"
-    """Rows sampled from the frozen embedding table, given strings, normal at the table's deviation, or N(0, 1)."""
+    """Rows sampled from the frozen embedding table, given strings, normal at the table's deviation,
+    or N(0, 1).
+    """
     init_texts: tuple[str, ...] = ()
     """With `init: text`, one string per prompt (or one for all); repeated or cut to P tokens."""
     placement: Literal["prefix", "suffix"] = "prefix"
-    """Before the text, or between context and response (the context is then read once for all K)."""
+    """Before the text, or between context and response (the context is then read once for all K).
+    """
 
     @model_validator(mode="after")
     def _texts(self) -> PromptsConfig:
         if self.init == "text" and len(self.init_texts) not in (1, self.count):
-            raise ValueError(f"init: text needs 1 or count={self.count} init_texts, got {len(self.init_texts)}")
+            raise ValueError(
+                f"init: text needs 1 or count={self.count} init_texts, got {len(self.init_texts)}"
+            )
         if self.init != "text" and self.init_texts:
             raise ValueError(f"init_texts is only read with init: text, but init is {self.init}")
         return self
@@ -108,9 +127,11 @@ class RetrieverConfig(Section):
     projections: Literal["separate", "shared"] = "separate"
     """W_c and W_p apart, or one Linear for both sides (as the reference has it)."""
     activation: Literal["softplus", "reference"] = "softplus"
-    """Monotone softplus, or the reference's softplus(beta 10, threshold 1), which jumps at cos 0.1."""
+    """Monotone softplus, or the reference's softplus(beta 10, threshold 1), which jumps at cos 0.1.
+    """
     pool: Literal["context", "padded_text"] = "context"
-    """Mean over real context tokens, or (reference) over the whole padded row, response included."""
+    """Mean over real context tokens, or (reference) over the whole padded row, response included.
+    """
     pool_length_tokens: PositiveInt = 512
     """Row length that `pool: padded_text` pads to."""
 
@@ -123,8 +144,8 @@ class LossConfig(Section):
     fusion: NonNegativeFloat = 1.0
     """Weight of the fusion loss."""
     fusion_weights: Literal["scores", "normalised"] = "scores"
-    """Mix the logits of the K prompts by their scores s_k (the paper), or by s_k / sum_k s_k: a mean, at the scale of
-    one prompt's logits, which does not drive all scores to their minimum."""
+    """Mix the logits of the K prompts by their scores s_k (the paper), or by s_k / sum_k s_k: a
+    mean, at the scale of one prompt's logits, which does not drive all scores to their minimum."""
     contrastive: NonNegativeFloat = 1.0
     """Weight of the contrastive loss."""
     tau_gold: PositiveFloat = 1.0
@@ -138,7 +159,9 @@ class LossConfig(Section):
     head_chunk_mib: PositiveInt = 128
     """Upper bound of the vocabulary logits that exist at one time, in MiB."""
     train_top_m: NonNegativeInt = 0
-    """Selective backward: score all K without gradient, then train the m best of each example; 0 trains all K."""
+    """Selective backward: score all K without gradient, then train the m best of each example; 0
+    trains all K.
+    """
 
 
 class DataConfig(Section):
@@ -153,12 +176,16 @@ class DataConfig(Section):
     format: Literal["auto", "parlai", "spc_csv", "jsonl"] = "auto"
     """File format; auto looks at suffix and first line."""
     max_tokens: PositiveInt = 512
-    """Longest context plus response in tokens, without virtual tokens; the oldest turns are dropped to fit."""
+    """Longest context plus response in tokens, without virtual tokens; the oldest turns are dropped
+    to fit.
+    """
     persona: bool = True
-    """Show the persona to the model; false leaves it out of every text, though not out of predictions.jsonl."""
+    """Show the persona to the model; false leaves it out of every text, though not out of
+    predictions.jsonl.
+    """
     few_shot: NonNegativeInt = 0
-    """Examples of the training data, drawn by train.seed, that stand before each context of validation and test
-    (`method.type: none` only). They take up to half of max_tokens."""
+    """Examples of the training data, drawn by train.seed, that stand before each context of
+    validation and test (`method.type: none` only). They take up to half of max_tokens."""
     max_train_examples: NonNegativeInt = 0
     """Use only the first n training examples; 0 uses all."""
     max_valid_examples: NonNegativeInt = 0
@@ -178,7 +205,10 @@ class OptimConfig(Section):
     """Learning rate of the retriever, and of the prompts unless `prompts_lr` is given."""
     prompts_lr: PositiveFloat | None = None
     """Learning rate of the prompt bank."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
     """Decay rates of Adam's moments."""
     eps: PositiveFloat = 1e-8
     """Adam's epsilon."""
@@ -200,11 +230,13 @@ class TrainConfig(Section):
     epochs: PositiveInt = 1
     """Passes over the training data when `max_steps` is 0."""
     global_batch: PositiveInt = 32
-    """Examples per optimizer step over all ranks; the result does not depend on how they are split."""
+    """Examples per optimizer step over all ranks; the result does not depend on how they are split.
+    """
     micro_batch: PositiveInt = 4
     """Examples per forward pass on one rank; each is read under all K prompts."""
     eval_every_steps: NonNegativeInt = 0
-    """Steps between validation losses; 0 evaluates before the first and after the last step only."""
+    """Steps between validation losses; 0 evaluates before the first and after the last step only.
+    """
     seed: NonNegativeInt = 0
     """Seed of initialisation and data order."""
     max_hours: NonNegativeFloat = 0.0
@@ -215,8 +247,8 @@ class EngineConfig(Section):
     """Where the frozen base lives, and how long ranks wait for one another."""
 
     placement: Literal["auto", "replicate", "zero3", "zero3_offload"] = "auto"
-    """A copy per rank, ZeRO-3 shards, or shards in host memory; auto decides from sizes and memory and says why.
-    A DeepSpeed JSON, where one is given, decides instead."""
+    """A copy per rank, ZeRO-3 shards, or shards in host memory; auto decides from sizes and memory
+    and says why. A DeepSpeed JSON, where one is given, decides instead."""
     collective_timeout_s: PositiveInt = 600
     """Seconds a rank waits in a collective before the run fails."""
     strict: bool = False
@@ -246,8 +278,12 @@ class LogConfig(Section):
 class GenerateConfig(Section):
     """Decoding of replies for evaluation and chat."""
 
-    mode: Annotated[str, Field(pattern=r"^(select|fuse|random|fixed:\d+|noise:\d*\.?\d+)$")] = "select"
-    """Prompt of each example: highest score, fused logits of all, random, always k, or highest score under noise."""
+    mode: Annotated[str, Field(pattern=r"^(select|fuse|random|fixed:\d+|noise:\d*\.?\d+)$")] = (
+        "select"
+    )
+    """Prompt of each example: highest score, fused logits of all, random, always k, or highest
+    score under noise.
+    """
     max_new_tokens: PositiveInt = 32
     """Longest reply in tokens."""
     batch_size: PositiveInt = 16
@@ -263,7 +299,9 @@ class GenerateConfig(Section):
     num_beams: PositiveInt = 1
     """Beams; 1 is greedy."""
     length_penalty: float = 1.0
-    """Power of the length by which a beam's log-likelihood is divided; above 0 favours long replies."""
+    """Power of the length by which a beam's log-likelihood is divided; above 0 favours long
+    replies.
+    """
     min_new_tokens: NonNegativeInt = 0
     """Shortest reply in tokens."""
     repetition_penalty: PositiveFloat = 1.0
@@ -276,15 +314,28 @@ class GenerateConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> GenerateConfig:
         if self.do_sample and self.num_beams > 1:
-            raise ValueError("do_sample and num_beams exclude one another; set num_beams: 1, or do_sample: false")
+            raise ValueError(
+                "do_sample and num_beams exclude one another; set num_beams: 1, or do_sample: false"
+            )
         if self.mode == "fuse" and self.num_beams > 1:
-            raise ValueError("mode: fuse mixes the rows of one example and cannot beam; set num_beams: 1")
+            raise ValueError(
+                "mode: fuse mixes the rows of one example and cannot beam; set num_beams: 1"
+            )
         if self.mode == "fuse" and self.perplexity:
-            raise ValueError("perplexity is not defined for mode: fuse; use the fusion loss of training")
+            raise ValueError(
+                "perplexity is not defined for mode: fuse; use the fusion loss of training"
+            )
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens is {self.min_new_tokens}, max_new_tokens only {self.max_new_tokens}")
-        needs = {"temperature": "do_sample: true", "top_k": "do_sample: true", "top_p": "do_sample: true",
-                 "length_penalty": "num_beams above 1"}  # fmt: skip
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens}, max_new_tokens only"
+                f" {self.max_new_tokens}"
+            )
+        needs = {
+            "temperature": "do_sample: true",
+            "top_k": "do_sample: true",
+            "top_p": "do_sample: true",
+            "length_penalty": "num_beams above 1",
+        }
         for name, need in needs.items():
             idle = not self.do_sample if "sample" in need else self.num_beams == 1
             if idle and getattr(self, name) != type(self).model_fields[name].default:
@@ -314,12 +365,15 @@ class Config(Section):
     def _across(self) -> Config:
         if self.losses.train_top_m > self.prompts.count:
             raise ValueError(
-                f"losses.train_top_m is {self.losses.train_top_m}, the bank has prompts.count = {self.prompts.count}; "
-                "give 0 (all) to prompts.count"
+                f"losses.train_top_m is {self.losses.train_top_m}, the bank has prompts.count ="
+                f" {self.prompts.count}; give 0 (all) to prompts.count"
             )
         kind, _, number = self.generate.mode.partition(":")
         if kind == "fixed" and int(number) >= self.prompts.count:
-            raise ValueError(f"generate.mode is {self.generate.mode}, prompts run from 0 to {self.prompts.count - 1}")
+            raise ValueError(
+                f"generate.mode is {self.generate.mode}, prompts run from 0 to"
+                f" {self.prompts.count - 1}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -327,14 +381,14 @@ class Config(Section):
         kind = self.method.type
         if self.data.few_shot and kind != "none":
             raise ValueError(
-                f"data.few_shot is {self.data.few_shot} and method.type {kind}: worked examples stand in the place of "
-                "training; set method.type: none, or data.few_shot: 0"
+                f"data.few_shot is {self.data.few_shot} and method.type {kind}: worked examples"
+                " stand in the place of training; set method.type: none, or data.few_shot: 0"
             )
         if kind == "spt":
             if not self.prompts.tokens:
                 raise ValueError(
-                    "prompts.tokens is 0, but method.type: spt trains soft prompts; give 1 or more, or another "
-                    "method.type (lora, full, none)"
+                    "prompts.tokens is 0, but method.type: spt trains soft prompts; give 1 or more,"
+                    " or another method.type (lora, full, none)"
                 )
             return self
         needed: dict[str, tuple[object, object]] = {
@@ -347,7 +401,9 @@ class Config(Section):
         }
         wrong = [f"{key}: {want} (got {got})" for key, (got, want) in needed.items() if got != want]
         if wrong:
-            raise ValueError(f"method.type: {kind} has no soft prompts to choose from; set {', '.join(wrong)}")
+            raise ValueError(
+                f"method.type: {kind} has no soft prompts to choose from; set {', '.join(wrong)}"
+            )
         if self.method.trains_base:
             self._trainable_base(kind)
         return self
@@ -356,16 +412,18 @@ class Config(Section):
         allowed = {"lora": (16, 32), "full": (32,)}[kind]
         if self.model.base_bits not in allowed:
             raise ValueError(
-                f"method.type: {kind} trains weights of the base, and model.base_bits is {self.model.base_bits}; set "
-                f"model.base_bits: {' or '.join(map(str, allowed))}"
+                f"method.type: {kind} trains weights of the base, and model.base_bits is"
+                f" {self.model.base_bits}; set model.base_bits: {' or '.join(map(str, allowed))}"
             )
         if self.model.activation_checkpointing == "reentrant":
             raise ValueError(
-                f"method.type: {kind} trains weights inside the layers, which model.activation_checkpointing: "
-                "reentrant loses; set it to non_reentrant, off or auto"
+                f"method.type: {kind} trains weights inside the layers, which"
+                " model.activation_checkpointing: reentrant loses; set it to non_reentrant, off or"
+                " auto"
             )
         if self.engine.placement not in ("auto", "replicate"):
             raise ValueError(
-                f"method.type: {kind} trains weights of the base, which needs all of it on each rank, and "
-                f"engine.placement is {self.engine.placement}; set engine.placement: replicate or auto"
+                f"method.type: {kind} trains weights of the base, which needs all of it on each"
+                f" rank, and engine.placement is {self.engine.placement}; set engine.placement:"
+                " replicate or auto"
             )

@@ -1,14 +1,16 @@
-"""Text to token ids: the method's template, its spans known by construction, truncation by whole turns. No torch.
+"""Text to token ids: the method's template, its spans known by construction, truncation by whole
+turns. No torch.
 
     given persona: {sentences}; context: Q: {turn} R: {turn} ... Q: {turn} R: {response}<eos>
 
-with BOS first where the tokenizer has one, and without `given persona: ...; ` where there is no persona (template of
-the public SPT reference, arXiv 2406.18187). Q: is the partner, R: the persona's owner. The context ends with the last
-"R:"; the response is everything after it, EOS included, and nothing else is ever a target.
+with BOS first where the tokenizer has one, and without `given persona: ...; ` where there is no
+persona (template of the public SPT reference, arXiv 2406.18187). Q: is the partner, R: the
+persona's owner. The context ends with the last "R:"; the response is everything after it, EOS
+included, and nothing else is ever a target.
 
-Every piece of text is tokenised once, as the continuation of "R:", and the ids of "R:" are taken off again. Byte-level
-and SentencePiece tokenizers both split words at blanks, so the pieces equal the ids of the whole text; and a context
-has the same ids whether a response follows or not.
+Every piece of text is tokenised once, as the continuation of "R:", and the ids of "R:" are taken
+off again. Byte-level and SentencePiece tokenizers both split words at blanks, so the pieces equal
+the ids of the whole text; and a context has the same ids whether a response follows or not.
 """
 
 from __future__ import annotations
@@ -64,11 +66,14 @@ def encode_context(
     reserved: int = 0,
     shown: Shown = PLAIN,
 ) -> Encoded:
-    """Encode what precedes a reply that is to be generated: the ids that training would have put before it.
+    """Encode what precedes a reply that is to be generated: the ids that training would have put
+    before it.
 
     `reserved` tokens of the window are left for the reply.
     """
-    return Encoder(tokenizer, max_tokens, shown).context("dialogue", tuple(persona), tuple(history), reserved)
+    return Encoder(tokenizer, max_tokens, shown).context(
+        "dialogue", tuple(persona), tuple(history), reserved
+    )
 
 
 def encode_many(
@@ -78,10 +83,11 @@ def encode_many(
     shown: Shown = PLAIN,
     reserved: int | None = None,
 ) -> Iterator[tuple[Example, Encoded]]:
-    """Encode a stream in order; texts that neighbours share (the turns of a dialogue) are tokenised once.
+    """Encode a stream in order; texts that neighbours share (the turns of a dialogue) are tokenised
+    once.
 
-    A context leaves room for its response or, where replies are to be generated, for `reserved` tokens: how much of a
-    context is read must then not depend on the response, which nobody knows.
+    A context leaves room for its response or, where replies are to be generated, for `reserved`
+    tokens: how much of a context is read must then not depend on the response, which nobody knows.
     """
     stream = iter(examples)
     encoder = Encoder(tokenizer, max_tokens, shown)
@@ -94,7 +100,11 @@ def encode_many(
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a SHA-256 (hex) of everything in the tokenizer that ids depend on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    rules = (
+        backend.to_str()
+        if backend is not None
+        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
     parts = [type(tokenizer).__name__, rules, tokenizer.bos_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -102,9 +112,13 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 class Encoder:
     """Tokenizer and window of one stream, with the ids of the pieces that its last chunk used."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, shown: Shown = PLAIN) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, shown: Shown = PLAIN
+    ) -> None:
         if tokenizer.eos_token_id is None:
-            raise ModelError("the tokenizer has no EOS token, but a reply ends with one; set its eos_token")
+            raise ModelError(
+                "the tokenizer has no EOS token, but a reply ends with one; set its eos_token"
+            )
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._shown = shown
@@ -115,24 +129,35 @@ class Encoder:
         self._partner, self._owner = self._after_anchor([" Q:", " R:"])
 
     def learn(self, texts: Iterable[str]) -> None:
-        """Tokenise the pieces of the coming chunk that the last one did not hold, and forget the others."""
+        """Tokenise the pieces of the coming chunk that the last one did not hold, and forget the
+        others.
+        """
         wanted = dict.fromkeys(texts)
         missing = [text for text in wanted if text not in self._ids]
         known = {text: ids for text, ids in self._ids.items() if text in wanted}
         self._ids = {**known, **dict(zip(missing, self._after_anchor(missing), strict=True))}
 
     def example(self, example: Example, reserved: int | None = None) -> Encoded:
-        """Encode context and response; the context leaves `reserved` tokens, None: room for the response."""
+        """Encode context and response; the context leaves `reserved` tokens, None: room for the
+        response.
+        """
         response = [*self._piece(" " + example.response.strip()), self._eos]
         room = len(response) if reserved is None else reserved
         context = self.context(example.id, example.persona, example.history, room)
         return Encoded(context.context_ids, response, context.dropped_turns)
 
-    def context(self, name: str, persona: tuple[str, ...], history: tuple[str, ...], reserved: int) -> Encoded:
-        """Encode a context that leaves `reserved` tokens of the window; whole turns are dropped, the oldest first."""
+    def context(
+        self, name: str, persona: tuple[str, ...], history: tuple[str, ...], reserved: int
+    ) -> Encoded:
+        """Encode a context that leaves `reserved` tokens of the window; whole turns are dropped,
+        the oldest first.
+        """
         head = [*self._bos, *self._shown.shots, *self._head(persona if self._shown.persona else ())]
         turns = [
-            [*(self._partner if (len(history) - place) % 2 else self._owner), *self._piece(" " + text.strip())]
+            [
+                *(self._partner if (len(history) - place) % 2 else self._owner),
+                *self._piece(" " + text.strip()),
+            ]
             for place, text in enumerate(history)
         ]
         fixed = len(head) + len(self._owner) + reserved
@@ -140,9 +165,10 @@ class Encoder:
             shots = len(self._shown.shots)
             worked = f", {shots} of it the worked examples of data.few_shot" if shots else ""
             raise DataError(
-                f"{name}: persona and response take {fixed} tokens (context {fixed - reserved}{worked}, response "
-                f"{reserved}), allowed are {self._max_tokens}; they are never cut: raise data.max_tokens"
-                f"{', lower data.few_shot' if shots else ''} or shorten the example"
+                f"{name}: persona and response take {fixed} tokens (context"
+                f" {fixed - reserved}{worked}, response {reserved}), allowed are"
+                f" {self._max_tokens}; they are never cut: raise"
+                f" data.max_tokens{', lower data.few_shot' if shots else ''} or shorten the example"
             )
         total = fixed + sum(map(len, turns))
         dropped = 0
@@ -171,17 +197,24 @@ class Encoder:
         for text, row in zip(texts, rows, strict=True):
             if row[:size] != self._anchor:
                 raise ModelError(
-                    f"the tokenizer joins {_ANCHOR!r} with what follows it in {_ANCHOR + text[:40]!r}; contexts would "
-                    "differ between training and generation: use a tokenizer that splits at blanks"
+                    f"the tokenizer joins {_ANCHOR!r} with what follows it in"
+                    f" {_ANCHOR + text[:40]!r}; contexts would differ between training and"
+                    " generation: use a tokenizer that splits at blanks"
                 )
         return [row[size:] for row in rows]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; "</s>" typed in a dialogue stays text and never becomes the special token."""
+        """Ids of each text; "</s>" typed in a dialogue stays text and never becomes the special
+        token.
+        """
         if not texts:
             return []
         rows = self._tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
         )["input_ids"]
         return [list(row) for row in rows]
 

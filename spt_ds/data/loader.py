@@ -1,6 +1,8 @@
-"""From a store to what the model reads: training windows prepared ahead in worker processes, evaluation batches.
+"""From a store to what the model reads: training windows prepared ahead in worker processes,
+evaluation batches.
 
-G examples in a window. Workers send numpy arrays, which travel by value: tensors would hold a file descriptor each.
+G examples in a window. Workers send numpy arrays, which travel by value: tensors would hold a file
+descriptor each.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ _PREFETCH = 2  # windows that each worker prepares ahead
 
 
 class TrainLoader:
-    """Windows of one rank, from any step on; the same window for a step whenever and wherever it is asked for."""
+    """Windows of one rank, from any step on; the same window for a step whenever and wherever it is
+    asked for.
+    """
 
     def __init__(
         self,
@@ -38,15 +42,23 @@ class TrainLoader:
         bleu_threshold: float | None,
         workers: int,
     ) -> None:
-        """`bleu_threshold` (0 to 100) parts similar from other pairs; None leaves the contrastive targets out."""
+        """`bleu_threshold` (0 to 100) parts similar from other pairs; None leaves the contrastive
+        targets out.
+        """
         if bleu_threshold is not None and global_batch < 2:
-            say_once("the contrastive loss is 0: train.global_batch is 1, and a pair needs two examples")
+            say_once(
+                "the contrastive loss is 0: train.global_batch is 1, and a pair needs two examples"
+            )
             bleu_threshold = None
-        self._windows = _Windows(store, global_batch, micro_batch, world, rank, seed, bleu_threshold)
+        self._windows = _Windows(
+            store, global_batch, micro_batch, world, rank, seed, bleu_threshold
+        )
         self._workers = workers
 
     def windows(self, start_step: int) -> Iterator[Window]:
-        """Yield the windows of steps `start_step`, `start_step` + 1, ... without end, in pinned memory under CUDA."""
+        """Yield the windows of steps `start_step`, `start_step` + 1, ... without end, in pinned
+        memory under CUDA.
+        """
         loader = DataLoader(
             self._windows,
             batch_size=None,
@@ -63,7 +75,9 @@ class TrainLoader:
 
 
 def eval_batches(store: ExampleStore, micro_batch: int, world: int, rank: int) -> Iterator[Batch]:
-    """Yield this rank's batches: over all ranks every example once with weight 1; the same number on every rank."""
+    """Yield this rank's batches: over all ranks every example once with weight 1; the same number
+    on every rank.
+    """
     pin = torch.cuda.is_available()
     rows = np.arange(len(store))
     for slots in assign(rows, store.lengths.total, world, micro_batch)[rank]:
@@ -97,7 +111,9 @@ class _Prepared(NamedTuple):
 
 
 class _Windows(Dataset[_Prepared | SptError]):
-    """Item s is the window of step s; a fault of the data is returned, so that its text survives the worker."""
+    """Item s is the window of step s; a fault of the data is returned, so that its text survives
+    the worker.
+    """
 
     def __init__(
         self,
@@ -130,7 +146,9 @@ class _Windows(Dataset[_Prepared | SptError]):
         owner = _owners(dealt, len(indices))
         pairs = targets = None
         if self._bleu_threshold is not None:
-            texts = [pair_text(persona, history) for persona, history in store.texts(indices.tolist())]
+            texts = [
+                pair_text(persona, history) for persona, history in store.texts(indices.tolist())
+            ]
             local = [rank == self._rank for rank, _ in owner]
             pairs, targets = contrast_pairs(texts, local, self._bleu_threshold)
         micro = tuple(_rows(store, slots) for slots in dealt[self._rank])
@@ -150,7 +168,9 @@ def _owners(dealt: list[list[list[Slot]]], examples: int) -> tuple[tuple[int, in
 def _rows(store: ExampleStore, slots: list[Slot]) -> _Rows:
     indices = tuple(slot.row for slot in slots)
     context_ids, response_ids = store.ids(indices)
-    context_lens, response_lens = (tuple(lengths[list(indices)].tolist()) for lengths in store.lengths)
+    context_lens, response_lens = (
+        tuple(lengths[list(indices)].tolist()) for lengths in store.lengths
+    )
     weights = tuple(slot.weight for slot in slots)
     return _Rows(context_ids, response_ids, context_lens, response_lens, indices, weights)
 

@@ -1,11 +1,14 @@
-"""Targets of the contrastive loss: sentence BLEU between the contexts of a window's examples. No torch.
+"""Targets of the contrastive loss: sentence BLEU between the contexts of a window's examples. No
+torch.
 
-The public SPT reference compares the personas, joined by blanks, with `sacrebleu.sentence_bleu(use_effective_order)`,
-the earlier example of the batch as hypothesis, the later as reference. The same here; an example without a persona is
-compared by its dialogue, as personas that do not exist say nothing about likeness.
+The public SPT reference compares the personas, joined by blanks, with
+`sacrebleu.sentence_bleu(use_effective_order)`, the earlier example of the batch as hypothesis, the
+later as reference. The same here; an example without a persona is compared by its dialogue, as
+personas that do not exist say nothing about likeness.
 
-All pairs of a window are scored together: an n-gram that a text holds c times becomes the features (n-gram, 1) to
-(n-gram, c), so that the clipped matches of two texts are the features they share, a product of 0/1 matrices.
+All pairs of a window are scored together: an n-gram that a text holds c times becomes the features
+(n-gram, 1) to (n-gram, c), so that the clipped matches of two texts are the features they share, a
+product of 0/1 matrices.
 """
 
 from __future__ import annotations
@@ -25,15 +28,18 @@ def pair_text(persona: Sequence[str], history: Sequence[str]) -> str:
 
 
 def sentence_bleu_matrix(texts: Sequence[str]) -> np.ndarray:
-    """Sentence BLEU (0 to 100) of every two texts, float64 [G, G]: row i is the hypothesis, column j the reference.
+    """Sentence BLEU (0 to 100) of every two texts, float64 [G, G]: row i is the hypothesis, column
+    j the reference.
 
-    Off the diagonal it equals `sacrebleu.sentence_bleu(texts[i], [texts[j]], use_effective_order=True).score`; the
-    diagonal means nothing.
+    Off the diagonal it equals `sacrebleu.sentence_bleu(texts[i], [texts[j]],
+    use_effective_order=True).score`; the diagonal means nothing.
     """
     words = [_TOKENIZE(text.rstrip()).split() for text in texts]
     lengths = np.array([len(row) for row in words])
     log_sum = np.zeros((len(texts), len(texts)))
-    zeros = np.zeros_like(log_sum)  # orders so far without a match: each halves the smoothed precision once more
+    zeros = np.zeros_like(
+        log_sum
+    )  # orders so far without a match: each halves the smoothed precision once more
     any_match = np.zeros_like(log_sum, dtype=bool)
     for order in range(1, MAX_NGRAM_ORDER + 1):
         matches = _matches(words, order)
@@ -42,15 +48,21 @@ def sentence_bleu_matrix(texts: Sequence[str]) -> np.ndarray:
         totals = np.maximum(lengths - order + 1, 0)[:, None]
         smoothed = np.where(matches > 0, matches, 0.5**zeros)
         log_sum += np.where(totals > 0, np.log(100.0 * smoothed / np.maximum(totals, 1)), 0.0)
-    orders = np.clip(lengths, 1, MAX_NGRAM_ORDER)[:, None]  # effective order: those the hypothesis is long enough for
+    orders = np.clip(lengths, 1, MAX_NGRAM_ORDER)[
+        :, None
+    ]  # effective order: those the hypothesis is long enough for
     brevity = np.minimum(0.0, 1.0 - lengths[None, :] / np.maximum(lengths, 1)[:, None])
     return np.where(any_match, np.exp(brevity + log_sum / orders), 0.0)
 
 
-def contrast_pairs(texts: Sequence[str], local: Sequence[bool], threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return pairs int64 [m, 2], i < j, of window positions with at least one side in `local`, and targets f32 [m].
+def contrast_pairs(
+    texts: Sequence[str], local: Sequence[bool], threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return pairs int64 [m, 2], i < j, of window positions with at least one side in `local`, and
+    targets f32 [m].
 
-    `texts` [G] in window order; a target is +1 where BLEU (0 to 100) lies above `threshold`, else -1.
+    `texts` [G] in window order; a target is +1 where BLEU (0 to 100) lies above `threshold`, else
+    -1.
     """
     first, second = np.triu_indices(len(texts), k=1)
     here = np.asarray(local, dtype=bool)
@@ -61,7 +73,9 @@ def contrast_pairs(texts: Sequence[str], local: Sequence[bool], threshold: float
 
 
 def _matches(words: Sequence[Sequence[str]], order: int) -> np.ndarray:
-    """Clipped n-gram matches of every two texts off the diagonal, float32 [G, G] (exact below 2^24)."""
+    """Clipped n-gram matches of every two texts off the diagonal, float32 [G, G] (exact below
+    2^24).
+    """
     holders: dict[tuple[tuple[str, ...], int], list[int]] = {}
     for place, row in enumerate(words):
         seen: Counter[tuple[str, ...]] = Counter()
@@ -69,7 +83,9 @@ def _matches(words: Sequence[Sequence[str]], order: int) -> np.ndarray:
             ngram = tuple(row[start : start + order])
             seen[ngram] += 1
             holders.setdefault((ngram, seen[ngram]), []).append(place)
-    shared = [places for places in holders.values() if len(places) > 1]  # what one text has alone matches nothing
+    shared = [
+        places for places in holders.values() if len(places) > 1
+    ]  # what one text has alone matches nothing
     features = np.zeros((len(words), len(shared)), dtype=np.float32)
     for column, places in enumerate(shared):
         features[places, column] = 1.0

@@ -1,4 +1,6 @@
-"""ParlAI and ConvAI2 text: `N text<TAB>reply[<TAB><TAB>candidates]`, persona lines first, numbered from 1. No torch."""
+"""ParlAI and ConvAI2 text: `N text<TAB>reply[<TAB><TAB>candidates]`, persona lines first, numbered
+from 1. No torch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from spt_ds.errors import DataError
 
 SILENCE = "__SILENCE__"
 _NUMBERED = re.compile(r"(\d+) (.*)", re.DOTALL)
-# Only the prefix makes a persona line: what follows may hold colons, and an utterance may hold "persona:".
+# Only the prefix makes a persona line: what follows may hold colons, and an utterance may hold
+# "persona:".
 _PERSONA = re.compile(r"(your persona|partner's persona):(.*)", re.DOTALL)
 
 
@@ -31,8 +34,8 @@ def read_parlai(path: Path) -> Iterator[Example]:
             persona, history, dialogue = [], [], f"{path.name}:{number}"
         elif count != previous + 1:
             raise DataError(
-                f"{where}: the line has number {count} after {previous}; allowed are {previous + 1} or, where a "
-                "dialogue begins, 1"
+                f"{where}: the line has number {count} after {previous}; allowed are {previous + 1}"
+                " or, where a dialogue begins, 1"
             )
         previous = count
         if match := _PERSONA.match(text):
@@ -44,8 +47,13 @@ def read_parlai(path: Path) -> Iterator[Example]:
         if partner != SILENCE:
             history.append(partner)
         elif history:
-            raise DataError(f"{where}: {SILENCE} inside a dialogue; it may only stand where the persona's owner opens")
-        yield Example(f"{path.name}:{number}", dialogue, len(history), tuple(persona), tuple(history), reply)
+            raise DataError(
+                f"{where}: {SILENCE} inside a dialogue; it may only stand where the persona's owner"
+                " opens"
+            )
+        yield Example(
+            f"{path.name}:{number}", dialogue, len(history), tuple(persona), tuple(history), reply
+        )
         history.append(reply)
 
 
@@ -53,7 +61,8 @@ def _numbered(line: str, where: str) -> tuple[int, str]:
     match = _NUMBERED.match(line)
     if not match:
         raise DataError(
-            f"{where}: got {line[:60]!r}; a line begins with its number in the dialogue and a blank, as `1 hi`"
+            f"{where}: got {line[:60]!r}; a line begins with its number in the dialogue and a"
+            " blank, as `1 hi`"
         )
     return int(match[1]), match[2]
 
@@ -61,10 +70,14 @@ def _numbered(line: str, where: str) -> tuple[int, str]:
 def _persona_sentence(text: str, late: bool, where: str) -> str:
     if late:
         raise DataError(
-            f"{where}: persona line after the dialogue's first utterance; move it to the dialogue's beginning"
+            f"{where}: persona line after the dialogue's first utterance; move it to the dialogue's"
+            " beginning"
         )
     if "\t" in text.strip():
-        raise DataError(f"{where}: persona line with a tab and a reply; an utterance must not begin `your persona:`")
+        raise DataError(
+            f"{where}: persona line with a tab and a reply; an utterance must not begin `your"
+            " persona:`"
+        )
     if not text.strip():
         raise DataError(f"{where}: persona line without a sentence; remove it")
     return text.strip()
@@ -74,10 +87,14 @@ def _exchange(text: str, where: str) -> tuple[str, str]:
     """Split `text<TAB>reply[<TAB>reward[<TAB>candidates]]`; reward and candidates are not used."""
     fields = text.split("\t")
     if len(fields) < 2:
-        raise DataError(f"{where}: no tab in {text[:60]!r}; an utterance line is `N text`, a tab, `reply`")
+        raise DataError(
+            f"{where}: no tab in {text[:60]!r}; an utterance line is `N text`, a tab, `reply`"
+        )
     partner, reply = fields[0].strip(), fields[1].strip()
     if not partner:
-        raise DataError(f"{where}: the partner's text is blank; write {SILENCE} where the persona's owner opens")
+        raise DataError(
+            f"{where}: the partner's text is blank; write {SILENCE} where the persona's owner opens"
+        )
     if not reply:
         raise DataError(f"{where}: the reply after the tab is blank; every line needs one")
     return partner, reply

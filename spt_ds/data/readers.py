@@ -1,7 +1,9 @@
-"""Readers: a source's name becomes a stream of `Example`; every fault of a file names its `file:line`. No torch.
+"""Readers: a source's name becomes a stream of `Example`; every fault of a file names its
+`file:line`. No torch.
 
-A source is a file (ParlAI text, Synthetic-Persona-Chat CSV, JSONL), `embedded:train|valid|test` (the dialogues that
-are shipped) or `hub:NAME[:CONFIG][:SPLIT]` (anything that `datasets.load_dataset` reads).
+A source is a file (ParlAI text, Synthetic-Persona-Chat CSV, JSONL), `embedded:train|valid|test`
+(the dialogues that are shipped) or `hub:NAME[:CONFIG][:SPLIT]` (anything that
+`datasets.load_dataset` reads).
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from spt_ds.log import get_logger
 Format = Literal["auto", "parlai", "spc_csv", "jsonl"]
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "dialogues"
 SPC_COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
-# Some conversations of the published files set the name in bold: `*User 1:* hi`; their asterisks are dropped.
+# Some conversations of the published files set the name in bold: `*User 1:* hi`; their asterisks
+# are dropped.
 _SPC_TURN = re.compile(r"(\*[* ]*)?User ([12]):(.*)", re.DOTALL)
 
 
@@ -38,7 +41,9 @@ def read(source: str, format: Format = "auto") -> Iterator[Example]:
     for count, example in enumerate(examples, start=1):  # noqa: B007 (the count is read after the loop)
         yield example
     if not count:
-        raise DataError(f"{source}: holds no example, at least one reply of a persona's owner is needed")
+        raise DataError(
+            f"{source}: holds no example, at least one reply of a persona's owner is needed"
+        )
 
 
 def resolve(source: str) -> Path:
@@ -46,20 +51,26 @@ def resolve(source: str) -> Path:
     if source.startswith("embedded:"):
         split = source.partition(":")[2]
         if split not in ("train", "valid", "test"):
-            raise DataError(f"data source {source!r}: no such shipped split; use embedded:train, :valid or :test")
+            raise DataError(
+                f"data source {source!r}: no such shipped split; use embedded:train, :valid or"
+                " :test"
+            )
         path = EMBEDDED / f"{split}.jsonl"
     else:
         path = Path(source).expanduser()
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file (data source {source!r}); give a ParlAI text, Synthetic-Persona-Chat CSV or JSONL "
-            "file, embedded:train|valid|test, or hub:NAME[:CONFIG][:SPLIT]"
+            f"{path}: no such file (data source {source!r}); give a ParlAI text,"
+            " Synthetic-Persona-Chat CSV or JSONL file, embedded:train|valid|test, or"
+            " hub:NAME[:CONFIG][:SPLIT]"
         )
     return path
 
 
 def digest(source: str) -> str:
-    """Return the SHA-256 (hex) of the bytes of `source`; of a hub data set, of its name and content fingerprint."""
+    """Return the SHA-256 (hex) of the bytes of `source`; of a hub data set, of its name and content
+    fingerprint.
+    """
     state = hashlib.sha256()
     if source.startswith("hub:"):
         state.update(f"{source} {_load_hub(source)._fingerprint}".encode())
@@ -83,13 +94,16 @@ def detect(path: Path) -> Format:
     if SPC_COLUMNS[0] in first:
         return "spc_csv"
     raise DataError(
-        f"{path}:{number}: cannot tell the format from the line {first[:60]!r}; allowed are ParlAI text (`1 hello`, a "
-        "tab, `hi`), Synthetic-Persona-Chat CSV and JSONL; set data.format to parlai, spc_csv or jsonl"
+        f"{path}:{number}: cannot tell the format from the line {first[:60]!r}; allowed are ParlAI"
+        " text (`1 hello`, a tab, `hi`), Synthetic-Persona-Chat CSV and JSONL; set data.format to"
+        " parlai, spc_csv or jsonl"
     )
 
 
 def _read_spc(path: Path) -> Iterator[Example]:
-    """Synthetic-Persona-Chat: two views of each conversation, every user with his own persona and replies."""
+    """Synthetic-Persona-Chat: two views of each conversation, every user with his own persona and
+    replies.
+    """
     rows = csv.reader((line for _, line in lines(path, keep_end=True)), strict=True)
     columns: list[int] | None = None
     start = 1
@@ -101,19 +115,27 @@ def _read_spc(path: Path) -> Iterator[Example]:
             elif row:
                 yield from _spc_views([_cell(row, column, where) for column in columns], where)
     except csv.Error as error:
-        raise DataError(f"{path}:{rows.line_num}: not a CSV row ({error}); quote fields that span lines") from error
+        raise DataError(
+            f"{path}:{rows.line_num}: not a CSV row ({error}); quote fields that span lines"
+        ) from error
 
 
 def _spc_columns(header: list[str], where: str) -> list[int]:
     missing = [name for name in SPC_COLUMNS if name not in header]
     if missing:
-        raise DataError(f"{where}: the header lacks {missing}, got {header}; Synthetic-Persona-Chat has {SPC_COLUMNS}")
+        raise DataError(
+            f"{where}: the header lacks {missing}, got {header}; Synthetic-Persona-Chat has"
+            f" {SPC_COLUMNS}"
+        )
     return [header.index(name) for name in SPC_COLUMNS]
 
 
 def _cell(row: list[str], column: int, where: str) -> str:
     if column >= len(row):
-        raise DataError(f"{where}: the row has {len(row)} fields, the header more; quote fields that hold a comma")
+        raise DataError(
+            f"{where}: the row has {len(row)} fields, the header more; quote fields that hold a"
+            " comma"
+        )
     return row[column]
 
 
@@ -129,7 +151,8 @@ def _spc_views(cells: list[str], where: str) -> Iterator[Example]:
 
 
 def _spc_turns(conversation: str, where: str) -> tuple[list[str], list[str]]:
-    """Return (speakers, turns), alternating: turns in a row by one user, and lines without a name, are joined.
+    """Return (speakers, turns), alternating: turns in a row by one user, and lines without a name,
+    are joined.
 
     The published files hold some conversations without names; they are left out with a warning.
     """
@@ -140,7 +163,9 @@ def _spc_turns(conversation: str, where: str) -> tuple[list[str], list[str]]:
             continue  # blank lines and rulers
         match = _SPC_TURN.match(line.strip())
         if match is None and not speakers:
-            get_logger().warning("%s: skipped, the conversation names no speaker: %r", where, line[:60])
+            get_logger().warning(
+                "%s: skipped, the conversation names no speaker: %r", where, line[:60]
+            )
             break
         text = line.strip() if match is None else match[3].strip("* " if match[1] else " ")
         if match is None or (speakers and speakers[-1] == match[2]):
@@ -149,12 +174,17 @@ def _spc_turns(conversation: str, where: str) -> tuple[list[str], list[str]]:
             speakers.append(match[2])
             turns.append(text)
     if "" in turns:
-        raise DataError(f"{where}: turn {turns.index('')} of the conversation has a name and no text; remove the line")
+        raise DataError(
+            f"{where}: turn {turns.index('')} of the conversation has a name and no text; remove"
+            " the line"
+        )
     return speakers, turns
 
 
 def _read_jsonl(path: Path) -> Iterator[Example]:
-    """One JSON object a line: an example (persona, history, response) or a dialogue (persona, turns, first_speaker)."""
+    """One JSON object a line: an example (persona, history, response) or a dialogue (persona,
+    turns, first_speaker).
+    """
     for number, line in lines(path):
         if not line.strip():
             continue
@@ -162,7 +192,9 @@ def _read_jsonl(path: Path) -> Iterator[Example]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); one object a line") from error
+            raise DataError(
+                f"{where}: not JSON ({error.msg} at column {error.colno}); one object a line"
+            ) from error
         if not isinstance(record, dict):
             raise DataError(f"{where}: got {type(record).__name__}, each line is one JSON object")
         yield from _from_record(record, where, str(record.get("id") or f"{path.name}:{number}"))
@@ -172,14 +204,21 @@ def _from_record(record: Mapping[str, Any], where: str, name: str) -> Iterator[E
     if "turns" not in record:
         history = _texts(record, "history", where)
         response = _text(record.get("response"), "response", where)
-        dialogue = name if (given := record.get("dialogue_id")) is None else _text(str(given), "dialogue_id", where)
+        dialogue = (
+            name
+            if (given := record.get("dialogue_id")) is None
+            else _text(str(given), "dialogue_id", where)
+        )
         turn = len(history) if (given := record.get("turn")) is None else given
         if type(turn) is not int or turn < 0:
             raise DataError(f'{where}: "turn" must be a whole number from 0 on, got {turn!r:.60}')
         yield Example(name, dialogue, turn, _texts(record, "persona", where), history, response)
         return
     if (first := record.get("first_speaker")) not in ("partner", "self"):
-        raise DataError(f"{where}: first_speaker is {first!r}; allowed are 'partner' and 'self' (the persona's owner)")
+        raise DataError(
+            f"{where}: first_speaker is {first!r}; allowed are 'partner' and 'self' (the persona's"
+            " owner)"
+        )
     persona, turns = _texts(record, "persona", where), _texts(record, "turns", where)
     for turn, history, response in replies(turns, self_opens=first == "self"):
         yield Example(f"{name}/{turn}", name, turn, persona, history, response)
@@ -189,7 +228,9 @@ def _texts(record: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     value = record.get(key)
     if not isinstance(value, (list, tuple)):
         got = f"{value!r:.60}" if key in record else f"no such key among {sorted(record)}"
-        raise DataError(f'{where}: "{key}" must be a list of texts, got {got}; write [] where there is none')
+        raise DataError(
+            f'{where}: "{key}" must be a list of texts, got {got}; write [] where there is none'
+        )
     return tuple(_text(item, f"{key}[{place}]", where) for place, item in enumerate(value))
 
 
@@ -202,24 +243,33 @@ def _text(value: object, key: str, where: str) -> str:
 def _read_hub(source: str) -> Iterator[Example]:
     name = source.split(":")[1]
     for number, record in enumerate(_load_hub(source)):
-        yield from _from_record(record, f"{source} row {number}", str(record.get("id") or f"{name}:{number}"))
+        yield from _from_record(
+            record, f"{source} row {number}", str(record.get("id") or f"{name}:{number}")
+        )
 
 
 def _load_hub(source: str) -> Any:
-    """Load `hub:NAME[:CONFIG][:SPLIT]`; an empty CONFIG is the data set's default, without SPLIT it is train."""
+    """Load `hub:NAME[:CONFIG][:SPLIT]`; an empty CONFIG is the data set's default, without SPLIT it
+    is train.
+    """
     parts = source.split(":")[1:]
     if not parts[0] or len(parts) > 3:
-        raise DataError(f"data source {source!r}: write hub:NAME[:CONFIG][:SPLIT], or hub:NAME::SPLIT without a config")
+        raise DataError(
+            f"data source {source!r}: write hub:NAME[:CONFIG][:SPLIT], or hub:NAME::SPLIT without a"
+            " config"
+        )
     name, config, split = [*parts, "", ""][:3]
     import datasets  # seconds to import, and only this source needs it here
 
     try:
         return datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # network, authentication and data-set faults come as a dozen unrelated classes
+    except (
+        Exception
+    ) as error:  # network, authentication and data-set faults come as a dozen unrelated classes
         raise DataError(
-            f"data source {source!r}: cannot load it ({type(error).__name__}: {error}); without a network give a local "
-            "file instead (ParlAI text, Synthetic-Persona-Chat CSV or JSONL), a split without a config is written "
-            "hub:NAME::SPLIT"
+            f"data source {source!r}: cannot load it ({type(error).__name__}: {error}); without a"
+            " network give a local file instead (ParlAI text, Synthetic-Persona-Chat CSV or"
+            " JSONL), a split without a config is written hub:NAME::SPLIT"
         ) from error
 
 

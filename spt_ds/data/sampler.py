@@ -1,7 +1,9 @@
-"""Which examples make an optimizer step, and which rank reads which. Pure functions of their arguments; no torch.
+"""Which examples make an optimizer step, and which rank reads which. Pure functions of their
+arguments; no torch.
 
-n examples in the dataset, G in a window (one optimizer step over all ranks), W ranks. A position in training is the
-step number alone: what a window holds depends on n, G and the seed, never on W or the micro-batch.
+n examples in the dataset, G in a window (one optimizer step over all ranks), W ranks. A position in
+training is the step number alone: what a window holds depends on n, G and the seed, never on W or
+the micro-batch.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ class Slot(NamedTuple):
 
 
 def total_steps(examples: int, global_batch: int, epochs: int) -> int:
-    """Steps in which every example is read at least `epochs` times; the last window is filled from the next epoch."""
+    """Steps in which every example is read at least `epochs` times; the last window is filled from
+    the next epoch.
+    """
     return -(-examples * epochs // global_batch)
 
 
@@ -30,15 +34,18 @@ def total_steps(examples: int, global_batch: int, epochs: int) -> int:
 def _epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
     """Permutation of an epoch, int64 [n].
 
-    Sorted raw Philox numbers, because NumPy promises that raw streams stay the same over its versions, which it does
-    not promise of `Generator.permutation`: a resumed run must see the order it began with.
+    Sorted raw Philox numbers, because NumPy promises that raw streams stay the same over its
+    versions, which it does not promise of `Generator.permutation`: a resumed run must see the order
+    it began with.
     """
     raw = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(examples)
     return np.argsort(raw, kind="stable")
 
 
 def window_indices(examples: int, global_batch: int, seed: int, step: int) -> np.ndarray:
-    """Dataset rows of window `step` (from 0), int64 [G]: part of the endless stream of epoch permutations."""
+    """Dataset rows of window `step` (from 0), int64 [G]: part of the endless stream of epoch
+    permutations.
+    """
     start, end = step * global_batch, (step + 1) * global_batch
     parts = []
     while start < end:
@@ -49,13 +56,17 @@ def window_indices(examples: int, global_batch: int, seed: int, step: int) -> np
     return np.concatenate(parts)
 
 
-def assign(indices: np.ndarray, lengths: np.ndarray, world: int, micro_batch: int) -> list[list[list[Slot]]]:
-    """Deal a window's examples to ranks and micro-batches: result[rank][micro-step] is a list of slots.
+def assign(
+    indices: np.ndarray, lengths: np.ndarray, world: int, micro_batch: int
+) -> list[list[list[Slot]]]:
+    """Deal a window's examples to ranks and micro-batches: result[rank][micro-step] is a list of
+    slots.
 
-    `indices` [G] dataset rows, `lengths` [G] their tokens. Every rank gets the same number of micro-batches of the
-    same sizes, at most `micro_batch` and like one another. Rows are dealt longest first, in a snake, so that a
-    micro-batch holds rows of like length, ranks have like token counts in every micro-step, and memory peaks in the
-    first one. Where W does not divide G, up to W - 1 fillers (the shortest example, weight 0) complete the last row.
+    `indices` [G] dataset rows, `lengths` [G] their tokens. Every rank gets the same number of
+    micro-batches of the same sizes, at most `micro_batch` and like one another. Rows are dealt
+    longest first, in a snake, so that a micro-batch holds rows of like length, ranks have like
+    token counts in every micro-step, and memory peaks in the first one. Where W does not divide G,
+    up to W - 1 fillers (the shortest example, weight 0) complete the last row.
     """
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
     rows = [Slot(int(place), int(indices[place]), 1.0) for place in order]
@@ -66,6 +77,8 @@ def assign(indices: np.ndarray, lengths: np.ndarray, world: int, micro_batch: in
     dealt: list[list[list[Slot]]] = [[] for _ in range(world)]
     for start, end in pairwise(borders):
         for rank in range(world):
-            places = [row * world + (world - 1 - rank if row % 2 else rank) for row in range(start, end)]
+            places = [
+                row * world + (world - 1 - rank if row % 2 else rank) for row in range(start, end)
+            ]
             dealt[rank].append([rows[place] for place in places])
     return dealt

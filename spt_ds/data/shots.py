@@ -1,4 +1,6 @@
-"""Worked examples for few-shot prompting: whole examples of the training data, as training would have read them."""
+"""Worked examples for few-shot prompting: whole examples of the training data, as training would
+have read them.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,20 @@ SHARE = 0.5  # of the window that all worked examples may take together
 
 
 def worked_examples(
-    train: ExampleStore, tokenizer: PreTrainedTokenizerBase, count: int, max_tokens: int, seed: int, *, persona: bool
+    train: ExampleStore,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    max_tokens: int,
+    seed: int,
+    *,
+    persona: bool,
 ) -> tuple[int, ...]:
-    """Return the ids of `count` examples of as many dialogues, drawn by `seed`: context, reply and EOS of each.
+    """Return the ids of `count` examples of as many dialogues, drawn by `seed`: context, reply and
+    EOS of each.
 
-    Each may take an equal part of SHARE of `max_tokens`: its oldest turns are dropped to fit, and one whose persona and
-    reply alone do not fit is passed over. DataError when fewer than `count` fit.
+    Each may take an equal part of SHARE of `max_tokens`: its oldest turns are dropped to fit, and
+    one whose persona and reply alone do not fit is passed over. DataError when fewer than `count`
+    fit.
     """
     room = int(max_tokens * SHARE) // count
     ids: list[int] = []
@@ -34,7 +44,12 @@ def worked_examples(
         if row["dialogue_id"] in taken:
             continue
         example = Example(
-            row["id"], row["dialogue_id"], row["turn"], tuple(row["persona"]), tuple(row["history"]), row["response"]
+            row["id"],
+            row["dialogue_id"],
+            row["turn"],
+            tuple(row["persona"]),
+            tuple(row["history"]),
+            row["response"],
         )
         try:
             encoded = encoder.example(example)
@@ -45,7 +60,7 @@ def worked_examples(
         if len(taken) == count:
             return tuple(ids)
     raise DataError(
-        f"data.few_shot: of {train.source} {len(taken)} dialogues have an example that fits into {room} tokens "
-        f"(half of data.max_tokens: {max_tokens}, over {count}), {count} are needed; raise data.max_tokens or lower "
-        "data.few_shot"
+        f"data.few_shot: of {train.source} {len(taken)} dialogues have an example that fits into"
+        f" {room} tokens (half of data.max_tokens: {max_tokens}, over {count}), {count} are needed;"
+        " raise data.max_tokens or lower data.few_shot"
     )

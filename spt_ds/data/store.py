@@ -1,4 +1,5 @@
-"""Encoded examples on disk: an Arrow table of `datasets`, memory-mapped, cached by what its contents depend on.
+"""Encoded examples on disk: an Arrow table of `datasets`, memory-mapped, cached by what its
+contents depend on.
 
 n examples in a store. Nothing of size n is held in memory but two int32 arrays of lengths.
 """
@@ -69,15 +70,20 @@ class ExampleStore:
             self._data = Dataset.from_file(str(path / _TABLE))
         except (OSError, ValueError) as error:
             raise DataError(
-                f"{path}: not a readable store of examples ({error}); remove the folder and run again"
+                f"{path}: not a readable store of examples ({error}); remove the folder and run"
+                " again"
             ) from error
         self.path = path
         self.data_hash: str = meta["key"]
         self.source: str = meta["source"]
         self.persona_shown: bool = meta["persona"]
         table = self._data.data
-        self.lengths = Lengths(*(table.column(name).to_numpy() for name in ("context_len", "response_len")))
-        self.truncated = int((table.column("dropped_turns").to_numpy() > 0).sum())  # examples that lost turns
+        self.lengths = Lengths(
+            *(table.column(name).to_numpy() for name in ("context_len", "response_len"))
+        )
+        self.truncated = int(
+            (table.column("dropped_turns").to_numpy() > 0).sum()
+        )  # examples that lost turns
         self._ids = self._data.select_columns(["context_ids", "response_ids"]).with_format("arrow")
         self._texts = self._data.select_columns(["persona", "history"])
 
@@ -90,7 +96,10 @@ class ExampleStore:
     def ids(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Return context and response ids of the given examples, each one int64 array, end to end."""
         rows = self._ids[list(indices)]
-        flat = [rows.column(name).combine_chunks().flatten().to_numpy() for name in ("context_ids", "response_ids")]
+        flat = [
+            rows.column(name).combine_chunks().flatten().to_numpy()
+            for name in ("context_ids", "response_ids")
+        ]
         return flat[0].astype(np.int64), flat[1].astype(np.int64)
 
     def texts(self, indices: Sequence[int]) -> list[tuple[list[str], list[str]]]:
@@ -111,12 +120,13 @@ def build_store(
     shown: Shown = PLAIN,
     reserved: int | None = None,
 ) -> ExampleStore:
-    """Encode `source` (see `readers`), or open the store that an earlier run left for the same bytes and tokenizer.
+    """Encode `source` (see `readers`), or open the store that an earlier run left for the same
+    bytes and tokenizer.
 
-    `max_examples` 0 takes all; `shown` is what the model sees beside the dialogue; `reserved` is what a context leaves
-    for a reply that is to be generated, None: room for the example's own. Several processes may build at once: each
-    writes its own folder, the first to finish renames it into place, the others use that one. DataError from the
-    readers, the encoder or the disk.
+    `max_examples` 0 takes all; `shown` is what the model sees beside the dialogue; `reserved` is
+    what a context leaves for a reply that is to be generated, None: room for the example's own.
+    Several processes may build at once: each writes its own folder, the first to finish renames it
+    into place, the others use that one. DataError from the readers, the encoder or the disk.
     """
     parts = {
         "source_name": source.rpartition("/")[2],  # ids of examples carry it
@@ -140,14 +150,16 @@ def build_store(
             pairs = encode_many(examples, tokenizer, max_tokens, shown, reserved)
             _write(path, pairs, {"key": key, "source": source, **parts})
         except OSError as error:
-            raise DataError(f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir") from error
+            raise DataError(
+                f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir"
+            ) from error
         seconds = time.monotonic() - started
         get_logger().info(f"tokenised {source} into {path} in {seconds:.1f} s")
     store = ExampleStore(path)
     if store.truncated:
         get_logger().info(
-            f"{source}: {store.truncated} of {len(store)} examples lost their oldest turns to fit data.max_tokens "
-            f"{max_tokens}"
+            f"{source}: {store.truncated} of {len(store)} examples lost their oldest turns to fit"
+            f" data.max_tokens {max_tokens}"
         )
     return store
 
@@ -158,7 +170,9 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def _write(path: Path, pairs: Iterator[tuple[Example, Encoded]], meta: dict[str, Any]) -> None:
-    """Write the table and, last, its description into a new folder beside `path`, then rename it to `path`."""
+    """Write the table and, last, its description into a new folder beside `path`, then rename it to
+    `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as parent:
         folder = Path(parent) / "store"
@@ -166,11 +180,20 @@ def _write(path: Path, pairs: Iterator[tuple[Example, Encoded]], meta: dict[str,
         with ArrowWriter(path=str(folder / _TABLE), features=_FEATURES) as writer:
             for example, encoded in pairs:
                 context, response = len(encoded.context_ids), len(encoded.response_ids)
-                writer.write({**vars(example), **vars(encoded), "context_len": context, "response_len": response})
+                writer.write(
+                    {
+                        **vars(example),
+                        **vars(encoded),
+                        "context_len": context,
+                        "response_len": response,
+                    }
+                )
             writer.finalize()
         (folder / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
         try:
             folder.rename(path)
         except OSError:
-            if not (path / _META).exists():  # else another process was first, with the same contents
+            if not (
+                path / _META
+            ).exists():  # else another process was first, with the same contents
                 raise

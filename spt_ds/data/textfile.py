@@ -9,7 +9,8 @@ from spt_ds.errors import DataError
 
 
 def lines(path: Path, keep_end: bool = False) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line); only a newline ends a line, a byte order mark is dropped, DataError names bad bytes.
+    """Yield (number from 1, line); only a newline ends a line, a byte order mark is dropped,
+    DataError names bad bytes.
 
     `keep_end` keeps the newline, which a CSV field may contain.
     """
@@ -20,8 +21,8 @@ def lines(path: Path, keep_end: bool = False) -> Iterator[tuple[int, str]]:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{path}:{number}: byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8; save "
-                    "the file as UTF-8 (for example `iconv -f latin1 -t utf-8`)"
+                    f"{path}:{number}: byte 0x{raw[error.start]:02x} at column {error.start + 1} is"
+                    " not UTF-8; save the file as UTF-8 (for example `iconv -f latin1 -t utf-8`)"
                 ) from error
             yield number, line if keep_end else line.rstrip("\r\n")
     if not number:

@@ -1,9 +1,11 @@
-"""Checkpoints that know no world size: the trainable tensors and Adam's moments, nothing else, in fp32.
+"""Checkpoints that know no world size: the trainable tensors and Adam's moments, nothing else, in
+fp32.
 
-A checkpoint is a folder `step-00000200` with `trainables.safetensors`, `optimizer.safetensors` and `state.json`, and
-it is one only when `COMPLETE.json` is in it, the last file written, which holds the sha256 of the others. It is
-written under a temporary name, flushed to disk and renamed. Reading runs no code. There is no generator state to save:
-every draw of a run is keyed by its seed and step (see rng.py), so a run resumed on other ranks draws the same.
+A checkpoint is a folder `step-00000200` with `trainables.safetensors`, `optimizer.safetensors` and
+`state.json`, and it is one only when `COMPLETE.json` is in it, the last file written, which holds
+the sha256 of the others. It is written under a temporary name, flushed to disk and renamed. Reading
+runs no code. There is no generator state to save: every draw of a run is keyed by its seed and step
+(see rng.py), so a run resumed on other ranks draws the same.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds. `state` is plain JSON: step, best metric, configuration, code version."""
+    """What a checkpoint holds. `state` is plain JSON: step, best metric, configuration, code
+    version.
+    """
 
     trainables: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
@@ -42,14 +46,15 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write `checkpoint` to `folder/step-N` atomically and return its path; call on one rank only.
 
-    Raises CheckpointError when the disk refuses; older checkpoints are untouched and nothing half-written stays.
+    Raises CheckpointError when the disk refuses; older checkpoints are untouched and nothing
+    half-written stays.
     """
     step = checkpoint.state["step"]
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.writing"
     if _is_whole(final):
-        # A run that was killed after its last save takes no step before it saves again: the same numbers are there
-        # already, and to replace them would leave a moment without them.
+        # A run that was killed after its last save takes no step before it saves again: the same
+        # numbers are there already, and to replace them would leave a moment without them.
         return final
     files = {
         TRAINABLES: save_tensors(_plain(checkpoint.trainables)),
@@ -74,8 +79,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"{final}: cannot be written ({error.strerror or error}); free space or choose another --run-dir. "
-            "Earlier checkpoints are intact"
+            f"{final}: cannot be written ({error.strerror or error}); free space or choose another"
+            " --run-dir. Earlier checkpoints are intact"
         ) from error
     return final
 
@@ -84,13 +89,19 @@ def load(path: Path) -> Checkpoint:
     """Read and verify one checkpoint; raise CheckpointError saying what is wrong with it."""
     files = _verified(path)
     try:
-        return Checkpoint(load_tensors(files[TRAINABLES]), load_tensors(files[OPTIMIZER]), json.loads(files[STATE]))
+        return Checkpoint(
+            load_tensors(files[TRAINABLES]),
+            load_tensors(files[OPTIMIZER]),
+            json.loads(files[STATE]),
+        )
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not written by spt_ds ({error})") from error
 
 
 def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
-    """Return the newest good checkpoint of a run; each damaged one is named in a warning and passed over."""
+    """Return the newest good checkpoint of a run; each damaged one is named in a warning and passed
+    over.
+    """
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             return path, load(path)
@@ -100,7 +111,8 @@ def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Rename what is newer than `step`, where a run goes on: it is damaged, and no number of it may count again.
+    """Rename what is newer than `step`, where a run goes on: it is damaged, and no number of it may
+    count again.
 
     Raises CheckpointError when the disk refuses.
     """
@@ -111,31 +123,42 @@ def set_aside(folder: Path, step: int) -> None:
             shutil.rmtree(target, ignore_errors=True)
             path.rename(target)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be renamed ({error.strerror}); move it away by hand") from error
+            raise CheckpointError(
+                f"{path}: cannot be renamed ({error.strerror}); move it away by hand"
+            ) from error
     if newer:
         names = ", ".join(path.name for path in newer)
-        get_logger().warning(f"{folder}: set aside as damaged-*: {names}; the run goes on from step {step}")
+        get_logger().warning(
+            f"{folder}: set aside as damaged-*: {names}; the run goes on from step {step}"
+        )
 
 
 def prune(folder: Path, keep_last: int, best: int | None, saved: int) -> None:
-    """Remove all but the newest `keep_last` complete checkpoints up to step `saved` and the one of step `best`.
+    """Remove all but the newest `keep_last` complete checkpoints up to step `saved` and the one of
+    step `best`.
 
-    `saved` is the step that was just written: it stays, and nothing newer counts. Raises CheckpointError when the disk
-    refuses.
+    `saved` is the step that was just written: it stays, and nothing newer counts. Raises
+    CheckpointError when the disk refuses.
     """
     complete = [
-        path for path in sorted(folder.glob("step-*")) if path.name <= f"step-{saved:08d}" and (path / MARKER).is_file()
+        path
+        for path in sorted(folder.glob("step-*"))
+        if path.name <= f"step-{saved:08d}" and (path / MARKER).is_file()
     ]
     for path in complete[:-keep_last]:
         if best is None or path.name != f"step-{best:08d}":
             try:
                 (path / MARKER).unlink()  # first of all no longer a checkpoint, then gone
             except OSError as error:
-                raise CheckpointError(f"{path}: cannot be removed ({error.strerror}); look at its owner") from error
+                raise CheckpointError(
+                    f"{path}: cannot be removed ({error.strerror}); look at its owner"
+                ) from error
             shutil.rmtree(path, ignore_errors=True)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, torch.Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Iterable[str]
+) -> dict[str, torch.Tensor]:
     """Adam's moments and step counts as `name.exp_avg` ...; empty before the first step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     out = {}
@@ -145,11 +168,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) ->
     return out
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, torch.Tensor]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, torch.Tensor]
+) -> None:
     """Put back what `optimizer_tensors` gave."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, parameter in zip(names, parameters, strict=True):
-        found = {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        found = {
+            key[len(name) + 1 :]: value
+            for key, value in tensors.items()
+            if key.startswith(f"{name}.")
+        }
         if found:
             optimizer.state[parameter] = {
                 key: value.clone() if key == "step" else value.to(parameter.device).clone()
@@ -157,7 +186,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Iterable[str], te
             }
 
 
-def restore_trainables(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> None:
+def restore_trainables(
+    module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: Path
+) -> None:
     """Copy `tensors` into the parameters of the same names and shapes, all of them or none."""
     own = dict(module.named_parameters())
     problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
@@ -210,9 +241,13 @@ def _verified(path: Path) -> dict[str, bytes]:
         expected = dict(marker["sha256"])
         files = {name: (path / name).read_bytes() for name in (TRAINABLES, OPTIMIZER, STATE)}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged checkpoint ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            f"{path}: damaged checkpoint ({type(error).__name__}: {error})"
+        ) from error
     if marker.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {marker.get('format')}, this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{path}: checkpoint format {marker.get('format')}, this version reads {FORMAT}"
+        )
     for name, data in files.items():
         if hashlib.sha256(data).hexdigest() != expected.get(name):
             raise CheckpointError(f"{path}: damaged checkpoint ({name} does not match its sha256)")

@@ -1,8 +1,10 @@
-"""Reads a DeepSpeed JSON, checks every key against the YAML and the method, and says what DeepSpeed is to do.
+"""Reads a DeepSpeed JSON, checks every key against the YAML and the method, and says what DeepSpeed
+is to do.
 
-DeepSpeed wraps the frozen base alone. Everything else a DeepSpeed file can hold (batch, clipping, optimizer, schedule,
-precision) is owned by the YAML: such a key may be "auto", absent, or equal to the YAML's value. All problems come in
-one ConfigError. Neither torch nor DeepSpeed is imported, but for the two checks of the machine at the end of the file.
+DeepSpeed wraps the frozen base alone. Everything else a DeepSpeed file can hold (batch, clipping,
+optimizer, schedule, precision) is owned by the YAML: such a key may be "auto", absent, or equal to
+the YAML's value. All problems come in one ConfigError. Neither torch nor DeepSpeed is imported, but
+for the two checks of the machine at the end of the file.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class DsPlan:
     offload: Offload
     """Where the shards live at stage 3."""
     engine_config: dict[str, Any]
-    """For HfDeepSpeedConfig and deepspeed.initialize: no "auto" and no key that is owned elsewhere."""
+    """For HfDeepSpeedConfig and deepspeed.initialize: no "auto" and no key that is owned elsewhere.
+    """
     notes: tuple[str, ...]
     """Consequences and warnings for the reader."""
 
@@ -44,8 +47,8 @@ class DsPlan:
 def load_ds_config(path: str | None, config: Config, world_size: int) -> DsPlan:
     """Read and check the DeepSpeed JSON at `path` for `world_size` ranks.
 
-    Without a file the plan follows `engine.placement`; `auto` is then the caller's to decide and means a copy per rank.
-    Raises ConfigError with every problem found.
+    Without a file the plan follows `engine.placement`; `auto` is then the caller's to decide and
+    means a copy per rank. Raises ConfigError with every problem found.
     """
     placement = config.engine.placement
     if path is None:
@@ -63,19 +66,28 @@ def plan_for(placement: Placement, config: Config, world_size: int) -> DsPlan:
     zero: dict[str, Any] = {"stage": 0 if placement == "replicate" else 3}
     if placement == "zero3_offload":
         zero["offload_param"] = {"device": "cpu"}
-    return _Checker(f"engine.placement {placement}", config, world_size).plan({"zero_optimization": zero})
+    return _Checker(f"engine.placement {placement}", config, world_size).plan(
+        {"zero_optimization": zero}
+    )
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
-    """Micro-batches of the busiest rank in one step: ceil(ceil(global_batch / ranks) / micro_batch)."""
+    """Micro-batches of the busiest rank in one step: ceil(ceil(global_batch / ranks) /
+    micro_batch).
+    """
     share = -(-config.train.global_batch // world_size)
     return -(-share // config.train.micro_batch)
 
 
 def remove_swap_files(plan: DsPlan) -> None:
-    """Delete this process's swap files of NVMe offload, which DeepSpeed leaves behind; without it, do nothing."""
+    """Delete this process's swap files of NVMe offload, which DeepSpeed leaves behind; without it,
+    do nothing.
+    """
     if plan.offload == "nvme":
-        shutil.rmtree(plan.engine_config["zero_optimization"]["offload_param"]["nvme_path"], ignore_errors=True)
+        shutil.rmtree(
+            plan.engine_config["zero_optimization"]["offload_param"]["nvme_path"],
+            ignore_errors=True,
+        )
 
 
 def _placement(plan: DsPlan) -> Placement:
@@ -92,11 +104,15 @@ def _read(path: str) -> dict[str, Any]:
             f"{path}: cannot read the DeepSpeed file: {error.strerror}; ds_configs/ holds five"
         ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+        raise ConfigError(
+            f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
+        ) from error
     try:
         tree = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid JSON (column {error.colno}): {error.msg}") from error
+        raise ConfigError(
+            f"{path}:{error.lineno}: not valid JSON (column {error.colno}): {error.msg}"
+        ) from error
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
@@ -109,7 +125,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(tree) < len(pairs):
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"given twice in one object: {', '.join(map(repr, twice))}; keep one of them")
+        raise ValueError(
+            f"given twice in one object: {', '.join(map(repr, twice))}; keep one of them"
+        )
     return tree
 
 
@@ -135,7 +153,10 @@ class _Checker:
         zero = acting.setdefault("zero_optimization", {})
         if self.problems:  # the checks across keys need well-formed values
             self.fail()
-        stage, offload = zero.setdefault("stage", 0), zero.get("offload_param", {}).get("device", "none")
+        stage, offload = (
+            zero.setdefault("stage", 0),
+            zero.get("offload_param", {}).get("device", "none"),
+        )
         self.check_stage(stage, zero)
         if offload == "nvme":
             self.check_nvme(zero)
@@ -144,9 +165,14 @@ class _Checker:
         if self.problems:
             self.fail()
         if offload != "nvme" and acting.pop("aio", None):
-            self.notes.append("aio has no effect without zero_optimization.offload_param.device nvme")
+            self.notes.append(
+                "aio has no effect without zero_optimization.offload_param.device nvme"
+            )
         if self.inert:
-            self.notes.append(f"accepted without effect here (docs/deepspeed.md says why): {', '.join(self.inert)}")
+            self.notes.append(
+                "accepted without effect here (docs/deepspeed.md says why):"
+                f" {', '.join(self.inert)}"
+            )
         # DeepSpeed wants a batch size and uses it for nothing here.
         acting["train_micro_batch_size_per_gpu"] = self.config.train.micro_batch
         if self.config.model.base_bits != 32:
@@ -155,10 +181,15 @@ class _Checker:
 
     def fail(self) -> None:
         lines = "\n".join(f"  {problem}" for problem in self.problems)
-        raise ConfigError(f"{self.source}: {len(self.problems)} problem(s) in the DeepSpeed configuration\n{lines}")
+        raise ConfigError(
+            f"{self.source}: {len(self.problems)} problem(s) in the DeepSpeed"
+            f" configuration\n{lines}"
+        )
 
     def walk(self, section: str, tree: dict[str, Any]) -> dict[str, Any]:
-        """Check every key of one section, given by its dotted path; return those that act, without "auto"."""
+        """Check every key of one section, given by its dotted path; return those that act, without
+        "auto".
+        """
         acting: dict[str, Any] = {}
         for name, value in tree.items():
             path = f"{section}.{name}" if section else name
@@ -170,12 +201,20 @@ class _Checker:
             elif key.use == "refused":
                 self.refuse(path, key, value)
             elif key.kind == "section":
-                acting |= {name: self.walk(path, value)} if key.use == "acts" else self.only_check(path, value)
+                acting |= (
+                    {name: self.walk(path, value)}
+                    if key.use == "acts"
+                    else self.only_check(path, value)
+                )
             elif key.use == "yaml":
                 self.compare(path, key, value)
             elif key.use == "inert":
                 self.inert.append(path)
-            elif value != "auto" or name in ("nvme_path", "zero_hpz_partition_size", "zero_quantized_weights"):
+            elif value != "auto" or name in (
+                "nvme_path",
+                "zero_hpz_partition_size",
+                "zero_quantized_weights",
+            ):
                 acting[name] = int(value) if key.kind == "int" and value != "auto" else value
         return acting
 
@@ -184,7 +223,9 @@ class _Checker:
         return {}
 
     def refuse(self, path: str, key: Key, value: Any) -> None:
-        """Let a refused key pass when it is switched off; name misspelt keys inside it all the same."""
+        """Let a refused key pass when it is switched off; name misspelt keys inside it all the
+        same.
+        """
         if isinstance(value, dict):
             if path in SECTIONS:
                 before = len(self.inert)
@@ -214,7 +255,8 @@ class _Checker:
             return
         ranks = f" ({self.world_size} ranks)" if path == "gradient_accumulation_steps" else ""
         self.problems.append(
-            f"{path}: got {json.dumps(value)}, but {key.why} of the YAML makes it {json.dumps(owned)}{ranks}; "
+            f"{path}: got {json.dumps(value)}, but {key.why} of the YAML makes it"
+            f" {json.dumps(owned)}{ranks}; "
             f'write "auto" or change the YAML'
         )
 
@@ -226,47 +268,62 @@ class _Checker:
         if stage == 3:
             if self.config.method.trains_base:
                 self.problems.append(
-                    f"zero_optimization.stage: 3 shards the base, but method.type: {self.config.method.type} of the "
-                    "YAML trains weights in it and needs all of it on each rank; use stage 0, 1 or 2, or no file"
+                    "zero_optimization.stage: 3 shards the base, but method.type:"
+                    f" {self.config.method.type} of the YAML trains weights in it and needs all of"
+                    " it on each rank; use stage 0, 1 or 2, or no file"
                 )
             if self.world_size == 1 and offload.get("device", "none") == "none":
-                self.notes.append("stage 3 with one rank shards nothing; a copy per rank does the same, faster")
+                self.notes.append(
+                    "stage 3 with one rank shards nothing; a copy per rank does the same, faster"
+                )
             return
         if offload.get("device", "none") != "none":
             self.problems.append(
-                f"zero_optimization.offload_param: stage {stage} ignores it; set zero_optimization.stage to 3, or "
-                "remove it"
+                f"zero_optimization.offload_param: stage {stage} ignores it; set"
+                " zero_optimization.stage to 3, or remove it"
             )
-        self.notes.append(f"stage {stage}: the base is replicated; the small trainables are so at every stage")
+        self.notes.append(
+            f"stage {stage}: the base is replicated; the small trainables are so at every stage"
+        )
         useless = sorted(name for name in zero if name not in ("stage", "offload_param"))
         self.inert += [f"zero_optimization.{name}" for name in useless]
         for name in [*useless, "offload_param"]:
             zero.pop(name, None)
 
     def check_nvme(self, zero: dict[str, Any]) -> None:
-        """What DeepSpeed would only find minutes later, or never: disk, buffers, compiler, precision."""
+        """What DeepSpeed would only find minutes later, or never: disk, buffers, compiler,
+        precision.
+        """
         offload = zero["offload_param"]
         where = "zero_optimization.offload_param"
         folder = _nvme_folder(offload.get("nvme_path"))
         if folder is None:
-            self.problems.append(f'{where}.nvme_path: missing; give a folder on a local disk, or "auto"')
+            self.problems.append(
+                f'{where}.nvme_path: missing; give a folder on a local disk, or "auto"'
+            )
         elif not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
             what = "not writable" if folder.is_dir() else "no such folder"
-            self.problems.append(f"{where}.nvme_path: {folder} is {what}; create it on every host, or name another")
+            self.problems.append(
+                f"{where}.nvme_path: {folder} is {what}; create it on every host, or name another"
+            )
         else:
-            # DeepSpeed empties its folder at the start: a run that shared it with another would destroy its weights.
+            # DeepSpeed empties its folder at the start: a run that shared it with another would
+            # destroy its weights.
             offload["nvme_path"] = str(folder / f"spt_ds_{socket.gethostname()}_{os.getpid()}")
-            self.notes.append(f"the base is swapped to {offload['nvme_path']}; a killed run leaves this folder")
+            self.notes.append(
+                f"the base is swapped to {offload['nvme_path']}; a killed run leaves this folder"
+            )
         self.check_buffer(offload)
         if zero.setdefault("stage3_max_reuse_distance", 0) > 0:
             self.problems.append(
-                f"zero_optimization.stage3_max_reuse_distance: {zero['stage3_max_reuse_distance']} keeps parameters "
-                'gathered, and each holds a disk buffer, until DeepSpeed runs out of them; set it to 0 or "auto"'
+                f"zero_optimization.stage3_max_reuse_distance: {zero['stage3_max_reuse_distance']}"
+                " keeps parameters gathered, and each holds a disk buffer, until DeepSpeed runs"
+                ' out of them; set it to 0 or "auto"'
             )
         if not _async_io_builds():
             self.problems.append(
-                f"{where}.device: nvme needs DeepSpeed's async_io, which does not build here: `apt-get install "
-                "libaio-dev` (libaio-devel with dnf), and a C compiler"
+                f"{where}.device: nvme needs DeepSpeed's async_io, which does not build here:"
+                " `apt-get install libaio-dev` (libaio-devel with dnf), and a C compiler"
             )
 
     def check_buffer(self, offload: dict[str, Any]) -> None:
@@ -275,7 +332,8 @@ class _Checker:
         size = offload.setdefault("buffer_size", needed or DEFAULT_NVME_BUFFER)
         if size < needed:
             self.problems.append(
-                f"zero_optimization.offload_param.buffer_size: {size} elements are too few: the largest parameter "
+                f"zero_optimization.offload_param.buffer_size: {size} elements are too few: the"
+                " largest parameter "
                 f'takes {needed} on each of {self.world_size} ranks; give at least that, or "auto"'
             )
 
@@ -286,16 +344,23 @@ class _Checker:
             return
         why = None
         if self.config.model.base_bits != 16:
-            why = f"its quantiser reads 16-bit numbers, model.base_bits is {self.config.model.base_bits}"
+            why = (
+                "its quantiser reads 16-bit numbers, model.base_bits is"
+                f" {self.config.model.base_bits}"
+            )
         elif not _cuda():
             why = "DeepSpeed's quantiser has no CPU version, it needs a CUDA device"
         zero["zero_quantized_weights"] = why is None
         if why is None:
-            self.notes.append("zero_quantized_weights: the base is read through int8, losses differ from bf16")
+            self.notes.append(
+                "zero_quantized_weights: the base is read through int8, losses differ from bf16"
+            )
         elif asked == "auto":
             self.notes.append(f"zero_quantized_weights is off: {why}")
         else:
-            self.problems.append(f'zero_optimization.zero_quantized_weights: {why}; set it to false or "auto"')
+            self.problems.append(
+                f'zero_optimization.zero_quantized_weights: {why}; set it to false or "auto"'
+            )
 
     def check_hpz(self, zero: dict[str, Any]) -> None:
         size = zero.get("zero_hpz_partition_size", 1)
@@ -303,17 +368,21 @@ class _Checker:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
             size = local if local < self.world_size and self.world_size % local == 0 else 1
             zero["zero_hpz_partition_size"] = size
-            gain = f"{size} ranks of each host" if size > 1 else "off, the ranks are not spread over equal hosts"
+            gain = (
+                f"{size} ranks of each host"
+                if size > 1
+                else "off, the ranks are not spread over equal hosts"
+            )
             self.notes.append(f"zero_hpz_partition_size auto: {gain}")
         if size < 1 or self.world_size % size:
             self.problems.append(
-                f"zero_optimization.zero_hpz_partition_size: {size} does not divide the {self.world_size} ranks; give "
-                'the number of ranks per host, or "auto"'
+                f"zero_optimization.zero_hpz_partition_size: {size} does not divide the"
+                f' {self.world_size} ranks; give the number of ranks per host, or "auto"'
             )
         elif size > 1 and zero.get("offload_param", {}).get("device") == "nvme":
             self.problems.append(
-                "zero_optimization.zero_hpz_partition_size: DeepSpeed cannot keep the second copy on a disk; set it to "
-                "1, or offload_param.device to cpu"
+                "zero_optimization.zero_hpz_partition_size: DeepSpeed cannot keep the second copy"
+                " on a disk; set it to 1, or offload_param.device to cpu"
             )
 
 
@@ -324,7 +393,12 @@ def _fits(key: Key, value: Any) -> bool:
         return value in key.choices
     if key.kind == "int":
         # 5e8 is a whole number too; Python reads 1e999 as infinity, which is none.
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0 and value % 1 == 0
+        return (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and value >= 0
+            and value % 1 == 0
+        )
     if key.kind == "number":
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     kinds = {"bool": bool, "string": str, "list": list, "section": dict}
@@ -334,19 +408,29 @@ def _fits(key: Key, value: Any) -> bool:
 def _expected(key: Key) -> str:
     if key.choices:
         return " or ".join(json.dumps(choice) for choice in key.choices)
-    names = {"bool": "true or false", "int": "a whole number of 0 or more", "section": "an object {...}"}
+    names = {
+        "bool": "true or false",
+        "int": "a whole number of 0 or more",
+        "section": "an object {...}",
+    }
     return names.get(key.kind, f"a {key.kind}")
 
 
 def _suggest(section: str, name: str) -> str:
-    """Return the nearest known keys of the section, the section it belongs to, or the section's keys."""
+    """Return the nearest known keys of the section, the section it belongs to, or the section's
+    keys.
+    """
     word = name.strip().lower()
     known = SECTIONS[section]
     if OTHER_NAMES.get(word) in known:
         return f"did you mean '{OTHER_NAMES[word]}'?"
     likeness = {key: SequenceMatcher(None, word, key).ratio() for key in known}
     best = max(likeness.values())
-    homes = [home or "the top level" for home, table in SECTIONS.items() if word in table and home != section]
+    homes = [
+        home or "the top level"
+        for home, table in SECTIONS.items()
+        if word in table and home != section
+    ]
     if homes and best < 1:
         return f"it belongs in {' or '.join(homes)}"
     if best < 0.6:

@@ -1,8 +1,10 @@
-"""Every key of a DeepSpeed configuration file and what it does here; plain data, taken from DeepSpeed 0.19.8.
+"""Every key of a DeepSpeed configuration file and what it does here; plain data, taken from
+DeepSpeed 0.19.8.
 
-DeepSpeed wraps the frozen base alone (ZeRO-3 sharding and offload). It owns no gradient, optimizer, schedule, batch or
-precision: the YAML does. So a key has one of four uses: it `acts`; it repeats a value of the `yaml`; it is `inert`
-(accepted and said); or it is `refused`, where passing over it would mislead.
+DeepSpeed wraps the frozen base alone (ZeRO-3 sharding and offload). It owns no gradient, optimizer,
+schedule, batch or precision: the YAML does. So a key has one of four uses: it `acts`; it repeats a
+value of the `yaml`; it is `inert` (accepted and said); or it is `refused`, where passing over it
+would mislead.
 """
 
 from __future__ import annotations
@@ -44,27 +46,42 @@ def _refused(why: str, kind: Kind = "any") -> Key:
     return Key(kind, "refused", why)
 
 
-NO_GRADIENT = "DeepSpeed holds no gradient here: those of the trainables are reduced in fp32 beside it"
+NO_GRADIENT = (
+    "DeepSpeed holds no gradient here: those of the trainables are reduced in fp32 beside it"
+)
 NO_STEP = "DeepSpeed's own forward and step are not called"
 NO_OPTIMIZER = "DeepSpeed holds no optimizer here"
 NO_SAVE = "checkpoints hold the trainables only and are written beside DeepSpeed"
-_MONITOR = "DeepSpeed's monitors write in its own step, which is not called; use the `log` section of the YAML"
+_MONITOR = (
+    "DeepSpeed's monitors write in its own step, which is not called; use the `log` section of the"
+    " YAML"
+)
 _REMOVED = f"removed from DeepSpeed {DEEPSPEED_VERSION}"
 _PRECISION = "precision is owned by model.base_bits of the YAML; the trainables are always fp32"
 _DEPRECATED = "deprecated; write"
 
 OFFLOAD_PARAM: Table = {
     "device": _acts("string", "where the shards of the base live", ("none", "cpu", "nvme")),
-    "nvme_path": _acts("string", "folder on a local disk; auto: $SPT_NVME_PATH, else the temporary folder"),
+    "nvme_path": _acts(
+        "string", "folder on a local disk; auto: $SPT_NVME_PATH, else the temporary folder"
+    ),
     "buffer_count": _acts("int", "host buffers for shards on their way from and to disk"),
-    "buffer_size": _acts("int", "elements of one buffer; at least the largest shard of one parameter; auto fits it"),
+    "buffer_size": _acts(
+        "int", "elements of one buffer; at least the largest shard of one parameter; auto fits it"
+    ),
     "max_in_cpu": _inert("int", "DeepSpeed reads it, but nothing in its parameter swapper uses it"),
     "pin_memory": _acts("bool", "page-locked host memory"),
 }
 OFFLOAD_OPTIMIZER: Table = {
     "device": _acts("string", "", ("none", "cpu", "nvme")),
-    **{name: _inert("any", NO_OPTIMIZER) for name in ("nvme_path", "buffer_count", "pin_memory", "pipeline_read")},
-    **{name: _inert("any", NO_OPTIMIZER) for name in ("pipeline_write", "fast_init", "ratio", "super_offload")},
+    **{
+        name: _inert("any", NO_OPTIMIZER)
+        for name in ("nvme_path", "buffer_count", "pin_memory", "pipeline_read")
+    },
+    **{
+        name: _inert("any", NO_OPTIMIZER)
+        for name in ("pipeline_write", "fast_init", "ratio", "super_offload")
+    },
     "cpuadam_cores_perc": _inert("any", NO_OPTIMIZER),
 }
 ZERO: Table = {
@@ -72,15 +89,25 @@ ZERO: Table = {
     "overlap_comm": _acts("bool", "gather on a stream of its own"),
     "offload_param": _acts("section", "shards in host memory or on disk"),
     "stage3_prefetch_bucket_size": _acts("int", "elements gathered ahead of use"),
-    "stage3_param_persistence_threshold": _acts("int", "parameters with fewer elements are not sharded"),
-    "stage3_model_persistence_threshold": _acts("int", "upper bound of all elements that are not sharded"),
+    "stage3_param_persistence_threshold": _acts(
+        "int", "parameters with fewer elements are not sharded"
+    ),
+    "stage3_model_persistence_threshold": _acts(
+        "int", "upper bound of all elements that are not sharded"
+    ),
     "stage3_max_live_parameters": _acts("int", "gathered elements kept before release"),
-    "stage3_max_reuse_distance": _acts("int", "a parameter used again within so many elements stays gathered"),
+    "stage3_max_reuse_distance": _acts(
+        "int", "a parameter used again within so many elements stays gathered"
+    ),
     "stage3_module_granularity_threshold": _acts("int", "modules of fine grain are gathered whole"),
     "stage3_use_all_reduce_for_fetch_params": _acts("bool", "gather by all-reduce"),
     "stage3_allgather_sequential": _acts("bool", "gather parameter by parameter"),
-    "zero_hpz_partition_size": _acts("int", "ranks that hold a second sharded copy; auto: the ranks of one host"),
-    "zero_quantized_weights": _acts("bool", "gather in int8; CUDA only, 16-bit bases only; auto: where it works"),
+    "zero_hpz_partition_size": _acts(
+        "int", "ranks that hold a second sharded copy; auto: the ranks of one host"
+    ),
+    "zero_quantized_weights": _acts(
+        "bool", "gather in int8; CUDA only, 16-bit bases only; auto: where it works"
+    ),
     "memory_efficient_linear": _acts("bool", "linear layers that save no gathered weight"),
     "override_module_apply": _acts("bool", "Module.apply gathers"),
     "log_trace_cache_warnings": _acts("bool", "say when the prefetch trace is rebuilt"),
@@ -88,8 +115,8 @@ ZERO: Table = {
     "leaf_module": _acts("section", "modules that are gathered whole"),
     "offload_optimizer": _refused(NO_OPTIMIZER, "section"),
     "zero_quantized_nontrainable_weights": _refused(
-        "DeepSpeed makes the int8 shards in its ZeRO-3 optimizer, and holds none here; remove it and use "
-        "model.base_bits 8 or 4",
+        "DeepSpeed makes the int8 shards in its ZeRO-3 optimizer, and holds none here; remove it"
+        " and use model.base_bits 8 or 4",
         "bool",
     ),
     "zero_quantized_gradients": _refused(NO_GRADIENT + "; remove it", "bool"),
@@ -101,7 +128,10 @@ ZERO: Table = {
     "mics_shard_size": _refused(_REMOVED),
     "mics_hierarchical_params_gather": _refused(_REMOVED),
     "zeropp_loco_param": _refused(_REMOVED),
-    **{name: _inert("bool", NO_GRADIENT) for name in ("contiguous_gradients", "reduce_scatter", "compute_grad_norm")},
+    **{
+        name: _inert("bool", NO_GRADIENT)
+        for name in ("contiguous_gradients", "reduce_scatter", "compute_grad_norm")
+    },
     "use_multi_rank_bucket_allreduce": _inert("bool", NO_GRADIENT),
     "reduce_bucket_size": _inert("int", NO_GRADIENT),
     "round_robin_gradients": _inert("bool", NO_GRADIENT),
@@ -122,38 +152,67 @@ TOP: Table = {
     "aio": _acts("section", "disk requests of NVMe offload"),
     "comms_logger": _acts("section", "with verbose: print DeepSpeed's collectives"),
     "dump_state": _acts("bool", "print the resolved DeepSpeed configuration"),
-    "log_level": _acts("string", "level of DeepSpeed's logger", ("debug", "info", "warning", "error", "critical")),
+    "log_level": _acts(
+        "string", "level of DeepSpeed's logger", ("debug", "info", "warning", "error", "critical")
+    ),
     "disable_python_gc": _acts("bool", "stop Python's garbage collector in this process"),
     "bf16": _yaml("section", "model.base_bits"),
     "train_batch_size": _yaml("int", "train.global_batch"),
     "train_micro_batch_size_per_gpu": _yaml("int", "train.micro_batch"),
-    "gradient_accumulation_steps": _yaml("int", "train.global_batch, train.micro_batch and the number of ranks"),
+    "gradient_accumulation_steps": _yaml(
+        "int", "train.global_batch, train.micro_batch and the number of ranks"
+    ),
     "gradient_clipping": _yaml("number", "optim.clip_norm"),
-    "fp16": _refused("fp16 is not supported: frozen bases run in bf16 or fp32 (model.base_bits)", "section"),
+    "fp16": _refused(
+        "fp16 is not supported: frozen bases run in bf16 or fp32 (model.base_bits)", "section"
+    ),
     "torch_autocast": _refused(
-        "autocast computes the fp32 trainables in 16 bits (gradients 10 to 42 % off); " + _PRECISION, "section"
+        "autocast computes the fp32 trainables in 16 bits (gradients 10 to 42 % off); "
+        + _PRECISION,
+        "section",
     ),
     "data_types": _refused(_PRECISION, "section"),
-    "optimizer": _refused("the optimizer is owned by the `optim` section of the YAML; remove it", "section"),
-    "scheduler": _refused("the schedule is owned by optim.schedule and optim.warmup_steps; remove it", "section"),
-    "activation_checkpointing": _refused("DeepSpeed's checkpointing is not used; set model.activation_checkpointing"),
+    "optimizer": _refused(
+        "the optimizer is owned by the `optim` section of the YAML; remove it", "section"
+    ),
+    "scheduler": _refused(
+        "the schedule is owned by optim.schedule and optim.warmup_steps; remove it", "section"
+    ),
+    "activation_checkpointing": _refused(
+        "DeepSpeed's checkpointing is not used; set model.activation_checkpointing"
+    ),
     "flops_profiler": _refused(NO_STEP + ", so it would profile nothing; remove it"),
     "checkpoint": _refused(NO_SAVE + "; see the `checkpoint` section of the YAML"),
     "datastates_ckpt": _refused(NO_SAVE + "; remove it"),
-    "data_efficiency": _refused("DeepSpeed's data sampling is not used; see the `data` section of the YAML"),
+    "data_efficiency": _refused(
+        "DeepSpeed's data sampling is not used; see the `data` section of the YAML"
+    ),
     "tensor_parallel": _refused("the base is sharded by ZeRO only; remove it"),
     "expert_parallel": _refused("mixture-of-experts placement is not used; remove it"),
-    "use_data_before_expert_parallelism": _refused("mixture-of-experts placement is not used; remove it"),
+    "use_data_before_expert_parallelism": _refused(
+        "mixture-of-experts placement is not used; remove it"
+    ),
     "pipeline": _refused("pipeline parallelism is not used; remove it"),
     "sequence_parallel_size": _refused("sequence parallelism is not used; remove it"),
     "hybrid_engine": _refused("generation runs through the training engine; remove it"),
-    "weight_quantization": _refused("the base is quantised by model.base_bits and model.quant; remove it"),
+    "weight_quantization": _refused(
+        "the base is quantised by model.base_bits and model.quant; remove it"
+    ),
     "compile": _refused("DeepCompile is not used; remove it"),
     "autotuning": _refused("the autotuner starts runs of its own; use `spt-ds plan` for placement"),
     **{name: _refused(_MONITOR) for name in ("tensorboard", "wandb", "csv_monitor", "comet")},
-    **{name: _refused(_REMOVED) for name in ("nebula", "compression_training", "amp", "quantize_training")},
-    **{name: _refused(_REMOVED) for name in ("sparse_gradients", "eigenvalue", "sparse_attention", "elasticity")},
-    **{name: _refused(_REMOVED) for name in ("graph_harvesting", "curriculum_learning", "progressive_layer_drop")},
+    **{
+        name: _refused(_REMOVED)
+        for name in ("nebula", "compression_training", "amp", "quantize_training")
+    },
+    **{
+        name: _refused(_REMOVED)
+        for name in ("sparse_gradients", "eigenvalue", "sparse_attention", "elasticity")
+    },
+    **{
+        name: _refused(_REMOVED)
+        for name in ("graph_harvesting", "curriculum_learning", "progressive_layer_drop")
+    },
     "steps_per_print": _inert("int", NO_STEP),
     "wall_clock_breakdown": _inert("bool", NO_STEP),
     "memory_breakdown": _inert("bool", NO_STEP),
@@ -175,7 +234,9 @@ SECTIONS: dict[str, Table] = {
     "zero_optimization": ZERO,
     "zero_optimization.offload_param": OFFLOAD_PARAM,
     "zero_optimization.offload_optimizer": OFFLOAD_OPTIMIZER,
-    "zero_optimization.leaf_module": {name: _acts("list") for name in ("classes", "names", "name_suffixes")},
+    "zero_optimization.leaf_module": {
+        name: _acts("list") for name in ("classes", "names", "name_suffixes")
+    },
     "aio": {
         "block_size": _acts("int", "bytes of one request"),
         "queue_depth": _acts("int", "requests in flight"),
@@ -197,9 +258,18 @@ SECTIONS: dict[str, Table] = {
     },
     "fp16": {
         "enabled": _acts("bool"),
-        **{name: _inert("any", NO_GRADIENT) for name in ("auto_cast", "loss_scale", "initial_scale_power")},
-        **{name: _inert("any", NO_GRADIENT) for name in ("loss_scale_window", "hysteresis", "min_loss_scale")},
-        **{name: _inert("any", NO_GRADIENT) for name in ("consecutive_hysteresis", "fp16_master_weights_and_grads")},
+        **{
+            name: _inert("any", NO_GRADIENT)
+            for name in ("auto_cast", "loss_scale", "initial_scale_power")
+        },
+        **{
+            name: _inert("any", NO_GRADIENT)
+            for name in ("loss_scale_window", "hysteresis", "min_loss_scale")
+        },
+        **{
+            name: _inert("any", NO_GRADIENT)
+            for name in ("consecutive_hysteresis", "fp16_master_weights_and_grads")
+        },
     },
     "torch_autocast": {
         "enabled": _acts("bool"),

@@ -1,4 +1,6 @@
-"""Sizes of the base that its config.json tells, where that file is on this machine; no torch, no network."""
+"""Sizes of the base that its config.json tells, where that file is on this machine; no torch, no
+network.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ class BaseSizes:
     embed: int
     """D, size of an input embedding."""
     largest_parameter: int
-    """Elements of the largest weight matrix: the embedding table, or one of the feed-forward layers."""
+    """Elements of the largest weight matrix: the embedding table, or one of the feed-forward
+    layers.
+    """
 
     def adam_mb(self, config: Config) -> float:
         """MB (10^6 bytes) of both Adam moments of the bank and the retriever, in fp32."""
@@ -28,7 +32,9 @@ class BaseSizes:
 
 
 def base_sizes(model: ModelConfig) -> BaseSizes | None:
-    """Read the base's config.json from its folder or the hub's local cache; None if it is in neither."""
+    """Read the base's config.json from its folder or the hub's local cache; None if it is in
+    neither.
+    """
     path = _config_json(model)
     if path is None:
         return None

@@ -1,8 +1,10 @@
-"""Generates replies over ranks: each example once, in batches that are the same whatever the number of ranks.
+"""Generates replies over ranks: each example once, in batches that are the same whatever the number
+of ranks.
 
-Batches are cut from the examples sorted by length, before they are dealt to ranks: a batch holds the same rows on one
-rank or on eight, so its numbers, rounding included, are the same and so is the file. Finished batches stay in part
-files; a killed run goes on from them. `generate.json` beside the predictions tells how they were made.
+Batches are cut from the examples sorted by length, before they are dealt to ranks: a batch holds
+the same rows on one rank or on eight, so its numbers, rounding included, are the same and so is the
+file. Finished batches stay in part files; a killed run goes on from them. `generate.json` beside
+the predictions tells how they were made.
 """
 
 from __future__ import annotations
@@ -36,16 +38,22 @@ from spt_ds.model.decode import Decoded, decode
 
 
 def plan_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
-    """Cut the examples, longest first, into batches of like length; independent of the number of ranks."""
+    """Cut the examples, longest first, into batches of like length; independent of the number of
+    ranks.
+    """
     order = np.argsort(-lengths.astype(np.int64), kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def decode_batch(session: Session, batch: Batch, options: GenerateConfig, live: Live | None = None) -> Decoded:
+def decode_batch(
+    session: Session, batch: Batch, options: GenerateConfig, live: Live | None = None
+) -> Decoded:
     """Decode one micro-batch; with a sharded base all ranks must come along."""
     special = session.tokenizer.eos_token_id, session.tokenizer.pad_token_id
     with torch.no_grad():
-        out: Decoded = session.root(decode, session.spt, batch, options, special, session.sharding.on, live)
+        out: Decoded = session.root(
+            decode, session.spt, batch, options, special, session.sharding.on, live
+        )
     return out
 
 
@@ -58,9 +66,11 @@ def reply_text(session: Session, tokens: list[int]) -> tuple[str, str]:
 class Generator:
     """Writes `out/predictions.jsonl` for one store under one set of options."""
 
-    def __init__(self, session: Session, store: ExampleStore, out: Path, identity: str, checkpoint: str) -> None:
-        """`identity` is all that the replies depend on (trained tensors, data, options): what another one left is not
-        taken over. `checkpoint` names the tensors for the reader.
+    def __init__(
+        self, session: Session, store: ExampleStore, out: Path, identity: str, checkpoint: str
+    ) -> None:
+        """`identity` is all that the replies depend on (trained tensors, data, options): what
+        another one left is not taken over. `checkpoint` names the tensors for the reader.
         """
         self.session = session
         self.store = store
@@ -80,27 +90,42 @@ class Generator:
         batches = plan_batches(self.store.lengths.context, self.session.config.generate.batch_size)
         todo = [rows for rows in batches if not done.issuperset(rows)]
         rounds = -(-len(todo) // world.size)
-        bar = tqdm(total=len(self.store), initial=len(done), unit="reply", desc="generate", file=sys.stderr,
-                   disable=world.rank != 0, mininterval=0.5 if sys.stderr.isatty() else 20.0)  # fmt: skip
+        bar = tqdm(
+            total=len(self.store),
+            initial=len(done),
+            unit="reply",
+            desc="generate",
+            file=sys.stderr,
+            disable=world.rank != 0,
+            mininterval=0.5 if sys.stderr.isatty() else 20.0,
+        )
         own = self.parts / f"rank-{world.rank}.jsonl"
         _drop_cut_line(own)
         with own.open("a", encoding="utf-8") as part:
             for turn in range(rounds):
                 number = turn * world.size + world.rank
-                # With a sharded base every rank must take part in every round: one without work repeats a batch.
+                # With a sharded base every rank must take part in every round: one without work
+                # repeats a batch.
                 rows = todo[min(number, len(todo) - 1)]
                 decoded = self._decode(rows)
                 if number < len(todo):
-                    part.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines(rows, decoded))
+                    part.writelines(
+                        json.dumps(line, ensure_ascii=False) + "\n"
+                        for line in self._lines(rows, decoded)
+                    )
                     part.flush()
-                bar.update(sum(len(rows) for rows in todo[turn * world.size : (turn + 1) * world.size]))
+                bar.update(
+                    sum(len(rows) for rows in todo[turn * world.size : (turn + 1) * world.size])
+                )
         bar.close()
         dist.barrier()
         dist.agreed(lambda: self._merge(final) if world.rank == 0 else None)
         return final
 
     def _decode(self, rows: list[int]) -> Decoded:
-        return decode_batch(self.session, make_batch(self.store, rows), self.session.config.generate)
+        return decode_batch(
+            self.session, make_batch(self.store, rows), self.session.config.generate
+        )
 
     def _lines(self, rows: list[int], decoded: Decoded) -> Iterator[dict[str, Any]]:
         scores = decoded.scores.T.float().cpu().tolist()
@@ -108,11 +133,23 @@ class Generator:
             row, tokens = self.store[index], decoded.tokens[place]
             raw, reply = reply_text(self.session, tokens)
             line = {key: row[key] for key in ("id", "dialogue_id", "turn", "persona", "history")}
-            line = {"index": index, **line, "reference": row["response"], "raw": raw, "reply": reply}
-            line |= {"prompt": decoded.chosen[place], "scores": [round(score, 6) for score in scores[place]]}
+            line = {
+                "index": index,
+                **line,
+                "reference": row["response"],
+                "raw": raw,
+                "reply": reply,
+            }
+            line |= {
+                "prompt": decoded.chosen[place],
+                "scores": [round(score, 6) for score in scores[place]],
+            }
             line |= {"new_tokens": len(tokens), "context_tokens": row["context_len"]}
             if decoded.nll is not None:
-                line |= {"nll_sum": float(decoded.nll[place]) * row["response_len"], "nll_tokens": row["response_len"]}
+                line |= {
+                    "nll_sum": float(decoded.nll[place]) * row["response_len"],
+                    "nll_tokens": row["response_len"],
+                }
             yield line
 
     def _finished(self) -> set[int]:
@@ -128,7 +165,10 @@ class Generator:
     def _is_done(self, final: Path) -> bool:
         try:
             record = json.loads((self.out / RECORD).read_text(encoding="utf-8"))
-            return [record["identity"], record["predictions_sha256"]] == [self.identity, _sha256(final)]
+            return [record["identity"], record["predictions_sha256"]] == [
+                self.identity,
+                _sha256(final),
+            ]
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -136,9 +176,22 @@ class Generator:
         lines = {line["index"]: line for line in self._read_parts()}
         missing = len(self.store) - len(lines)
         if missing:
-            raise DataError(f"{self.parts}: {missing} of {len(self.store)} replies are missing; run the command again")
-        _write(final, (json.dumps(lines[index], ensure_ascii=False) + "\n" for index in range(len(self.store))))
-        record = {"identity": self.identity, "predictions_sha256": _sha256(final), "checkpoint": self.checkpoint}
+            raise DataError(
+                f"{self.parts}: {missing} of {len(self.store)} replies are missing; run the command"
+                " again"
+            )
+        _write(
+            final,
+            (
+                json.dumps(lines[index], ensure_ascii=False) + "\n"
+                for index in range(len(self.store))
+            ),
+        )
+        record = {
+            "identity": self.identity,
+            "predictions_sha256": _sha256(final),
+            "checkpoint": self.checkpoint,
+        }
         config = self.session.config.model_dump(mode="json")
         _write(self.out / RECORD, [json.dumps({**record, "config": config}, indent=1) + "\n"])
         shutil.rmtree(self.parts)

@@ -1,4 +1,6 @@
-"""Metrics of a run: one JSON object per line in metrics.jsonl, a progress bar, TensorBoard on request."""
+"""Metrics of a run: one JSON object per line in metrics.jsonl, a progress bar, TensorBoard on
+request.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,18 @@ class Metrics:
     """Writes on rank 0 only; on the others every call does nothing."""
 
     def __init__(
-        self, run_dir: Path, total_steps: int, start_step: int, *, revalidates: bool, active: bool, tensorboard: bool
+        self,
+        run_dir: Path,
+        total_steps: int,
+        start_step: int,
+        *,
+        revalidates: bool,
+        active: bool,
+        tensorboard: bool,
     ) -> None:
-        """Go on from `start_step`; `revalidates` tells that this step's validation is made (again) by this run."""
+        """Go on from `start_step`; `revalidates` tells that this step's validation is made (again)
+        by this run.
+        """
         self.active = active
         self._bar: Any = None
         self._board: Any = None
@@ -32,9 +43,14 @@ class Metrics:
         self._path = run_dir / METRICS
         self._forget_after(start_step, revalidates)
         self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", desc="train", file=sys.stderr, dynamic_ncols=True,
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            desc="train",
+            file=sys.stderr,
+            dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 20.0,
-        )  # fmt: skip
+        )
         if tensorboard:
             self._board = _writer(run_dir)
 
@@ -59,11 +75,18 @@ class Metrics:
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        except OSError as error:  # a full disk stops a run where checkpoint.on_save_error says so, not here
-            say_once(f"{self._path}: lines are lost ({error.strerror}); training goes on", logging.WARNING)
+        except (
+            OSError
+        ) as error:  # a full disk stops a run where checkpoint.on_save_error says so, not here
+            say_once(
+                f"{self._path}: lines are lost ({error.strerror}); training goes on",
+                logging.WARNING,
+            )
         shown = {key: values[key] for key in ("loss", "nll", "nll_selected") if key in values}
         if kind == "train":
-            self._bar.set_postfix({key: f"{value:.4f}" for key, value in shown.items()}, refresh=False)
+            self._bar.set_postfix(
+                {key: f"{value:.4f}" for key, value in shown.items()}, refresh=False
+            )
         else:
             text = " ".join(f"{key} {value:.4f}" for key, value in shown.items())
             tqdm.write(f"step {step} {kind}: {text}", file=sys.stderr)
@@ -81,7 +104,9 @@ class Metrics:
 
 
 def _mark(line: str) -> tuple[float, bool]:
-    """(step, whether it is its validation) of one line; infinite where a kill or a full disk cut it short."""
+    """(step, whether it is its validation) of one line; infinite where a kill or a full disk cut it
+    short.
+    """
     try:
         found = json.loads(line)
         return float(found["step"]), found["kind"] == "valid"
@@ -94,6 +119,7 @@ def _writer(run_dir: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            "log.tensorboard: the tensorboard package is missing; install the extra `tensorboard` or set it to false"
+            "log.tensorboard: the tensorboard package is missing; install the extra `tensorboard`"
+            " or set it to false"
         ) from error
     return SummaryWriter(str(run_dir / "tensorboard"))

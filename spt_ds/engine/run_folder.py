@@ -1,4 +1,6 @@
-"""The run folder: configuration first, then what the run writes, at last DONE.json. Written by rank 0."""
+"""The run folder: configuration first, then what the run writes, at last DONE.json. Written by rank
+0.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,9 @@ RECORDED = (
     "SLURM_RESTART_COUNT",
     "WORLD_SIZE",
 )
-# What may change between a run and its continuation. It leaves every step's draws and arithmetic alone, up to the
-# order of sums; `max_steps` and `epochs` say how long the run is, which a cosine schedule follows, and
-# `eval_every_steps` at which steps the best checkpoint is looked for.
+# What may change between a run and its continuation. It leaves every step's draws and arithmetic
+# alone, up to the order of sums; `max_steps` and `epochs` say how long the run is, which a cosine
+# schedule follows, and `eval_every_steps` at which steps the best checkpoint is looked for.
 FREE = {"engine", "checkpoint", "log", "generate"}
 FREE_KEYS = {
     "train": {"max_steps", "epochs", "eval_every_steps", "max_hours", "micro_batch"},
@@ -40,9 +42,11 @@ FREE_KEYS = {
 
 
 def prepare(run_dir: Path, config: Config, deepspeed_config: str | None) -> None:
-    """Make the folder and write configuration, DeepSpeed JSON (already checked), versions and environment into it.
+    """Make the folder and write configuration, DeepSpeed JSON (already checked), versions and
+    environment into it.
 
-    A DONE.json is removed first: call it only for a run that is to go on. Raises ConfigError as `check` does.
+    A DONE.json is removed first: call it only for a run that is to go on. Raises ConfigError as
+    `check` does.
     """
     check(run_dir, config)
     try:
@@ -51,18 +55,25 @@ def prepare(run_dir: Path, config: Config, deepspeed_config: str | None) -> None
         write_text(run_dir / CONFIG, dump_config(config))
         write_text(run_dir / ENVIRONMENT, json.dumps(environment(), indent=2))
         if deepspeed_config is not None:
-            write_text(run_dir / "deepspeed.json", Path(deepspeed_config).read_text(encoding="utf-8"))
+            write_text(
+                run_dir / "deepspeed.json", Path(deepspeed_config).read_text(encoding="utf-8")
+            )
     except OSError as error:
-        raise ConfigError(f"{run_dir}: cannot be written ({error.strerror}); choose another --run-dir") from error
+        raise ConfigError(
+            f"{run_dir}: cannot be written ({error.strerror}); choose another --run-dir"
+        ) from error
 
 
 def check(run_dir: Path, config: Config) -> None:
-    """Raise ConfigError when the folder holds a run whose numbers this configuration would not continue.
+    """Raise ConfigError when the folder holds a run whose numbers this configuration would not
+    continue.
 
     What a refused start left behind, without a line of metrics or a checkpoint, holds none.
     """
     earlier = run_dir / CONFIG
-    held = any((run_dir / name).is_file() for name in (METRICS, DONE)) or any((run_dir / CHECKPOINTS).glob("step-*"))
+    held = any((run_dir / name).is_file() for name in (METRICS, DONE)) or any(
+        (run_dir / CHECKPOINTS).glob("step-*")
+    )
     changed = differences(load_config(str(earlier)), config) if held and earlier.is_file() else []
     if changed:
         raise ConfigError(
@@ -72,7 +83,9 @@ def check(run_dir: Path, config: Config) -> None:
 
 
 def is_done(run_dir: Path, config: Config) -> bool:
-    """Whether the folder's run is done and this configuration asks for no more steps; raises as `check` does."""
+    """Whether the folder's run is done and this configuration asks for no more steps; raises as
+    `check` does.
+    """
     check(run_dir, config)
     done, earlier = run_dir / DONE, run_dir / CONFIG
     if not done.is_file():
@@ -86,7 +99,9 @@ def is_done(run_dir: Path, config: Config) -> bool:
         try:
             return int(json.loads(done.read_text(encoding="utf-8"))["step"]) >= now.max_steps
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{done}: cannot be read ({error}); remove it and the run goes on") from error
+            raise ConfigError(
+                f"{done}: cannot be read ({error}); remove it and the run goes on"
+            ) from error
     return before.max_steps == 0 and now.epochs <= before.epochs
 
 

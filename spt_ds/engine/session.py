@@ -1,4 +1,6 @@
-"""Opens what training and generation share: process group, tokenizer, frozen base (whole or sharded), method."""
+"""Opens what training and generation share: process group, tokenizer, frozen base (whole or
+sharded), method.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +48,16 @@ def open_session(config: Config, deepspeed_config: str | None, world: dist.World
     ds_plan, recompute = decide(config, deepspeed_config, world)
     sharding = Sharding(ds_plan, world.device)
     sharding.before_load()
-    backbone = build_backbone(config.model, world.device, strict=config.engine.strict, shard=sharding.shard_function())
+    backbone = build_backbone(
+        config.model, world.device, strict=config.engine.strict, shard=sharding.shard_function()
+    )
     _check_positions(config, backbone.config, config.data.max_tokens, "data.max_tokens")
     backbone.checkpoint_activations(recompute)
     root = sharding.wrap(backbone)
     root(lambda inner: inner.check())
-    init_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in config.prompts.init_texts]
+    init_ids = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in config.prompts.init_texts
+    ]
     seed = keyed_seed(config.train.seed, "trainables")
 
     def build(inner: Backbone) -> Trainables:
@@ -69,10 +75,11 @@ def open_session(config: Config, deepspeed_config: str | None, world: dist.World
 
 
 def open_split(session: Session, split: Literal["train", "valid", "test"]) -> ExampleStore:
-    """Read and tokenise one split, once per node; raise EngineError on all ranks when they see different data.
+    """Read and tokenise one split, once per node; raise EngineError on all ranks when they see
+    different data.
 
-    With `data.few_shot` the worked examples that stand before each context are drawn from the train split. Contexts of
-    the test split are cut as a conversation's are, without a look at the reply.
+    With `data.few_shot` the worked examples that stand before each context are drawn from the train
+    split. Contexts of the test split are cut as a conversation's are, without a look at the reply.
     """
     data, world = session.config.data, session.world
     source = getattr(data, split)
@@ -92,33 +99,50 @@ def open_split(session: Session, split: Literal["train", "valid", "test"]) -> Ex
 
     store = dist.leader_first(world, build)
     dist.same_everywhere(f"data.{split} ({source})", store.data_hash)
-    if split == "test" and session.config.generate.perplexity:  # a reference reply may be longer than a reply may be
+    if (
+        split == "test" and session.config.generate.perplexity
+    ):  # a reference reply may be longer than a reply may be
         longest = int(store.lengths.total.max(initial=0))
         base = load_base_config(session.config.model)
-        _check_positions(session.config, base, longest, "generate.perplexity, context and reference reply")
+        _check_positions(
+            session.config, base, longest, "generate.perplexity, context and reference reply"
+        )
     get_logger().info(f"data.{split}: {len(store)} examples of {source}")
     return store
 
 
 def shown_to(session: Session) -> Shown:
-    """What the model is shown beside a dialogue that it answers: the same on every rank and in every start."""
+    """What the model is shown beside a dialogue that it answers: the same on every rank and in
+    every start.
+    """
     data = session.config.data
     shots: tuple[int, ...] = ()
     if data.few_shot:
-        train, seed = open_split(session, "train"), keyed_seed(session.config.train.seed, "few-shot")
-        shots = worked_examples(train, session.tokenizer, data.few_shot, data.max_tokens, seed, persona=data.persona)
+        train, seed = (
+            open_split(session, "train"),
+            keyed_seed(session.config.train.seed, "few-shot"),
+        )
+        shots = worked_examples(
+            train, session.tokenizer, data.few_shot, data.max_tokens, seed, persona=data.persona
+        )
     return Shown(data.persona, shots)
 
 
 def decide(config: Config, deepspeed_config: str | None, world: dist.World) -> tuple[DsPlan, str]:
     """Choose placement and activation checkpointing together on all ranks, and say why once."""
     shape = plan.BaseShape.from_config(load_base_config(config.model).to_dict())
-    gpu = torch.cuda.get_device_properties(world.device).total_memory if world.device.type == "cuda" else None
+    gpu = (
+        torch.cuda.get_device_properties(world.device).total_memory
+        if world.device.type == "cuda"
+        else None
+    )
     # Ranks decide together: the smallest memory of all counts.
     rank_bytes = min(dist.gather_json(plan.memory_per_rank(gpu, world.local_size)))
     host_bytes = min(dist.gather_json(plan.host_memory_per_rank(world.local_size)))
     memory = Memory(rank_bytes, None if gpu is None else host_bytes)
-    ds_plan, recompute, lines = dist.agreed(lambda: settle(config, shape, deepspeed_config, world.size, memory))
+    ds_plan, recompute, lines = dist.agreed(
+        lambda: settle(config, shape, deepspeed_config, world.size, memory)
+    )
     if deepspeed_config is not None:
         _same_plan(ds_plan)
     for line in lines:
@@ -128,16 +152,24 @@ def decide(config: Config, deepspeed_config: str | None, world: dist.World) -> t
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that the poorest rank can plan with, and its share of its host's memory where it has a GPU beside it."""
+    """Bytes that the poorest rank can plan with, and its share of its host's memory where it has a
+    GPU beside it.
+    """
 
     rank_bytes: int
     host_bytes: int | None
 
 
 def settle(
-    config: Config, shape: plan.BaseShape, deepspeed_config: str | None, world_size: int, memory: Memory
+    config: Config,
+    shape: plan.BaseShape,
+    deepspeed_config: str | None,
+    world_size: int,
+    memory: Memory,
 ) -> tuple[DsPlan, str, list[str]]:
-    """Placement, activation checkpointing and the lines that say why; free of collectives, for `spt-ds plan` too."""
+    """Placement, activation checkpointing and the lines that say why; free of collectives, for
+    `spt-ds plan` too.
+    """
     if deepspeed_config is not None:
         ds_plan = load_ds_config(deepspeed_config, config, world_size)
         placement: plan.Placement = "replicate" if ds_plan.stage < 3 else "zero3"
@@ -147,7 +179,9 @@ def settle(
     else:
         placement, why = plan.choose_placement(config, shape, world_size, *astuple(memory))
         ds_plan = plan_for(placement, config, world_size)
-    recompute, why_recompute = plan.choose_checkpointing(config, shape, placement, world_size, memory.rank_bytes)
+    recompute, why_recompute = plan.choose_checkpointing(
+        config, shape, placement, world_size, memory.rank_bytes
+    )
     return ds_plan, recompute, [why, why_recompute, *ds_plan.notes]
 
 
@@ -163,6 +197,7 @@ def _check_positions(config: Config, base: object, text_tokens: int, what: str) 
     needed = text_tokens + config.prompts.tokens
     if longest is not None and needed > longest:
         raise ConfigError(
-            f"{what}: {text_tokens} text tokens and prompts.tokens: {config.prompts.tokens} make {needed}, the base "
-            f"has {longest} positions; data.max_tokens: {config.data.max_tokens - needed + longest} fits"
+            f"{what}: {text_tokens} text tokens and prompts.tokens: {config.prompts.tokens} make"
+            f" {needed}, the base has {longest} positions; data.max_tokens:"
+            f" {config.data.max_tokens - needed + longest} fits"
         )

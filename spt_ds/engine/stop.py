@@ -1,7 +1,7 @@
 """Requests to stop or save: signals, files in the run folder, a wall-clock budget.
 
-Each rank only collects what it has seen; the engine adds the requests of all ranks to the reduction of the gradients,
-so that every rank learns of them at the same step boundary.
+Each rank only collects what it has seen; the engine adds the requests of all ranks to the reduction
+of the gradients, so that every rank learns of them at the same step boundary.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequests:
-    """Collects requests on one rank. `max_hours` counts from `started_s` (time.monotonic()); 0 sets no limit."""
+    """Collects requests on one rank. `max_hours` counts from `started_s` (time.monotonic()); 0 sets
+    no limit.
+    """
 
-    def __init__(self, run_dir: Path, max_hours: float, *, watch_files: bool, started_s: float | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, max_hours: float, *, watch_files: bool, started_s: float | None = None
+    ) -> None:
         self.run_dir = run_dir
         started_s = time.monotonic() if started_s is None else started_s
         self.deadline_s = started_s + max_hours * 3600 if max_hours else None
@@ -37,7 +41,9 @@ class StopRequests:
         self.reason = signal.Signals(number).name
 
     def poll(self) -> tuple[float, float]:
-        """Return (stop, save), each 1.0 when requested. A STOP or SAVE file is taken away when it is seen."""
+        """Return (stop, save), each 1.0 when requested. A STOP or SAVE file is taken away when it
+        is seen.
+        """
         if self.deadline_s is not None and time.monotonic() > self.deadline_s:
             self.reason = self.reason or "wall-clock budget"
         save = self.watch_files and self._take("SAVE")

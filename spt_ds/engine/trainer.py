@@ -35,7 +35,8 @@ class RunState:
     best_nll: float = math.inf
     best_step: int | None = None
     valid_before: dict[str, float] | None = None
-    owes_validation: bool = False  # stopped at a step that was to be validated: saved at once, validated on resume
+    # stopped at a step that was to be validated: saved at once, validated on resume
+    owes_validation: bool = False
 
 
 class Trainer:
@@ -47,7 +48,9 @@ class Trainer:
         run_dir: Path,
         deepspeed_config: str | None,
         world: dist.World,
-        started_s: float | None = None,  # time.monotonic() of the program's start, for train.max_hours
+        started_s: (
+            float | None
+        ) = None,  # time.monotonic() of the program's start, for train.max_hours
     ) -> None:
         self.config = config
         self.run_dir = run_dir
@@ -59,8 +62,12 @@ class Trainer:
     def run(self) -> int:
         """Train to the end (exit code 0) or to an agreed stop with a checkpoint (75)."""
         leads = self.world.rank == 0
-        if dist.broadcast_json(dist.agreed(lambda: leads and run_folder.is_done(self.run_dir, self.config))):
-            get_logger().info(f"{self.run_dir}: this run is done ({run_folder.DONE} is there); nothing to do")
+        if dist.broadcast_json(
+            dist.agreed(lambda: leads and run_folder.is_done(self.run_dir, self.config))
+        ):
+            get_logger().info(
+                f"{self.run_dir}: this run is done ({run_folder.DONE} is there); nothing to do"
+            )
             return EXIT_DONE
         dist.agreed(self._prepare_folder)
         session = open_session(self.config, self.deepspeed_config, self.world)
@@ -76,7 +83,9 @@ class Trainer:
             active=leads,
             tensorboard=self.config.log.tensorboard,
         )
-        self.stop = StopRequests(self.run_dir, self.config.train.max_hours, watch_files=leads, started_s=self.started_s)
+        self.stop = StopRequests(
+            self.run_dir, self.config.train.max_hours, watch_files=leads, started_s=self.started_s
+        )
         self.stop.install()
         try:
             return self._loop(train, valid)
@@ -102,7 +111,9 @@ class Trainer:
             state.valid_before = self._validate(valid)
         windows = self._windows(train)
         if state.owes_validation and state.step < self.total:
-            state = self.state = self._judged(self._validate(valid))  # its checkpoint is there already
+            state = self.state = self._judged(
+                self._validate(valid)
+            )  # its checkpoint is there already
         while state.step < self.total:
             window = next(windows)
             out = self.engine.train_window(window, state.step, self.total, self.stop.poll())
@@ -117,17 +128,30 @@ class Trainer:
             judged = state
             if _due(config.train.eval_every_steps, state.step):
                 judged = self._judged(self._validate(valid))
-            if save or _due(config.checkpoint.every_steps, state.step) or judged.best_step == state.step:
+            if (
+                save
+                or _due(config.checkpoint.every_steps, state.step)
+                or judged.best_step == state.step
+            ):
                 self._save(judged, final=False)
                 state = self.state
         if state.step < self.total:
-            # Validation may outlast the grace of whoever stops the run: it is made up for on resume.
-            self._save(replace(state, owes_validation=_due(config.train.eval_every_steps, state.step)), final=True)
+            # Validation may outlast the grace of whoever stops the run: it is made up for on
+            # resume.
+            self._save(
+                replace(state, owes_validation=_due(config.train.eval_every_steps, state.step)),
+                final=True,
+            )
             get_logger().warning(
-                f"stopped at step {state.step} of {self.total} ({self.stop.reason or 'asked by a rank'})"
+                f"stopped at step {state.step} of {self.total}"
+                f" ({self.stop.reason or 'asked by a rank'})"
             )
             return EXIT_STOPPED
-        after = self._validate(valid) if state.step or state.valid_before is None else state.valid_before
+        after = (
+            self._validate(valid)
+            if state.step or state.valid_before is None
+            else state.valid_before
+        )
         self._save(self._judged(after), final=True)
         self._finish(after)
         return EXIT_DONE
@@ -147,13 +171,17 @@ class Trainer:
         return loader.windows(self.state.step)
 
     def _validate(self, valid: ExampleStore) -> dict[str, float]:
-        batches = eval_batches(valid, self.config.train.micro_batch, self.world.size, self.world.rank)
+        batches = eval_batches(
+            valid, self.config.train.micro_batch, self.world.size, self.world.rank
+        )
         values = self.engine.evaluate(batches)
         self.metrics.record(self.state.step, "valid", values)
         return values
 
     def _judged(self, values: dict[str, float]) -> RunState:
-        """The state with this step as the best one where it is; the run's own only once its checkpoint is written."""
+        """The state with this step as the best one where it is; the run's own only once its
+        checkpoint is written.
+        """
         state = replace(self.state, owes_validation=False)
         if state.step and values["nll_selected"] < state.best_nll:
             state.best_nll, state.best_step = values["nll_selected"], state.step
@@ -175,13 +203,18 @@ class Trainer:
         self.state = RunState(**saved.state["run"])
         get_logger().info(f"resuming from {path} at step {self.state.step}")
         if (before := saved.state["total_steps"]) != self.total:
-            follows = "; the learning rate follows the new length" if self.config.optim.schedule == "cosine" else ""
+            follows = (
+                "; the learning rate follows the new length"
+                if self.config.optim.schedule == "cosine"
+                else ""
+            )
             get_logger().info(f"the run was {before} steps long and now is {self.total}{follows}")
 
     def _save(self, state: RunState, *, final: bool) -> None:
         """Save on rank 0 and let every rank know how it went: they go on, or fail, together.
 
-        `state` becomes the run's when it is written: until then the best step stays one that a checkpoint holds.
+        `state` becomes the run's when it is written: until then the best step stays one that a
+        checkpoint holds.
         """
 
         def write() -> None:
@@ -213,7 +246,9 @@ class Trainer:
             "valid_after": after,
         }
         summary |= {"best_step": self.state.best_step, "world_size": self.world.size}
-        summary["trained_parameters"] = sum(parameter.numel() for parameter in self.engine.trainables.parameters())
+        summary["trained_parameters"] = sum(
+            parameter.numel() for parameter in self.engine.trainables.parameters()
+        )
         run_folder.write_text(self.run_dir / run_folder.DONE, json.dumps(summary, indent=2))
         get_logger().info(f"done: {self.state.step} steps; run folder {self.run_dir}")
 

@@ -1,7 +1,8 @@
 """DeepSpeed around the frozen base: the only place that calls it. Without ZeRO-3 these are no-ops.
 
-Way (d): the engine wraps the base alone, without an optimizer, so ZeRO-3 shards, gathers and offloads frozen weights
-and knows nothing of the trainables. They stay whole, in fp32, on every rank (see docs/architecture.md).
+Way (d): the engine wraps the base alone, without an optimizer, so ZeRO-3 shards, gathers and
+offloads frozen weights and knows nothing of the trainables. They stay whole, in fp32, on every rank
+(see docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Sharding:
         return self.plan.stage == 3
 
     def before_load(self) -> None:
-        """Start DeepSpeed's communication and make `from_pretrained` shard each weight as it is read."""
+        """Start DeepSpeed's communication and make `from_pretrained` shard each weight as it is
+        read.
+        """
         if not self.on:
             return
         if self.plan.offload == "nvme":
@@ -54,9 +57,11 @@ class Sharding:
         logger.setLevel(logging.WARNING)
         # It calls torch's collectives by their old names.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-        # It warns of outputs in which it finds no tensors: only the root returns such, and the root owns no weights.
+        # It warns of outputs in which it finds no tensors: only the root returns such, and the root
+        # owns no weights.
         zero_utils.warned = True
-        # Compiled inside init_distributed on a CPU, for minutes, and of no use between processes that gloo connects.
+        # Compiled inside init_distributed on a CPU, for minutes, and of no use between processes
+        # that gloo connects.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
         self._loading = HfDeepSpeedConfig(self.plan.engine_config)
@@ -66,7 +71,9 @@ class Sharding:
         remove_swap_files(self.plan)
 
     def shard_function(self) -> Callable[[nn.Module], None] | None:
-        """A function that shards the parameters of one module at once, for bases that are loaded layer by layer."""
+        """A function that shards the parameters of one module at once, for bases that are loaded
+        layer by layer.
+        """
         if not self.on:
             return None
         import deepspeed
@@ -78,8 +85,8 @@ class Sharding:
             nonlocal swapper
             if nvme:
                 _rename_bytes(module)
-            # The groups of a second copy per host can be made once only: the first call makes them. So is the disk's
-            # swapper, which empties its folder when it is made.
+            # The groups of a second copy per host can be made once only: the first call makes them.
+            # So is the disk's swapper, which empties its folder when it is made.
             made = deepspeed.zero.Init(
                 module=module,
                 config_dict_or_path=self.plan.engine_config,
@@ -91,7 +98,9 @@ class Sharding:
         return shard
 
     def wrap(self, root: nn.Module) -> nn.Module:
-        """Hand the loaded base to the engine; return the root module, whose calls gather and release weights."""
+        """Hand the loaded base to the engine; return the root module, whose calls gather and
+        release weights.
+        """
         if not self.on:
             return root.to(self.device)
         import deepspeed
@@ -101,7 +110,8 @@ class Sharding:
                 module.__class__ = FrozenLinear
         self._engine = deepspeed.initialize(model=root, config=self.plan.engine_config)[0]
         self._loading = None
-        # The engine's own forward refuses a plain `loss.backward()`; the module has the hooks that gather and release.
+        # The engine's own forward refuses a plain `loss.backward()`; the module has the hooks that
+        # gather and release.
         wrapped: nn.Module = self._engine.module
         return wrapped
 
@@ -109,8 +119,8 @@ class Sharding:
 def _rename_bytes(module: nn.Module) -> None:
     """Let DeepSpeed see packed bytes as 16-bit numbers; `QuantLinear` reads them as bytes again.
 
-    Its swapper gives back everything in the one dtype of its disk buffers, and would turn each byte into a number. The
-    same bits under that dtype's name are only ever copied.
+    Its swapper gives back everything in the one dtype of its disk buffers, and would turn each byte
+    into a number. The same bits under that dtype's name are only ever copied.
     """
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.dtype == torch.uint8:
@@ -118,10 +128,12 @@ def _rename_bytes(module: nn.Module) -> None:
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer that keeps nothing for the backward pass; takes the place of `nn.Linear` in a sharded base.
+    """A linear layer that keeps nothing for the backward pass; takes the place of `nn.Linear` in a
+    sharded base.
 
-    DeepSpeed replaces `functional.linear` by one that keeps every layer's input, which only a weight's gradient needs,
-    and that rounds a 16-bit layer with bias twice. The plain one would keep the gathered weight.
+    DeepSpeed replaces `functional.linear` by one that keeps every layer's input, which only a
+    weight's gradient needs, and that rounds a 16-bit layer with bias twice. The plain one would
+    keep the gathered weight.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -153,7 +165,8 @@ def local_bytes(root: nn.Module) -> int:
 
 
 def check_build_locks() -> None:
-    """Wait for extensions that another process builds; raise EngineError for a lock that a killed build left.
+    """Wait for extensions that another process builds; raise EngineError for a lock that a killed
+    build left.
 
     DeepSpeed itself would wait for such a lock for ever, without a word.
     """
@@ -168,12 +181,13 @@ def check_build_locks() -> None:
                 continue  # built
             if age_s > STALE_LOCK_S:
                 raise EngineError(
-                    f"{lock}: a build lock is {age_s / 60:.0f} minutes old; a killed build left it and every start "
-                    "would wait for it for ever. Delete the file if no compiler is running"
+                    f"{lock}: a build lock is {age_s / 60:.0f} minutes old; a killed build left it"
+                    " and every start would wait for it for ever. Delete the file if no compiler"
+                    " is running"
                 )
             say_once(
-                f"waiting for another process to build {lock.parent.name}, {STALE_LOCK_S / 60:.0f} minutes at most; "
-                f"if none is running, delete {lock}",
+                f"waiting for another process to build {lock.parent.name}, {STALE_LOCK_S / 60:.0f}"
+                f" minutes at most; if none is running, delete {lock}",
                 logging.WARNING,
             )
         time.sleep(1.0)

@@ -1,4 +1,6 @@
-"""`spt-ds evaluate`: scores of a predictions file, on the screen and as JSON, CSV, Markdown and LaTeX."""
+"""`spt-ds evaluate`: scores of a predictions file, on the screen and as JSON, CSV, Markdown and
+LaTeX.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def table(scores: Scores, against: dict[str, Paired] | None = None) -> Table:
-    """One row per metric: value, 95 % interval and, with `against`, difference, its interval and p-value."""
+    """One row per metric: value, 95 % interval and, with `against`, difference, its interval and
+    p-value.
+    """
     columns = ["metric", "value", "low 95 %", "high 95 %"]
     if against is not None:
         columns += ["difference", "diff low", "diff high", "p"]
@@ -41,36 +45,66 @@ def table(scores: Scores, against: dict[str, Paired] | None = None) -> Table:
     for metric in METRICS:
         if metric.key not in scores.values:
             continue
-        row: list[Cell] = [metric.label, scores.values[metric.key], *scores.intervals.get(metric.key, (None, None))]
+        row: list[Cell] = [
+            metric.label,
+            scores.values[metric.key],
+            *scores.intervals.get(metric.key, (None, None)),
+        ]
         if against is not None:
             pair = against.get(metric.key)
-            row += [None] * 4 if pair is None else [pair.difference, pair.low, pair.high, f"{pair.p:.4f}"]
+            row += (
+                [None] * 4
+                if pair is None
+                else [pair.difference, pair.low, pair.high, f"{pair.p:.4f}"]
+            )
         rows.append(row)
     return Table(columns, rows)
 
 
 def row(name: str, scores: Scores, against: dict[str, Paired] | None = None) -> Table:
-    """One row in the order of the paper's columns, intervals below it; with `against`, differences and p-values."""
-    columns = [metric for metric in METRICS if metric.key in WIDE_COLUMNS and metric.key in scores.values]
+    """One row in the order of the paper's columns, intervals below it; with `against`, differences
+    and p-values.
+    """
+    columns = [
+        metric for metric in METRICS if metric.key in WIDE_COLUMNS and metric.key in scores.values
+    ]
     rows: list[list[Cell]] = [[name, *(scores.values[metric.key] for metric in columns)]]
     if scores.intervals:
         known = [scores.intervals.get(metric.key) for metric in columns]
-        rows.append(["95 %", *(None if pair is None else f"{pair[0]:.2f} to {pair[1]:.2f}" for pair in known)])
+        rows.append(
+            [
+                "95 %",
+                *(None if pair is None else f"{pair[0]:.2f} to {pair[1]:.2f}" for pair in known),
+            ]
+        )
     if against is not None:
         pairs = [against.get(metric.key) for metric in columns]
-        rows.append(["difference", *(None if pair is None else f"{pair.difference:+.2f}" for pair in pairs)])
+        rows.append(
+            ["difference", *(None if pair is None else f"{pair.difference:+.2f}" for pair in pairs)]
+        )
         rows.append(["p", *(None if pair is None else f"{pair.p:.4f}" for pair in pairs)])
     return Table(["system", *(metric.label for metric in columns)], rows)
 
 
 def notes(scores: Scores) -> list[str]:
-    """What the table does not hold: prompt counts, lengths, BLEU's signature, and what was skipped and why."""
+    """What the table does not hold: prompt counts, lengths, BLEU's signature, and what was skipped
+    and why.
+    """
     settings = scores.settings
-    lines = [f"{settings.examples} examples of {settings.dialogues} dialogues; BLEU {settings.bleu_signature}"]
+    lines = [
+        f"{settings.examples} examples of {settings.dialogues} dialogues; BLEU"
+        f" {settings.bleu_signature}"
+    ]
     if settings.resamples and not scores.intervals:
-        lines.append("intervals skipped: all examples are of one dialogue, and dialogues are what is resampled")
+        lines.append(
+            "intervals skipped: all examples are of one dialogue, and dialogues are what is"
+            " resampled"
+        )
     if scores.prompt_counts:
-        lines.append("prompts chosen: " + " ".join(f"{k}:{count}" for k, count in enumerate(scores.prompt_counts)))
+        lines.append(
+            "prompts chosen: "
+            + " ".join(f"{k}:{count}" for k, count in enumerate(scores.prompt_counts))
+        )
     for name, part in scores.lengths.items():
         shown = " ".join(f"{key} {value:g}" for key, value in part.items() if key != "mean")
         lines.append(f"{name}: mean {part['mean']:.2f} {shown}")
@@ -79,24 +113,53 @@ def notes(scores: Scores) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="spt-ds evaluate", description="Score a predictions file.")
-    parser.add_argument("predictions", type=Path, help="predictions.jsonl, or the run folder that holds it")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for scores.json, .csv, .md and .tex; "
-                        "default: beside the predictions")  # fmt: skip
-    parser.add_argument("--against", type=Path, metavar="OTHER", help="predictions of another system for the same "
-                        "examples: adds differences, their intervals and p-values")  # fmt: skip
-    parser.add_argument("--bootstrap", type=_at_least(0), default=1000, metavar="N",
-                        help="resamples for intervals and p-values; 0 for none (default %(default)s)")  # fmt: skip
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of the resampling (default %(default)s)")
-    parser.add_argument("--ead-vocabulary", type=_at_least(2), default=OPT_VOCABULARY, metavar="V",
-                        help="vocabulary size in EAD, one for all systems compared (default %(default)s)")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="spt-ds evaluate", description="Score a predictions file."
+    )
+    parser.add_argument(
+        "predictions", type=Path, help="predictions.jsonl, or the run folder that holds it"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for scores.json, .csv, .md and .tex; default: beside the predictions",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="OTHER",
+        help=(
+            "predictions of another system for the same "
+            "examples: adds differences, their intervals and p-values"
+        ),
+    )
+    parser.add_argument(
+        "--bootstrap",
+        type=_at_least(0),
+        default=1000,
+        metavar="N",
+        help="resamples for intervals and p-values; 0 for none (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=_at_least(0), default=0, help="seed of the resampling (default %(default)s)"
+    )
+    parser.add_argument(
+        "--ead-vocabulary",
+        type=_at_least(2),
+        default=OPT_VOCABULARY,
+        metavar="V",
+        help="vocabulary size in EAD, one for all systems compared (default %(default)s)",
+    )
     return parser
 
 
 def _at_least(least: int) -> Callable[[str], int]:
     def number(given: str) -> int:
         if not given.isdecimal() or int(given) < least:
-            raise argparse.ArgumentTypeError(f"got {given!r}, expected a whole number from {least} on")
+            raise argparse.ArgumentTypeError(
+                f"got {given!r}, expected a whole number from {least} on"
+            )
         return int(given)
 
     return number
@@ -119,5 +182,7 @@ def _run(args: argparse.Namespace) -> None:
     folder = args.out or measured.file.path.parent
     place = measured.file.path.resolve().parent
     name = (place.parent if place.name == DEFAULT_FOLDER else place).name
-    paths = report_tables.write_files(folder, "scores", data, long=shown, wide=row(name, scores, pairs))
+    paths = report_tables.write_files(
+        folder, "scores", data, long=shown, wide=row(name, scores, pairs)
+    )
     print("written: " + " ".join(map(str, paths)))

@@ -1,4 +1,6 @@
-"""`spt-ds compare`: one table of several runs, seeds of a recipe averaged, with the gains over a baseline."""
+"""`spt-ds compare`: one table of several runs, seeds of a recipe averaged, with the gains over a
+baseline.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from spt_ds.evaluate.scores import METRICS, WIDE_COLUMNS
 CONFIG = "config.yaml"
 # What two runs must share for a gain between them to mean anything.
 COMMON = ("data_sha256", "bleu_signature", "ead_vocabulary")
-# Keys of the configuration in which runs of one recipe may differ: they name the repeat or move no number.
+# Keys of the configuration in which runs of one recipe may differ: they name the repeat or move no
+# number.
 FREE = ("train.seed", "engine.", "checkpoint.", "log.")
 
 
@@ -41,7 +44,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one recipe: mean and sample standard deviation of each metric that all of them have."""
+    """The runs of one recipe: mean and sample standard deviation of each metric that all of them
+    have.
+    """
 
     name: str
     runs: list[Run]
@@ -63,29 +68,50 @@ class Comparison:
         return self.groups[0]
 
     def gains(self, group: Group) -> dict[str, tuple[float, float | None]]:
-        """Absolute gain over the baseline and the same in percent of it (None where the baseline is 0)."""
+        """Absolute gain over the baseline and the same in percent of it (None where the baseline is
+        0).
+        """
         base = self.baseline.mean
         found = {key: value - base[key] for key, value in group.mean.items() if key in base}
-        return {key: (gain, 100.0 * gain / base[key] if base[key] else None) for key, gain in found.items()}
+        return {
+            key: (gain, 100.0 * gain / base[key] if base[key] else None)
+            for key, gain in found.items()
+        }
 
     def diversity_gain(self, group: Group) -> float | None:
-        """The mean of DIST-1's and DIST-2's gains in percent: the paper's measure of added diversity."""
+        """The mean of DIST-1's and DIST-2's gains in percent: the paper's measure of added
+        diversity.
+        """
         gains = self.gains(group)
         parts = [gains[key][1] for key in ("dist1", "dist2")]
         known = [part for part in parts if part is not None]
         return sum(known) / 2 if len(known) == 2 else None
 
     def wide(self) -> Table:
-        """Recipes in rows, metrics in the order of the paper's table; two rows of gains under each recipe."""
-        columns = [one for one in METRICS if one.key in WIDE_COLUMNS and any(one.key in g.mean for g in self.groups)]
+        """Recipes in rows, metrics in the order of the paper's table; two rows of gains under each
+        recipe.
+        """
+        columns = [
+            one
+            for one in METRICS
+            if one.key in WIDE_COLUMNS and any(one.key in g.mean for g in self.groups)
+        ]
         rows: list[list[Cell]] = []
         for group in self.groups:
-            rows.append([group.name, len(group.runs), *(_spread(group, one.key) for one in columns)])
+            rows.append(
+                [group.name, len(group.runs), *(_spread(group, one.key) for one in columns)]
+            )
             if group is not self.baseline:
                 gains = self.gains(group)
                 for label, part, sign in (("  gain", 0, ""), ("  gain %", 1, " %")):
                     cells = (gains.get(one.key, (None, None))[part] for one in columns)
-                    rows.append([label, None, *(None if gain is None else f"{gain:+.2f}{sign}" for gain in cells)])
+                    rows.append(
+                        [
+                            label,
+                            None,
+                            *(None if gain is None else f"{gain:+.2f}{sign}" for gain in cells),
+                        ]
+                    )
         return Table(["recipe", "runs", *(one.label for one in columns)], rows)
 
     def long(self) -> Table:
@@ -95,7 +121,9 @@ class Comparison:
             gains = self.gains(group)
             for key, value in group.mean.items():
                 gain, percent = gains.get(key, (None, None))
-                rows.append([group.name, key, len(group.runs), value, group.std.get(key), gain, percent])
+                rows.append(
+                    [group.name, key, len(group.runs), value, group.std.get(key), gain, percent]
+                )
         return Table(["recipe", "metric", "runs", "mean", "std", "gain", "gain_percent"], rows)
 
     def to_json(self) -> dict[str, Any]:
@@ -109,7 +137,9 @@ class Comparison:
                     "mean": group.mean,
                     "std": group.std,
                     "gain": {key: gain for key, (gain, _) in self.gains(group).items()},
-                    "gain_percent": {key: percent for key, (_, percent) in self.gains(group).items()},
+                    "gain_percent": {
+                        key: percent for key, (_, percent) in self.gains(group).items()
+                    },
                     "diversity_gain_percent": self.diversity_gain(group),
                 }
                 for group in self.groups
@@ -120,10 +150,12 @@ class Comparison:
 
 
 def compare(runs: Sequence[str | Path], baseline: str | Path) -> Comparison:
-    """Read the runs, average those that share a recipe name, and set them against the recipe of `baseline`.
+    """Read the runs, average those that share a recipe name, and set them against the recipe of
+    `baseline`.
 
-    The baseline need not be among `runs`. Raises DataError for a folder without scores or predictions, and for runs
-    that answered other examples or were scored with other settings than the baseline.
+    The baseline need not be among `runs`. Raises DataError for a folder without scores or
+    predictions, and for runs that answered other examples or were scored with other settings than
+    the baseline.
     """
     folders = {Path(one).resolve(): Path(one) for one in (baseline, *runs)}
     found = [read_run(folder) for folder in folders.values()]
@@ -131,14 +163,20 @@ def compare(runs: Sequence[str | Path], baseline: str | Path) -> Comparison:
         _check_comparable(found[0], run)
     names = dict.fromkeys(run.name for run in found)
     groups = [_group(name, [run for run in found if run.name == name]) for name in names]
-    skipped = dict.fromkeys(f"{family} skipped: {why}" for run in found for family, why in run.scores.skipped.items())
+    skipped = dict.fromkeys(
+        f"{family} skipped: {why}" for run in found for family, why in run.scores.skipped.items()
+    )
     return Comparison(groups, [*(note for group in groups for note in _notes(group)), *skipped])
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder. Its scores.json counts when it belongs to the predictions beside it; else they are scored."""
+    """Read a run folder. Its scores.json counts when it belongs to the predictions beside it; else
+    they are scored.
+    """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such run folder; give folders that hold predictions.jsonl or scores.json")
+        raise DataError(
+            f"{folder}: no such run folder; give folders that hold predictions.jsonl or scores.json"
+        )
     options = _read_options(folder / CONFIG)
     name, seed = options.get("name", folder.resolve().name), options.get("train.seed")
     if not isinstance(name, str):
@@ -152,13 +190,29 @@ def read_run(folder: Path) -> Run:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compare, print and, with --out, write; return 0, or 2 for a fault of the user's, told in one line on stderr."""
-    parser = argparse.ArgumentParser(prog="spt-ds compare", description="One table of several runs.")
-    parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="folder with predictions.jsonl or scores.json"
+    """Compare, print and, with --out, write; return 0, or 2 for a fault of the user's, told in one
+    line on stderr.
+    """
+    parser = argparse.ArgumentParser(
+        prog="spt-ds compare", description="One table of several runs."
     )
-    parser.add_argument("--baseline", type=Path, required=True, metavar="RUN", help="run that gains are measured over")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for compare.json, .csv, .md and .tex")
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="folder with predictions.jsonl or scores.json",
+    )
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="run that gains are measured over",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for compare.json, .csv, .md and .tex"
+    )
     args = parser.parse_args(argv)
     try:
         result = compare(args.runs, args.baseline)
@@ -166,10 +220,15 @@ def main(argv: Sequence[str]) -> int:
         for group in result.groups[1:]:
             gain = result.diversity_gain(group)
             if gain is not None:
-                print(f"{group.name}: mean gain of DIST-1 and DIST-2 over {result.baseline.name} {gain:+.1f} %")
+                print(
+                    f"{group.name}: mean gain of DIST-1 and DIST-2 over {result.baseline.name}"
+                    f" {gain:+.1f} %"
+                )
         print("".join(f"{note}\n" for note in result.notes), end="")
         if args.out is not None:
-            paths = report_tables.write_files(args.out, "compare", result.to_json(), result.long(), result.wide())
+            paths = report_tables.write_files(
+                args.out, "compare", result.to_json(), result.long(), result.wide()
+            )
             print("written: " + " ".join(map(str, paths)))
     except SptError as error:
         print(f"spt-ds compare: {error}", file=sys.stderr)
@@ -188,7 +247,9 @@ def _read_options(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(tree, dict):
-        raise DataError(f"{path}: got a {type(tree).__name__}, expected keys such as 'name' and 'train'")
+        raise DataError(
+            f"{path}: got a {type(tree).__name__}, expected keys such as 'name' and 'train'"
+        )
     return dict(_flat("", tree))
 
 
@@ -206,7 +267,10 @@ def _read_scores(run: Path) -> Scores:
     if not written.exists():
         return evaluation.evaluate(folder)
     scores = evaluation.load_scores(written)
-    if source.exists() and hashlib.sha256(source.read_bytes()).hexdigest() != scores.settings.predictions_sha256:
+    if (
+        source.exists()
+        and hashlib.sha256(source.read_bytes()).hexdigest() != scores.settings.predictions_sha256
+    ):
         return evaluation.evaluate(folder)
     return scores
 
@@ -216,8 +280,9 @@ def _check_comparable(base: Run, other: Run) -> None:
         expected, got = getattr(base.scores.settings, name), getattr(other.scores.settings, name)
         if got != expected:
             raise DataError(
-                f"{other.folder}: {name} is {got!r}, but {expected!r} in the baseline {base.folder}; runs are compared "
-                "on the same examples, scored alike: generate from the same data and run `spt-ds evaluate` on both"
+                f"{other.folder}: {name} is {got!r}, but {expected!r} in the baseline"
+                f" {base.folder}; runs are compared on the same examples, scored alike: generate"
+                " from the same data and run `spt-ds evaluate` on both"
             )
 
 
@@ -225,7 +290,9 @@ def _group(name: str, runs: list[Run]) -> Group:
     shared = [one.key for one in METRICS if all(one.key in run.scores.values for run in runs)]
     columns = {key: [run.scores.values[key] for run in runs] for key in shared}
     mean = {key: math.fsum(values) / len(values) for key, values in columns.items()}
-    std = {key: statistics.stdev(values) for key, values in columns.items()} if len(runs) > 1 else {}
+    std = (
+        {key: statistics.stdev(values) for key, values in columns.items()} if len(runs) > 1 else {}
+    )
     return Group(name, runs, mean, std)
 
 
@@ -234,12 +301,19 @@ def _notes(group: Group) -> Iterator[str]:
     first = group.runs[0]
     seeds = [run.seed for run in group.runs]
     if len(seeds) > 1 and len(set(seeds)) < len(seeds):
-        yield f"{group.name}: seeds {seeds} repeat; the standard deviation is not that over independent runs"
+        yield (
+            f"{group.name}: seeds {seeds} repeat; the standard deviation is not that over"
+            " independent runs"
+        )
     for run in group.runs[1:]:
-        keys = sorted(key for key in first.options.keys() | run.options.keys() if not key.startswith(FREE))
+        keys = sorted(
+            key for key in first.options.keys() | run.options.keys() if not key.startswith(FREE)
+        )
         differing = [key for key in keys if first.options.get(key) != run.options.get(key)]
         if differing:
-            yield f"{group.name}: {run.folder} differs from {first.folder} in {', '.join(differing)}"
+            yield (
+                f"{group.name}: {run.folder} differs from {first.folder} in {', '.join(differing)}"
+            )
 
 
 def _spread(group: Group, key: str) -> Cell:

@@ -39,7 +39,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of one file. Keys are those of `scores.METRICS`; a metric that was skipped has no key."""
+    """The scores of one file. Keys are those of `scores.METRICS`; a metric that was skipped has no
+    key.
+    """
 
     values: dict[str, float]
     intervals: dict[str, tuple[float, float]]
@@ -57,7 +59,9 @@ class Scores:
         return asdict(self)
 
 
-def evaluate(path: str | Path, *, resamples: int = 0, seed: int = 0, ead_vocabulary: int = OPT_VOCABULARY) -> Scores:
+def evaluate(
+    path: str | Path, *, resamples: int = 0, seed: int = 0, ead_vocabulary: int = OPT_VOCABULARY
+) -> Scores:
     """Score a predictions file, or the folder that holds one; `resamples` > 0 adds 95 % intervals.
 
     Raises DataError for a file that cannot be used.
@@ -71,7 +75,11 @@ def score(measured: Measured, *, resamples: int = 0, seed: int = 0) -> Scores:
     return Scores(
         values={key: one.value() for key, one in measured.measures.items()},
         intervals=measured.intervals(resamples, seed),
-        prompt_counts=[] if "prompt use" in measured.skipped else prompt_rows(file).sum(axis=0).astype(int).tolist(),
+        prompt_counts=(
+            []
+            if "prompt use" in measured.skipped
+            else prompt_rows(file).sum(axis=0).astype(int).tolist()
+        ),
         lengths=_lengths(measured),
         skipped=measured.skipped,
         settings=Settings(
@@ -93,12 +101,15 @@ def load_scores(path: Path) -> Scores:
     try:
         return TypeAdapter(Scores).validate_json(path.read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); `spt-ds evaluate` writes one") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); `spt-ds evaluate` writes one"
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(
-            f"{path}: {key}: {first['msg']}; write the file again with: spt-ds evaluate {path.parent}"
+            f"{path}: {key}: {first['msg']}; write the file again with: spt-ds evaluate"
+            f" {path.parent}"
         ) from error
 
 
@@ -108,7 +119,9 @@ def _lengths(measured: Measured) -> dict[str, dict[str, float]]:
         "reply_words": [len(reply.split()) for reply in measured.replies],
         "reference_words": [len(row.reference.split()) for row in file.rows],
         "new_tokens": [row.new_tokens for row in file.rows if row.new_tokens is not None],
-        "context_tokens": [row.context_tokens for row in file.rows if row.context_tokens is not None],
+        "context_tokens": [
+            row.context_tokens for row in file.rows if row.context_tokens is not None
+        ],
     }
     return {name: text.summary(values) for name, values in found.items() if values}
 

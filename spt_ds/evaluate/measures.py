@@ -1,4 +1,6 @@
-"""Turns a predictions file into measures: every metric of the tables, ready to be summed, resampled and compared."""
+"""Turns a predictions file into measures: every metric of the tables, ready to be summed, resampled
+and compared.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,16 @@ from spt_ds.evaluate.resample import Distinct, Measure, Paired, Sums
 from spt_ds.evaluate.scores import Floats
 
 OPT_VOCABULARY = 50265
-"""Words of OPT's tokenizer, the largest vocabulary among the paper's models: EAD's authors ask for that one."""
+"""Words of OPT's tokenizer, the largest vocabulary among the paper's models: EAD's authors ask for
+that one.
+"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A file and its measures, by metric key in the tables' order. The unit of resampling is the dialogue."""
+    """A file and its measures, by metric key in the tables' order. The unit of resampling is the
+    dialogue.
+    """
 
     file: PredictionFile
     replies: list[str]
@@ -37,21 +43,33 @@ class Measured:
         return {key: resample.interval(one, resamples, seed) for key, one in self.measures.items()}
 
     def against(self, other: Measured, resamples: int, seed: int) -> dict[str, Paired]:
-        """Compare with another file of the same examples, metric by metric: this one minus the other.
+        """Compare with another file of the same examples, metric by metric: this one minus the
+        other.
 
         Raises DataError when the examples differ or all are of one dialogue.
         """
         check_same_examples(self.file, other.file)
         if max(self.file.units) == 0:
-            raise DataError(f"{self.file.path}: all examples are of one dialogue; a comparison needs two or more")
+            raise DataError(
+                f"{self.file.path}: all examples are of one dialogue; a comparison needs two or"
+                " more"
+            )
         # Banks of two sizes have no common table of counts.
         shared = [key for key in self.measures if key in other.measures and key != "prompt_entropy"]
-        return {key: resample.paired(self.measures[key], other.measures[key], resamples, seed) for key in shared}
+        return {
+            key: resample.paired(self.measures[key], other.measures[key], resamples, seed)
+            for key in shared
+        }
 
 
 def measure(file: PredictionFile, ead_vocabulary: int = OPT_VOCABULARY) -> Measured:
-    """Compute the measures of `file`; a library or field that is not there is noted under `skipped`."""
-    replies, references = [text.clean(row.raw) for row in file.rows], [row.reference for row in file.rows]
+    """Compute the measures of `file`; a library or field that is not there is noted under
+    `skipped`.
+    """
+    replies, references = (
+        [text.clean(row.raw) for row in file.rows],
+        [row.reference for row in file.rows],
+    )
     skipped: dict[str, str] = {}
     found: dict[str, Measure] = {
         **_overlap(replies, references),
@@ -59,8 +77,16 @@ def measure(file: PredictionFile, ead_vocabulary: int = OPT_VOCABULARY) -> Measu
         **_lengths(replies),
     }
     families: tuple[tuple[str, str | None, Callable[[], dict[str, Measure]]], ...] = (
-        ("ROUGE", optional.rouge_missing(), lambda: _columns(_ROUGE, optional.rouge_rows(replies, references))),
-        ("BERTScore", optional.bert_missing(), lambda: _columns(_BERT, optional.bert_rows(replies, references))),
+        (
+            "ROUGE",
+            optional.rouge_missing(),
+            lambda: _columns(_ROUGE, optional.rouge_rows(replies, references)),
+        ),
+        (
+            "BERTScore",
+            optional.bert_missing(),
+            lambda: _columns(_BERT, optional.bert_rows(replies, references)),
+        ),
         ("perplexity", _no_nll(file), lambda: _perplexity(file)),
         ("prompt use", _no_prompt(file), lambda: _prompt_use(file)),
     )
@@ -70,12 +96,16 @@ def measure(file: PredictionFile, ead_vocabulary: int = OPT_VOCABULARY) -> Measu
         else:
             skipped[name] = missing
     units = file.units
-    ordered = {one.key: resample.grouped(found[one.key], units) for one in text.METRICS if one.key in found}
+    ordered = {
+        one.key: resample.grouped(found[one.key], units) for one in text.METRICS if one.key in found
+    }
     return Measured(file, replies, ordered, skipped, ead_vocabulary)
 
 
 def prompt_rows(file: PredictionFile) -> Floats:
-    """`[N, K]`, 1 where prompt k spoke in example n; K from the scores, else from the largest prompt seen."""
+    """`[N, K]`, 1 where prompt k spoke in example n; K from the scores, else from the largest
+    prompt seen.
+    """
     chosen = [row.prompt for row in file.rows if row.prompt is not None]
     bank = len(file.rows[0].scores) or max(chosen, default=-1) + 1
     rows = np.zeros((len(chosen), bank))
@@ -135,7 +165,10 @@ def _perplexity(file: PredictionFile) -> dict[str, Measure]:
 
 def _no_prompt(file: PredictionFile) -> str | None:
     if file.rows[0].prompt is None:
-        return "the file names no prompt; one is chosen per example in the modes select, random, fixed and noise"
+        return (
+            "the file names no prompt; one is chosen per example in the modes select, random, fixed"
+            " and noise"
+        )
     return None
 
 

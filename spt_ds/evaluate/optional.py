@@ -1,4 +1,6 @@
-"""ROUGE and BERTScore: libraries and weights that need not be there. Each is imported only when it is used."""
+"""ROUGE and BERTScore: libraries and weights that need not be there. Each is imported only when it
+is used.
+"""
 
 from __future__ import annotations
 
@@ -14,45 +16,68 @@ from spt_ds.evaluate.scores import Floats
 BERT_MODEL = "microsoft/deberta-xlarge-mnli"
 BERT_LAYERS = 40  # the layer that BERTScore's authors chose for this model
 BERT_MAX_TOKENS = 512
-BERT_FILES = (("config.json",), ("vocab.json",), ("merges.txt",), ("model.safetensors", "pytorch_model.bin"))
+BERT_FILES = (
+    ("config.json",),
+    ("vocab.json",),
+    ("merges.txt",),
+    ("model.safetensors", "pytorch_model.bin"),
+)
 
 
 def rouge_missing() -> str | None:
     """Say why ROUGE cannot be computed and how to mend it, or None."""
     if find_spec("rouge_score") is None:
-        return "package rouge-score is not installed; install it with: pip install 'spt-ds[evaluate]'"
+        return (
+            "package rouge-score is not installed; install it with: pip install 'spt-ds[evaluate]'"
+        )
     return None
 
 
 def rouge_rows(replies: Sequence[str], references: Sequence[str]) -> Floats:
-    """Return `[N, 3]`: F-measures (0 to 1) of ROUGE-1, -2 and -L by Google's rouge-score without stemmer."""
+    """Return `[N, 3]`: F-measures (0 to 1) of ROUGE-1, -2 and -L by Google's rouge-score without
+    stemmer.
+    """
     kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(kinds, use_stemmer=False)
-    found = (scorer.score(reference, reply) for reply, reference in zip(replies, references, strict=True))
+    scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(
+        kinds, use_stemmer=False
+    )
+    found = (
+        scorer.score(reference, reply) for reply, reference in zip(replies, references, strict=True)
+    )
     return np.asarray([[one[kind].fmeasure for kind in kinds] for one in found], dtype=np.float64)
 
 
 def bert_missing() -> str | None:
-    """Say why BERTScore cannot be computed and how to mend it, or None. Downloads nothing, imports no torch."""
+    """Say why BERTScore cannot be computed and how to mend it, or None. Downloads nothing, imports
+    no torch.
+    """
     if find_spec("bert_score") is None:
         return "package bert-score is not installed; install it with: pip install bert-score"
     if _weights_folder() is None:
-        return f"the weights of {BERT_MODEL} are not in the local hub cache; fetch them with: hf download {BERT_MODEL}"
+        return (
+            f"the weights of {BERT_MODEL} are not in the local hub cache; fetch them with: hf"
+            f" download {BERT_MODEL}"
+        )
     return None
 
 
 def bert_rows(replies: Sequence[str], references: Sequence[str]) -> Floats:
     """Return `[N, 3]`: BERTScore F1, precision and recall (0 to 1), no idf weights, no rescaling.
 
-    A reply without a word scores 0, as in bert-score, which can no longer encode one itself under transformers 5.
+    A reply without a word scores 0, as in bert-score, which can no longer encode one itself under
+    transformers 5.
     """
-    scorer = importlib.import_module("bert_score").BERTScorer(model_type=str(_weights_folder()), num_layers=BERT_LAYERS)
+    scorer = importlib.import_module("bert_score").BERTScorer(
+        model_type=str(_weights_folder()), num_layers=BERT_LAYERS
+    )
     # The model's tokenizer files name no limit, and bert-score would hand the tokenizer 10^30.
     scorer._tokenizer.model_max_length = BERT_MAX_TOKENS
     rows = np.zeros((len(replies), 3))
     spoken = [index for index, reply in enumerate(replies) if reply.strip()]
     if spoken:
-        found = scorer.score([replies[index] for index in spoken], [references[index] for index in spoken])
+        found = scorer.score(
+            [replies[index] for index in spoken], [references[index] for index in spoken]
+        )
         precision, recall, f1 = (part.numpy() for part in found)
         rows[spoken] = np.stack([f1, precision, recall], axis=1)
     return rows

@@ -1,4 +1,6 @@
-"""Reads `predictions.jsonl`: one JSON object per line, in the order of the data; any fault is named by `file:line`."""
+"""Reads `predictions.jsonl`: one JSON object per line, in the order of the data; any fault is named
+by `file:line`.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,11 @@ def _is_count(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    )
 
 
 def _is_text(value: object) -> bool:
@@ -93,7 +99,11 @@ _FIELDS: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
     "prompt": (False, _is_count, "null or a whole number from 0 on"),
     "scores": (False, _is_numbers, "a list of finite numbers"),
     "nll_sum": (False, lambda value: _is_number(value) and value >= 0, "a finite number from 0 on"),
-    "nll_tokens": (False, lambda value: _is_count(value) and value != 0, "a whole number from 1 on"),
+    "nll_tokens": (
+        False,
+        lambda value: _is_count(value) and value != 0,
+        "a whole number from 1 on",
+    ),
     "new_tokens": (False, _is_count, "a whole number from 0 on"),
     "context_tokens": (False, _is_count, "a whole number from 0 on"),
 }
@@ -107,10 +117,12 @@ def locate(folder: Path, *names: str) -> Path:
 
 
 def read_predictions(path: str | Path) -> PredictionFile:
-    """Read and check `path`: a predictions file, or a folder that holds one, itself or in its folder `generate`.
+    """Read and check `path`: a predictions file, or a folder that holds one, itself or in its
+    folder `generate`.
 
-    Raises DataError, with `file:line`, for a file that is missing, empty or not UTF-8, for a line that is not a
-    JSON object, for a missing or wrong field, and for an index that is repeated, skipped or out of order.
+    Raises DataError, with `file:line`, for a file that is missing, empty or not UTF-8, for a line
+    that is not a JSON object, for a missing or wrong field, and for an index that is repeated,
+    skipped or out of order.
     """
     path = Path(path)
     if path.is_dir():
@@ -118,15 +130,20 @@ def read_predictions(path: str | Path) -> PredictionFile:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such predictions file; `spt-ds generate` writes one") from error
+        raise DataError(
+            f"{path}: no such predictions file; `spt-ds generate` writes one"
+        ) from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give a predictions file") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); give a predictions file"
+        ) from error
     lines = content.split(b"\n")
     if lines[-1] == b"":
         lines.pop()
     if not lines:
         raise DataError(
-            f"{path}: is empty; a predictions file holds one JSON object per line (was generation cut off?)"
+            f"{path}: is empty; a predictions file holds one JSON object per line (was generation"
+            " cut off?)"
         )
     rows: list[Prediction] = []
     for number, line in enumerate(lines, start=1):
@@ -140,8 +157,9 @@ def read_predictions(path: str | Path) -> PredictionFile:
 def generated_with(folder: Path, sha256: str) -> dict[str, Any]:
     """The configuration, as a tree, under which the predictions in `folder` were generated.
 
-    It is training's with what was overridden. Empty where `generate.json` is not there or tells of other predictions
-    than those whose bytes have the digest `sha256`; DataError where it cannot be read.
+    It is training's with what was overridden. Empty where `generate.json` is not there or tells of
+    other predictions than those whose bytes have the digest `sha256`; DataError where it cannot be
+    read.
     """
     path = folder / RECORD
     if not path.is_file():
@@ -150,21 +168,29 @@ def generated_with(folder: Path, sha256: str) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         config = record["config"] if record["predictions_sha256"] == sha256 else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read ({error!r}); `spt-ds generate` writes it") from error
+        raise DataError(
+            f"{path}: cannot be read ({error!r}); `spt-ds generate` writes it"
+        ) from error
     if not isinstance(config, dict):
-        raise DataError(f"{path}: config is a {type(config).__name__}, expected an object; `spt-ds generate` writes it")
+        raise DataError(
+            f"{path}: config is a {type(config).__name__}, expected an object; `spt-ds generate`"
+            " writes it"
+        )
     return config
 
 
 def check_same_examples(first: PredictionFile, second: PredictionFile) -> None:
-    """Raise DataError, with the first differing line, unless both files answer the same examples in order."""
+    """Raise DataError, with the first differing line, unless both files answer the same examples in
+    order.
+    """
     for number, (one, other) in enumerate(zip(first.rows, second.rows, strict=False), start=1):
         for name in ("id", "dialogue_id", "reference"):
             got, expected = getattr(other, name), getattr(one, name)
             if got != expected:
                 raise DataError(
-                    f"{second.path}:{number}: field '{name}' is {got!r}, but {expected!r} in {first.path}:{number}; "
-                    "two files are compared on the same examples only: generate both from the same data"
+                    f"{second.path}:{number}: field '{name}' is {got!r}, but {expected!r} in"
+                    f" {first.path}:{number}; two files are compared on the same examples only:"
+                    " generate both from the same data"
                 )
     if len(first.rows) != len(second.rows):
         raise DataError(
@@ -180,11 +206,13 @@ def _parse(where: str, line: bytes) -> Prediction:
         raise DataError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from error
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{where}: not JSON at column {error.colno} ({error.msg}); each line is one JSON object "
-            "(a cut-off last line means that generation was stopped: run it again)"
+            f"{where}: not JSON at column {error.colno} ({error.msg}); each line is one JSON object"
+            " (a cut-off last line means that generation was stopped: run it again)"
         ) from error
     if not isinstance(found, dict):
-        raise DataError(f"{where}: got a {type(found).__name__}, expected a JSON object with 'index', 'id', ...")
+        raise DataError(
+            f"{where}: got a {type(found).__name__}, expected a JSON object with 'index', 'id', ..."
+        )
     values = {name: _field(where, found, name) for name in _FIELDS}
     row = Prediction(**{**values, "scores": tuple(values["scores"] or ())})
     _check_fit(where, row)
@@ -209,17 +237,20 @@ def _check_fit(where: str, row: Prediction) -> None:
     """Fields that must fit one another."""
     if row.prompt is not None and row.scores and row.prompt >= len(row.scores):
         raise DataError(
-            f"{where}: field 'prompt' is {row.prompt}, but 'scores' is over {len(row.scores)} prompts "
-            f"(0 to {len(row.scores) - 1})"
+            f"{where}: field 'prompt' is {row.prompt}, but 'scores' is over {len(row.scores)}"
+            f" prompts (0 to {len(row.scores) - 1})"
         )
     if row.nll_sum is None and row.nll_tokens is None:
         return
     if row.nll_sum is None or row.nll_tokens is None:
-        raise DataError(f"{where}: fields 'nll_sum' and 'nll_tokens' come together; give both or neither")
+        raise DataError(
+            f"{where}: fields 'nll_sum' and 'nll_tokens' come together; give both or neither"
+        )
     if row.nll_sum > MAX_NATS * min(row.nll_tokens, len(row.reference.split())):
         raise DataError(
-            f"{where}: field 'nll_sum' is {row.nll_sum!r}, more than {MAX_NATS} nats a token or word: its perplexity "
-            "is no finite number (is it a sum of natural logarithms over the reference's tokens?)"
+            f"{where}: field 'nll_sum' is {row.nll_sum!r}, more than {MAX_NATS} nats a token or"
+            " word: its perplexity is no finite number (is it a sum of natural logarithms over the"
+            " reference's tokens?)"
         )
 
 
@@ -227,20 +258,26 @@ def _check_order(where: str, row: Prediction, earlier: list[Prediction]) -> None
     """Indices count the lines from 0, and all lines have the same optional fields."""
     expected = len(earlier)
     if row.index < expected:
-        raise DataError(f"{where}: index {row.index} again, first on line {row.index + 1}; each example is scored once")
+        raise DataError(
+            f"{where}: index {row.index} again, first on line {row.index + 1}; each example is"
+            " scored once"
+        )
     if row.index > expected:
         raise DataError(
-            f"{where}: index {row.index}, expected {expected}; an example is missing or out of order "
-            "(lines follow the data, from index 0 on)"
+            f"{where}: index {row.index}, expected {expected}; an example is missing or out of"
+            " order (lines follow the data, from index 0 on)"
         )
     if not earlier:
         return
     first = earlier[0]
     if len(row.scores) != len(first.scores):
         raise DataError(
-            f"{where}: field 'scores' has {len(row.scores)} numbers, {len(first.scores)} on line 1; "
-            "one file holds the predictions of one bank"
+            f"{where}: field 'scores' has {len(row.scores)} numbers, {len(first.scores)} on line 1;"
+            " one file holds the predictions of one bank"
         )
     for name in ("nll_sum", "prompt", "new_tokens", "context_tokens"):
         if (getattr(row, name) is None) != (getattr(first, name) is None):
-            raise DataError(f"{where}: field '{name}' is on some lines and not on others; give it on all or none")
+            raise DataError(
+                f"{where}: field '{name}' is on some lines and not on others; give it on all or"
+                " none"
+            )

@@ -1,4 +1,6 @@
-"""Tables of numbers as text, Markdown, LaTeX and CSV, and files that are written whole or not at all."""
+"""Tables of numbers as text, Markdown, LaTeX and CSV, and files that are written whole or not at
+all.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Table:
-    """Headings and rows; the first column names the row. None is an empty cell, a float shows two decimals."""
+    """Headings and rows; the first column names the row. None is an empty cell, a float shows two
+    decimals.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -35,22 +39,34 @@ class Table:
         cells = self._cells()
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
-            "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(pairs))
+            "  ".join(
+                cell.rjust(width) if place else cell.ljust(width)
+                for place, (cell, width) in enumerate(pairs)
+            )
             for pairs in (list(zip(row, widths, strict=True)) for row in cells)
         ]
-        return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]]) + "\n"
+        return (
+            "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]]) + "\n"
+        )
 
     def markdown(self) -> str:
         """A GitHub table."""
         rule = ["---", *["---:"] * (len(self.columns) - 1)]
         cells = self._cells()
         cells.insert(1, rule)
-        return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in cells)
+        return "".join(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in cells
+        )
 
     def latex(self) -> str:
         """A `tabular` with booktabs rules."""
         lines = [" & ".join(map(_escaped, row)) + r" \\" for row in self._cells()]
-        head = [r"\begin{tabular}{l" + "r" * (len(self.columns) - 1) + "}", r"\toprule", lines[0], r"\midrule"]
+        head = [
+            r"\begin{tabular}{l" + "r" * (len(self.columns) - 1) + "}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+        ]
         return "\n".join([*head, *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
 
     def csv(self) -> str:
@@ -65,10 +81,13 @@ class Table:
         return [list(self.columns), *([_shown(cell) for cell in row] for row in self.rows)]
 
 
-def write_files(folder: Path, stem: str, data: dict[str, Any], long: Table, wide: Table) -> list[Path]:
+def write_files(
+    folder: Path, stem: str, data: dict[str, Any], long: Table, wide: Table
+) -> list[Path]:
     """Write `stem`.json, .csv (`long`), .md and .tex (`wide`) into `folder`; return the paths.
 
-    Each file is renamed into place when it is whole. Raises DataError when the folder cannot be written.
+    Each file is renamed into place when it is whole. Raises DataError when the folder cannot be
+    written.
     """
     texts = {
         "json": json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
@@ -86,7 +105,9 @@ def write_files(folder: Path, stem: str, data: dict[str, Any], long: Table, wide
             os.replace(part, path)
             paths.append(path)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror}); give another folder with --out") from error
+        raise DataError(
+            f"{folder}: cannot be written ({error.strerror}); give another folder with --out"
+        ) from error
     return paths
 
 

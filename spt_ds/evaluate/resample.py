@@ -1,16 +1,17 @@
 """How sure a score is: seeded resampling, for one file and for two files of the same examples.
 
-What is resampled are units: the examples, or groups of them (`grouped`) such as the turns of one dialogue, which
-share a persona and are no independent draws. A metric comes in one of two forms, each with the resampling that is
-right for it:
+What is resampled are units: the examples, or groups of them (`grouped`) such as the turns of one
+dialogue, which share a persona and are no independent draws. A metric comes in one of two forms,
+each with the resampling that is right for it:
 
 * `Sums`: a function of sums over units (F1, BLEU, ROUGE, perplexity ...). Interval: percentile bootstrap.
 * `Distinct`: a function of the number of distinct n-grams. Drawing units with replacement repeats them and so
-  loses distinct n-grams, whatever the system: the bootstrap would give intervals that miss the score itself.
-  Interval: jackknife over units.
+  loses distinct n-grams, whatever the system: the bootstrap would give intervals that miss the
+  score itself. Interval: jackknife over units.
 
-Two files are compared on the same draws. The p-value is that of a two-sided approximate randomisation test, which
-swaps the two systems' replies to a unit at random: it is right for both forms.
+Two files are compared on the same draws. The p-value is that of a two-sided approximate
+randomisation test, which swaps the two systems' replies to a unit at random: it is right for both
+forms.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ def mean(values: Floats, scale: float = 1.0) -> Sums:
 
 def ratio(above: Floats, below: Floats, finish: Callable[[Floats], Floats]) -> Sums:
     """`finish` of the sum of `above` `[N]` over the sum of `below` `[N]`."""
-    return Sums(np.stack([above, below], axis=1).astype(np.float64), lambda sums: finish(sums[:, 0] / sums[:, 1]))
+    return Sums(
+        np.stack([above, below], axis=1).astype(np.float64),
+        lambda sums: finish(sums[:, 0] / sums[:, 1]),
+    )
 
 
 def grouped(measure: Measure, units: Sequence[int]) -> Measure:
@@ -95,7 +99,9 @@ def interval(measure: Measure, resamples: int, seed: int) -> tuple[float, float]
     if isinstance(measure, Distinct):
         return _around(measure.value(), _leave_one_out(measure))
     draws = _draws(len(measure.rows), resamples, seed)
-    return _percentiles(np.concatenate([measure.finish(weights @ measure.rows) for weights in draws]))
+    return _percentiles(
+        np.concatenate([measure.finish(weights @ measure.rows) for weights in draws])
+    )
 
 
 def paired(first: Measure, second: Measure, resamples: int, seed: int) -> Paired:
@@ -156,7 +162,9 @@ def _swap_distinct(first: Distinct, second: Distinct, resamples: int, seed: int)
         for swap in chunk:
             counts = []
             for side in (False, True):
-                kept = [ids[swap[owner] == (other != side)] for other, (ids, owner) in enumerate(sides)]
+                kept = [
+                    ids[swap[owner] == (other != side)] for other, (ids, owner) in enumerate(sides)
+                ]
                 seen = np.zeros(len(known), dtype=bool)
                 for ids in kept:
                     seen[ids] = True
@@ -169,7 +177,9 @@ def _counts(distinct: int, total: int) -> tuple[Floats, Floats]:
     return np.asarray(float(distinct)), np.asarray(float(total))
 
 
-def _numbered(grams: Sequence[Sequence[str]], known: dict[str, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _numbered(
+    grams: Sequence[Sequence[str]], known: dict[str, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Number every n-gram in `known`; return the numbers `[C]` and the unit each belongs to `[C]`."""
     ids = [known.setdefault(gram, len(known)) for unit in grams for gram in unit]
     owner = np.repeat(np.arange(len(grams)), [len(unit) for unit in grams])
@@ -186,7 +196,9 @@ def _leave_one_out(measure: Distinct) -> Floats:
     alone = holders[pairs // units] == 1
     lost = np.bincount((pairs % units)[alone], minlength=units)
     size = np.bincount(owner, minlength=units)
-    return measure.finish((len(known) - lost).astype(np.float64), (len(ids) - size).astype(np.float64))
+    return measure.finish(
+        (len(known) - lost).astype(np.float64), (len(ids) - size).astype(np.float64)
+    )
 
 
 def _around(value: float, left_out: Floats) -> tuple[float, float]:

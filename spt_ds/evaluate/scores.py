@@ -1,4 +1,5 @@
-"""Text scores as pure functions over replies and references; docs/metrics.md holds each definition's source.
+"""Text scores as pure functions over replies and references; docs/metrics.md holds each
+definition's source.
 
 Percentages are on a scale of 0 to 100. Nothing here reads files or draws random numbers.
 """
@@ -57,7 +58,9 @@ BLEU_ORDERS = 4
 
 
 def clean(prediction: str) -> str:
-    """Cut a raw prediction before the first `R:`, `Q:`, `Summary:`, line end or colon, as the paper's scores do."""
+    """Cut a raw prediction before the first `R:`, `Q:`, `Summary:`, line end or colon, as the
+    paper's scores do.
+    """
     return _STOP.split(prediction, maxsplit=1)[0]
 
 
@@ -83,13 +86,17 @@ def _overlap(reply: list[str], reference: list[str]) -> float:
 
 
 def bleu_rows(replies: Sequence[str], references: Sequence[str]) -> Floats:
-    """Return `[N, 10]`: reply length, reference length, matches and totals of 1- to 4-grams of every example.
+    """Return `[N, 10]`: reply length, reference length, matches and totals of 1- to 4-grams of
+    every example.
 
-    Summed over examples and given to `bleu_of_sums` they are the corpus BLEU of sacrebleu's defaults.
+    Summed over examples and given to `bleu_of_sums` they are the corpus BLEU of sacrebleu's
+    defaults.
     """
     from sacrebleu.metrics import BLEU
 
-    scorer = BLEU(effective_order=True)  # moves only the sentence score, which is not used; spares a warning
+    scorer = BLEU(
+        effective_order=True
+    )  # moves only the sentence score, which is not used; spares a warning
     rows = []
     for reply, reference in zip(replies, references, strict=True):
         one = scorer.sentence_score(reply, [reference])
@@ -109,18 +116,23 @@ def bleu_of_sums(sums: Floats) -> Floats:
 
 
 def bleu_signature() -> str:
-    """Return sacrebleu's signature of the corpus score: what must agree for two BLEU figures to be comparable."""
+    """Return sacrebleu's signature of the corpus score: what must agree for two BLEU figures to be
+    comparable.
+    """
     from sacrebleu.metrics import BLEU
 
     scorer = BLEU()
-    scorer.corpus_score(["a"], [["a"]])  # the signature holds the number of references, known from a first use
+    scorer.corpus_score(
+        ["a"], [["a"]]
+    )  # the signature holds the number of references, known from a first use
     return str(scorer.get_signature())
 
 
 def ngrams(reply: str, n: int) -> list[str]:
     """Return the n-grams of the reply's words, split on every single blank.
 
-    As in the paper's scores an empty reply holds one empty word, and two blanks in a row hold one between them.
+    As in the paper's scores an empty reply holds one empty word, and two blanks in a row hold one
+    between them.
     """
     words = reply.strip().split(" ")
     return [" ".join(words[start : start + n]) for start in range(len(words) - n + 1)]
@@ -138,7 +150,8 @@ def dist_of_counts(distinct: Floats, total: Floats) -> Floats:
 
 
 def ead_of_counts(distinct: Floats, total: Floats, vocabulary: int) -> Floats:
-    """Return EAD in percent: distinct n-grams over those expected of `total` uniform draws from `vocabulary`.
+    """Return EAD in percent: distinct n-grams over those expected of `total` uniform draws from
+    `vocabulary`.
 
     `100 N / (V (1 - ((V - 1) / V)^C))` of arXiv 2202.13587; 0 where there is no n-gram. Any shape.
     """
@@ -160,7 +173,8 @@ def ead(replies: Iterable[str], n: int, vocabulary: int) -> float:
 
 
 def normalised_entropy(counts: Floats) -> Floats:
-    """Return `[R]`, the entropy of each row of `counts` `[R, K]` over log K: 1 all alike, 0 one prompt alone.
+    """Return `[R]`, the entropy of each row of `counts` `[R, K]` over log K: 1 all alike, 0 one
+    prompt alone.
 
     A bank of one prompt has entropy 0.
     """

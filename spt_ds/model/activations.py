@@ -1,7 +1,8 @@
-"""ReLU that keeps one byte instead of four (or two) per element for the backward pass, and works in place.
+"""ReLU that keeps one byte instead of four (or two) per element for the backward pass, and works in
+place.
 
-A ReLU keeps its output, which in OPT is the largest tensor of a layer: 4 of the 10 hidden sizes that a layer keeps per
-token. Where the output is positive is all that its gradient needs.
+A ReLU keeps its output, which in OPT is the largest tensor of a layer: 4 of the 10 hidden sizes
+that a layer keeps per token. Where the output is positive is all that its gradient needs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from torch import nn
 
 
 class MaskedRelu(nn.Module):
-    """Takes the place of a `nn.ReLU` whose input nobody else reads: in training the input is overwritten."""
+    """Takes the place of a `nn.ReLU` whose input nobody else reads: in training the input is
+    overwritten.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
@@ -36,7 +39,9 @@ class _Relu(torch.autograd.Function):
 
 
 def slim_activations(lm: nn.Module) -> None:
-    """Replace the ReLUs of OPT's layers, whose input is the output of a linear layer and read by nothing else."""
+    """Replace the ReLUs of OPT's layers, whose input is the output of a linear layer and read by
+    nothing else.
+    """
     for module in lm.modules():
         if type(module).__name__ == "OPTDecoderLayer" and type(module.activation_fn) is nn.ReLU:
             module.activation_fn = MaskedRelu()

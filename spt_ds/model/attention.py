@@ -1,9 +1,12 @@
-"""Attention over packed rows: many independent rows side by side in one [1, N] sequence, none of them padded.
+"""Attention over packed rows: many independent rows side by side in one [1, N] sequence, none of
+them padded.
 
-The projections, norms and feed-forward layers of the base see real tokens only; rows meet in attention alone, and
-there a `Layout` keeps them apart. It travels through the base's forward as the keyword `layout`.
+The projections, norms and feed-forward layers of the base see real tokens only; rows meet in
+attention alone, and there a `Layout` keeps them apart. It travels through the base's forward as the
+keyword `layout`.
 
-Legend: R rows, N packed tokens, n tokens of a row, H heads (G key/value heads), E head size, B examples, K prompts.
+Legend: R rows, N packed tokens, n tokens of a row, H heads (G key/value heads), E head size, B
+examples, K prompts.
 """
 
 from __future__ import annotations
@@ -31,10 +34,17 @@ FLASH_4_CARDS = (9, 10, 11)  # Hopper and Blackwell of data centres
 
 
 class Layout:
-    """R causal rows in one packed sequence. `record=True` keeps every layer's keys and values for `Branches`."""
+    """R causal rows in one packed sequence. `record=True` keeps every layer's keys and values for
+    `Branches`.
+    """
 
     def __init__(
-        self, lens: Sequence[int], positions: torch.Tensor, backend: str, device: torch.device, record: bool = False
+        self,
+        lens: Sequence[int],
+        positions: torch.Tensor,
+        backend: str,
+        device: torch.device,
+        record: bool = False,
     ) -> None:
         self.backend = backend
         self.lens = tuple(lens)
@@ -43,7 +53,9 @@ class Layout:
         self.edges = on_device([0, *accumulate(lens)], device, torch.int32)  # [R + 1]
         self.recorded: dict[int, KeyValue] | None = {} if record else None
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal within each row."""
         if self.recorded is not None:
             self.recorded[layer] = (k.detach(), v.detach())
@@ -58,20 +70,28 @@ class Layout:
         """One row, causal: q [1, H, n, E], k and v [1, G, n, E] -> [1, H, n, E]."""
         if self.backend == "eager":
             return _eager(q, k, v, scale)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
 
 class Branches(Layout):
-    """K short rows per example that read one shared context: each example's context is stored once, not K times.
+    """K short rows per example that read one shared context: each example's context is stored once,
+    not K times.
 
-    Packed order is example-major: the K branches of example 0, then those of example 1. Each row of this layout is
-    one example's K branches together. No variable-length kernel takes such a tree, so its attention is written out:
-    the scores of a few branch tokens are small, and neither keys of the context are copied nor pairs of tokens of
-    different branches computed.
+    Packed order is example-major: the K branches of example 0, then those of example 1. Each row of
+    this layout is one example's K branches together. No variable-length kernel takes such a tree,
+    so its attention is written out: the scores of a few branch tokens are small, and neither keys
+    of the context are copied nor pairs of tokens of different branches computed.
     """
 
     def __init__(
-        self, branch_lens: Sequence[int], count: int, context: Layout, positions: torch.Tensor, device: torch.device
+        self,
+        branch_lens: Sequence[int],
+        count: int,
+        context: Layout,
+        positions: torch.Tensor,
+        device: torch.device,
     ) -> None:
         super().__init__([count * n for n in branch_lens], positions, context.backend, device)
         self.context = context
@@ -80,23 +100,35 @@ class Branches(Layout):
         longest = max(branch_lens)
         self.future = torch.ones(longest, longest, dtype=torch.bool, device=device).triu(1)
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal in each branch, all of its context visible."""
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal in each branch, all of its
+        context visible.
+        """
         if self.context.recorded is None or layer not in self.context.recorded:
-            raise ModelError(f"layer {layer} kept no keys of the context; this base cannot use placement: suffix")
+            raise ModelError(
+                f"layer {layer} kept no keys of the context; this base cannot use placement: suffix"
+            )
         out: torch.Tensor = _RowByRow.apply(q, k, v, self, layer, scale)
         return out
 
     def attend_row(
         self, row: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """One example's K branches of n tokens: q [1, H, K n, E], k and v [1, G, K n, E] -> [1, H, K n, E]."""
+        """One example's K branches of n tokens: q [1, H, K n, E], k and v [1, G, K n, E] -> [1, H,
+        K n, E].
+        """
         assert self.context.recorded is not None
         # The context's keys [1, G, C, E] meet all queries of their group at once.
-        context_k, context_v = (tensor.split(self.context.lens, dim=2)[row] for tensor in self.context.recorded[layer])
+        context_k, context_v = (
+            tensor.split(self.context.lens, dim=2)[row] for tensor in self.context.recorded[layer]
+        )
         n, groups = q.shape[2] // self.count, k.shape[1]
         own_q = q.unflatten(2, (self.count, n)).unflatten(1, (groups, -1))  # [1, G, H / G, K, n, E]
-        own_k, own_v = (tensor.unflatten(2, (self.count, n)).unsqueeze(2) for tensor in (k, v))  # [1, G, 1, K, n, E]
+        own_k, own_v = (
+            tensor.unflatten(2, (self.count, n)).unsqueeze(2) for tensor in (k, v)
+        )  # [1, G, 1, K, n, E]
         to_context = (own_q.flatten(2, 4) @ context_k.transpose(2, 3)).view(*own_q.shape[:5], -1)
         to_own = (own_q @ own_k.transpose(4, 5)).masked_fill(self.future[:n, :n], float("-inf"))
         weights = _softmax(torch.cat([to_context, to_own], dim=5), scale).to(v.dtype)
@@ -106,21 +138,31 @@ class Branches(Layout):
 
 
 class _RowByRow(torch.autograd.Function):
-    """Attention of one row after the other: what stands in one cannot reach another, not even a NaN.
+    """Attention of one row after the other: what stands in one cannot reach another, not even a
+    NaN.
 
-    Nothing is padded, and nothing is kept for the backward pass but q, k and v: each row is attended to again there.
-    At usual lengths that is a fortieth of a step's work, and it saves attention's output and, in branches, a copy of
-    each context's keys and values in every layer.
+    Nothing is padded, and nothing is kept for the backward pass but q, k and v: each row is
+    attended to again there. At usual lengths that is a fortieth of a step's work, and it saves
+    attention's output and, in branches, a copy of each context's keys and values in every layer.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, layer: int, scale: float
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: Layout,
+        layer: int,
+        scale: float,
     ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.layout, ctx.layer, ctx.scale = layout, layer, scale
         out = v.new_empty(1, q.shape[2], q.shape[1], v.shape[3])  # [1, N, H, E]
-        rows = zip(*(tensor.split(layout.lens, dim=2) for tensor in (out.transpose(1, 2), q, k, v)), strict=True)
+        rows = zip(
+            *(tensor.split(layout.lens, dim=2) for tensor in (out.transpose(1, 2), q, k, v)),
+            strict=True,
+        )
         for row, (place, q_row, k_row, v_row) in enumerate(rows):
             place.copy_(layout.attend_row(row, layer, q_row, k_row, v_row, scale))
         return out
@@ -130,7 +172,9 @@ class _RowByRow(torch.autograd.Function):
         layout: Layout = ctx.layout
         saved = ctx.saved_tensors
         into = [torch.empty_like(tensor) for tensor in saved]
-        pieces = (tensor.split(layout.lens, dim=2) for tensor in (grads[0].transpose(1, 2), *saved, *into))
+        pieces = (
+            tensor.split(layout.lens, dim=2) for tensor in (grads[0].transpose(1, 2), *saved, *into)
+        )
         for row, (grad, *own_and_places) in enumerate(zip(*pieces, strict=True)):
             own = [tensor.detach().requires_grad_() for tensor in own_and_places[:3]]
             with torch.enable_grad():
@@ -153,35 +197,48 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """The attention function that `transformers` calls in every layer; returns [1, N, H, E]."""
     if layout is None:
-        raise ModelError(f"{type(module).__name__} does not hand keywords on to its attention: packed rows need that")
+        raise ModelError(
+            f"{type(module).__name__} does not hand keywords on to its attention: packed rows need"
+            " that"
+        )
     window = kwargs.get("sliding_window")
     if window is not None and layout.reach > window:
         raise ModelError(
-            f"rows of {layout.reach} tokens exceed this base's sliding window of {window}; lower data.max_tokens"
+            f"rows of {layout.reach} tokens exceed this base's sliding window of {window}; lower"
+            " data.max_tokens"
         )
     for unsupported in ("softcap", "s_aux"):
         if kwargs.get(unsupported) is not None:
             raise ModelError(
-                f"{type(module).__name__} uses {unsupported} in its attention, which packed rows do not support"
+                f"{type(module).__name__} uses {unsupported} in its attention, which packed rows do"
+                " not support"
             )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return layout.attend(getattr(module, "layer_idx", 0), query, key, value, scale), None
 
 
-# The layout is the mask. None is registered beside it: transformers makes none for a name that it does not know, and
-# for one that it knows it first reads the positions from the device.
+# The layout is the mask. None is registered beside it: transformers makes none for a name that it
+# does not know, and for one that it knows it first reads the positions from the device.
 AttentionInterface.register(PACKED, packed_attention)
 
 
 def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, strict: bool) -> str:
-    """Pick the kernel for `model.attention: asked`, say it once with the reason, and return its name."""
+    """Pick the kernel for `model.attention: asked`, say it once with the reason, and return its
+    name.
+    """
     half_on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     package = _flash_package() if half_on_gpu else None
     varlen = half_on_gpu and torch.cuda.get_device_capability() >= AMPERE and _has_varlen()
     why = f"{dtype} on {device.type}"
     if asked == "auto":
         used = "flash" if package else "varlen" if varlen else "sdpa"
-        found = f"{package} found" if package else "flash-attn not found" if half_on_gpu else "flash-attn not usable"
+        found = (
+            f"{package} found"
+            if package
+            else "flash-attn not found"
+            if half_on_gpu
+            else "flash-attn not usable"
+        )
         say_once(f"attention: {used} ({why}; {found})")
         return used
     usable = {"flash": package is not None, "varlen": varlen}.get(asked, True)
@@ -190,21 +247,27 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, stri
         fallback(
             f"model.attention: {asked}",
             "sdpa",
-            f"{asked} needs {need}a CUDA device (Ampere or later) and 16-bit weights, this is {why}",
+            f"{asked} needs {need}a CUDA device (Ampere or later) and 16-bit weights, this is"
+            f" {why}",
             strict=strict,
             error=ModelError,
         )
         return "sdpa"
-    say_once(f"attention: {asked} (as configured; {package + ', ' if package and asked == 'flash' else ''}{why})")
+    say_once(
+        f"attention: {asked} (as configured;"
+        f" {package + ', ' if package and asked == 'flash' else ''}{why})"
+    )
     return asked
 
 
 @cache
 def _flash_package() -> str | None:
-    """Which flash-attn can be imported and runs here: version 4 before 2 on the cards that 4 is made for.
+    """Which flash-attn can be imported and runs here: version 4 before 2 on the cards that 4 is
+    made for.
 
-    Version 4 is the module `flash_attn.cute`, a distribution of its own; some releases of 2 carry a copy of it that
-    lacks what it imports. Where version 4 stands alone `flash_attn` itself is an empty namespace.
+    Version 4 is the module `flash_attn.cute`, a distribution of its own; some releases of 2 carry a
+    copy of it that lacks what it imports. Where version 4 stands alone `flash_attn` itself is an
+    empty namespace.
     """
     versions = {"flash-attn 4": "flash_attn.cute", "flash-attn 2": "flash_attn"}
     card = torch.cuda.get_device_capability()
@@ -220,12 +283,17 @@ def _flash_package() -> str | None:
 
 
 def _has_varlen() -> bool:
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None and "window_size" in _varlen_options()
+    return (
+        importlib.util.find_spec("torch.nn.attention.varlen") is not None
+        and "window_size" in _varlen_options()
+    )
 
 
 @cache
 def _varlen_options() -> frozenset[str]:
-    """Names that torch's `varlen_attn` takes: `window_size` came with torch 2.11, `enable_gqa` with 2.12."""
+    """Names that torch's `varlen_attn` takes: `window_size` came with torch 2.11, `enable_gqa` with
+    2.12.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     return frozenset(inspect.signature(varlen_attn).parameters)
@@ -247,7 +315,13 @@ def _softmax(scores: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def _variable_length(
-    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges: torch.Tensor, longest: int, scale: float
+    backend: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    edges: torch.Tensor,
+    longest: int,
+    scale: float,
 ) -> torch.Tensor:
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (q, k, v))  # [N, H, E]
     if backend == "flash":
@@ -266,7 +340,12 @@ def _variable_length(
 
 
 def _flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges: torch.Tensor, longest: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    edges: torch.Tensor,
+    longest: int,
+    scale: float,
 ) -> torch.Tensor:
     """q [N, H, E], k and v [N, G, E] -> [N, H, E]; the versions name these arguments alike."""
     if _flash_package() == "flash-attn 4":
@@ -274,9 +353,16 @@ def _flash(
     else:
         from flash_attn import flash_attn_varlen_func
     out = flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q=edges, cu_seqlens_k=edges, max_seqlen_q=longest, max_seqlen_k=longest,
-        softmax_scale=scale, causal=True,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens_q=edges,
+        cu_seqlens_k=edges,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=scale,
+        causal=True,
+    )
     # Version 4 returns the log-sum-exp beside it.
     found: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return found

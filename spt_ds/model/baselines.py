@@ -1,7 +1,8 @@
-"""What trains in the place of soft prompts: adapters in the base (LoRA, Hu et al. 2021), all of it, or nothing.
+"""What trains in the place of soft prompts: adapters in the base (LoRA, Hu et al. 2021), all of it,
+or nothing.
 
-To losses, rows and decoding a baseline is a bank of one empty prompt that always answers: nothing else of the method
-knows of it. Legend: D embedding size, B examples.
+To losses, rows and decoding a baseline is a bank of one empty prompt that always answers: nothing
+else of the method knows of it. Legend: D embedding size, B examples.
 """
 
 from __future__ import annotations
@@ -25,22 +26,29 @@ class BaseTrainables(Trainables):
         nn.Module.__init__(self)
         device = backbone.lm.get_input_embeddings().weight.device
         self.bank = PromptBank(torch.zeros(1, 0, backbone.embed_size, device=device))
-        self._trained = {name: one for name, one in backbone.lm.named_parameters() if one.requires_grad}
+        self._trained = {
+            name: one for name, one in backbone.lm.named_parameters() if one.requires_grad
+        }
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield what trains: the base stays the child of its own root, and the empty prompt has no numbers."""
+        """Yield what trains: the base stays the child of its own root, and the empty prompt has no
+        numbers.
+        """
         for name, parameter in self._trained.items():
             yield f"{prefix}.{name}" if prefix else name, parameter
 
     def scores(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Pooled contexts [B, D] -> ones [1, B]: mixing the only prompt's logits leaves them what they are."""
+        """Pooled contexts [B, D] -> ones [1, B]: mixing the only prompt's logits leaves them what
+        they are.
+        """
         return pooled.new_ones(1, len(pooled))
 
 
 def build_base_trainables(config: Config, backbone: Backbone, seed: int) -> BaseTrainables:
-    """Make the weights of `method.type` trainable in the base, the same on every rank; the base is whole here.
+    """Make the weights of `method.type` trainable in the base, the same on every rank; the base is
+    whole here.
 
     Raises ModelError where the adapters do not fit the base or peft is missing.
     """
@@ -53,18 +61,23 @@ def build_base_trainables(config: Config, backbone: Backbone, seed: int) -> Base
 
 
 def add_adapters(lm: nn.Module, settings: LoraConfig, generator: torch.Generator) -> None:
-    """Put peft's adapters into the linear layers of `lm`, in fp32: A as peft draws it but from `generator`, B zero."""
+    """Put peft's adapters into the linear layers of `lm`, in fp32: A as peft draws it but from
+    `generator`, B zero.
+    """
     try:
         from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model
         from peft.tuners.lora import Linear
     except ImportError as error:
         raise ModelError(
-            f"method.type: lora needs the peft package, which cannot be imported ({error}); install the extra "
-            "`baselines`, or choose another method.type"
+            f"method.type: lora needs the peft package, which cannot be imported ({error}); install"
+            " the extra `baselines`, or choose another method.type"
         ) from error
     asked = PeftConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets) or None, lora_dropout=0.0
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=list(settings.targets) or None,
+        lora_dropout=0.0,
     )
     inner = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear)]
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in inner}))
@@ -72,14 +85,20 @@ def add_adapters(lm: nn.Module, settings: LoraConfig, generator: torch.Generator
         inject_adapter_in_model(asked, lm)
     except (ValueError, TypeError) as error:
         raise ModelError(
-            f"method.lora.targets: {list(settings.targets) or 'peft has no choice of its own'} does not fit "
-            f"{type(lm).__name__} ({str(error).splitlines()[0]}); its linear layers are {kinds}"
+            f"method.lora.targets: {list(settings.targets) or 'peft has no choice of its own'} does"
+            f" not fit {type(lm).__name__} ({str(error).splitlines()[0]}); its linear layers are"
+            f" {kinds}"
         ) from error
     for name, module in lm.named_modules():
         if isinstance(module, Linear):
             first, second = module.lora_A["default"].weight, module.lora_B["default"].weight
             bound = first.shape[1] ** -0.5  # kaiming_uniform_ with a = sqrt(5)
             drawn = torch.empty(first.shape).uniform_(-bound, bound, generator=generator)
-            first.data, second.data = drawn.to(first.device), torch.zeros_like(second, dtype=torch.float32)
+            first.data, second.data = (
+                drawn.to(first.device),
+                torch.zeros_like(second, dtype=torch.float32),
+            )
         elif hasattr(module, "lora_A"):
-            raise ModelError(f"method.lora.targets: {name} is no plain linear layer; choose among {kinds}")
+            raise ModelError(
+                f"method.lora.targets: {name} is no plain linear layer; choose among {kinds}"
+            )

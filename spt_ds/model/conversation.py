@@ -1,7 +1,9 @@
-"""What a conversation adds to decoding: a context that is read once, tokens as they come, a stop in between.
+"""What a conversation adds to decoding: a context that is read once, tokens as they come, a stop in
+between.
 
-In suffix placement the context stands before the prompt, so its keys and values hold whichever prompt answers; from
-turn to turn a context only grows, because the last one ends where the reply begins.
+In suffix placement the context stands before the prompt, so its keys and values hold whichever
+prompt answers; from turn to turn a context only grows, because the last one ends where the reply
+begins.
 """
 
 from __future__ import annotations
@@ -20,25 +22,31 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class ContextCache:
-    """Keys and values of the context that was read last, [1, heads, tokens, head size] per layer, and its ids."""
+    """Keys and values of the context that was read last, [1, heads, tokens, head size] per layer,
+    and its ids.
+    """
 
     def __init__(self) -> None:
         self._forget()
 
     def _forget(self) -> None:
-        # Without the base's configuration every layer keeps all its tokens, those of a sliding window too: only then
-        # can the tokens of a reply be taken off again. The window is in the attention mask.
+        # Without the base's configuration every layer keeps all its tokens, those of a sliding
+        # window too: only then can the tokens of a reply be taken off again. The window is in the
+        # attention mask.
         self._cache = DynamicCache()
         self._ids: list[int] = []
 
     @contextmanager
     def reading(self, ids: list[int]) -> Iterator[DynamicCache]:
-        """Lend the cache cut to what it shares with the context `ids`; when decoding is done, cut it to `ids`.
+        """Lend the cache cut to what it shares with the context `ids`; when decoding is done, cut
+        it to `ids`.
 
-        Decoding leaves prompt and reply behind the context. When it fails, layers of unlike length may be left, so
-        everything is forgotten.
+        Decoding leaves prompt and reply behind the context. When it fails, layers of unlike length
+        may be left, so everything is forgotten.
         """
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, ids, strict=False)))
+        shared = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, ids, strict=False))
+        )
         cache = self._cache
         _cut(cache, shared)
         self._forget()
@@ -59,7 +67,9 @@ class StopOn(StoppingCriteria):
     def __init__(self, event: Event) -> None:
         self.event = event
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 

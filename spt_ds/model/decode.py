@@ -1,7 +1,7 @@
 """Decoding: each example once, in one batch, every row under its own prompt (method, identity 5).
 
-`transformers`' own generate does the work from embeddings, so its generation options, caches and beams are at hand.
-Legend: K prompts, B examples, P virtual tokens, D embedding size, L longest row.
+`transformers`' own generate does the work from embeddings, so its generation options, caches and
+beams are at hand. Legend: K prompts, B examples, P virtual tokens, D embedding size, L longest row.
 """
 
 from __future__ import annotations
@@ -43,10 +43,14 @@ class Decoded:
     nll: torch.Tensor | None  # [B] mean loss of the reference replies under the chosen prompts
 
 
-def choose_prompts(mode: str, scores: torch.Tensor, indices: tuple[int, ...], seed: int) -> list[int | None]:
-    """Prompt of each example for `generate.mode`; draws are keyed by the example, so any split gives the same.
+def choose_prompts(
+    mode: str, scores: torch.Tensor, indices: tuple[int, ...], seed: int
+) -> list[int | None]:
+    """Prompt of each example for `generate.mode`; draws are keyed by the example, so any split
+    gives the same.
 
-    `noise:sigma` adds normal noise of that deviation to the scores before the choice, never to a probability.
+    `noise:sigma` adds normal noise of that deviation to the scores before the choice, never to a
+    probability.
     """
     kind, _, number = mode.partition(":")
     count = len(scores)
@@ -55,11 +59,17 @@ def choose_prompts(mode: str, scores: torch.Tensor, indices: tuple[int, ...], se
     if kind == "fixed":
         return [int(number)] * len(indices)
     if kind == "random":
-        draws = (torch.randint(count, (1,), generator=keyed_generator(seed, "prompt", index)) for index in indices)
+        draws = (
+            torch.randint(count, (1,), generator=keyed_generator(seed, "prompt", index))
+            for index in indices
+        )
         return [int(draw) for draw in draws]
     values = scores.float().cpu()
     if kind == "noise":
-        noise = [torch.randn(count, generator=keyed_generator(seed, "prompt", index)) for index in indices]
+        noise = [
+            torch.randn(count, generator=keyed_generator(seed, "prompt", index))
+            for index in indices
+        ]
         values = values + float(number) * torch.stack(noise, dim=1)
     return [int(k) for k in values.argmax(dim=0)]
 
@@ -75,19 +85,22 @@ def decode(
 ) -> Decoded:
     """Generate replies to the contexts of `batch`; run inside a call of the root module.
 
-    `special` is (end-of-sequence id, pad id); `synced` keeps ranks that share a sharded base in step until the longest
-    reply of all is done; `live` is what a conversation adds.
+    `special` is (end-of-sequence id, pad id); `synced` keeps ranks that share a sharded base in
+    step until the longest reply of all is done; `live` is what a conversation adds.
     """
     embedded = embed(backbone, batch)
     bank = spt.trainables.bank.weight
-    # Nothing of the reference replies: a pool over the whole text (retriever.pool: padded_text) would read them.
+    # Nothing of the reference replies: a pool over the whole text (retriever.pool: padded_text)
+    # would read them.
     asked = Embedded(embedded.context, embedded.response[:0])
     scores = spt.trainables.scores(spt.pooled(backbone, batch.contexts(), asked))
     seed = spt.config.train.seed
     chosen = choose_prompts(options.mode, scores, batch.indices, seed)
     fused = options.mode == "fuse"
     rows = [k for k in chosen if k is not None]
-    prompts = bank[:, None].expand(-1, len(batch), -1, -1) if fused else bank[rows][None]  # [K or 1, B, P, D]
+    prompts = (
+        bank[:, None].expand(-1, len(batch), -1, -1) if fused else bank[rows][None]
+    )  # [K or 1, B, P, D]
     contexts = embedded.context.split(batch.context_lens)
     suffix = spt.config.prompts.placement == "suffix"
     pieces = [
@@ -105,18 +118,30 @@ def decode(
         ]
     )
     settings = GenerationConfig(
-        max_new_tokens=options.max_new_tokens, num_beams=options.num_beams, length_penalty=options.length_penalty,
-        eos_token_id=end, pad_token_id=pad, do_sample=False,  # sampling is a processor of ours, see GumbelNoise
-    )  # fmt: skip
+        max_new_tokens=options.max_new_tokens,
+        num_beams=options.num_beams,
+        length_penalty=options.length_penalty,
+        eos_token_id=end,
+        pad_token_id=pad,
+        do_sample=False,  # sampling is a processor of ours, see GumbelNoise
+    )
     extra: dict[str, Any] = {}
     if live is not None:
-        extra = {"streamer": live.streamer, "stopping_criteria": StoppingCriteriaList([StopOn(live.stopped)])}
+        extra = {
+            "streamer": live.streamer,
+            "stopping_criteria": StoppingCriteriaList([StopOn(live.stopped)]),
+        }
     context = live.context if live is not None else None
     with nullcontext() if context is None else context.reading(batch.context_ids.tolist()) as cache:
         out = backbone.generate(  # skips the embeddings whose keys and values `cache` holds
-            inputs_embeds=embeddings, attention_mask=mask, generation_config=settings, logits_processor=processors,
-            synced_gpus=synced, past_key_values=cache, **extra,
-        )  # fmt: skip
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=processors,
+            synced_gpus=synced,
+            past_key_values=cache,
+            **extra,
+        )
     tokens = [_until(row, end) for row in out[: len(batch)].tolist()]
     nll = None
     if options.perplexity:
@@ -138,7 +163,9 @@ def left_pad(pieces: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class FuseRows(LogitsProcessor):
-    """Gives the K rows of each example the same logits, `sum_k w_kb logits_kb`, as the fusion loss does."""
+    """Gives the K rows of each example the same logits, `sum_k w_kb logits_kb`, as the fusion loss
+    does.
+    """
 
     def __init__(self, weights: torch.Tensor) -> None:
         self.weights = weights  # [K, B], see Spt.mixture
@@ -151,37 +178,48 @@ class FuseRows(LogitsProcessor):
 
 
 class GumbelNoise(LogitsProcessor):
-    """Sampling by the Gumbel-max trick with noise keyed by example and position: argmax(logits + noise) is a draw
-    from softmax(logits), and the draw depends neither on the batch nor on the rank that made it."""
+    """Sampling by the Gumbel-max trick with noise keyed by example and position: argmax(logits +
+    noise) is a draw from softmax(logits), and the draw depends neither on the batch nor on the rank
+    that made it."""
 
     def __init__(self, indices: tuple[int, ...], seed: int) -> None:
-        self.generators = {index: keyed_generator(seed, "sample", index) for index in dict.fromkeys(indices)}
+        self.generators = {
+            index: keyed_generator(seed, "sample", index) for index in dict.fromkeys(indices)
+        }
         self.indices = indices
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # Drawn once per example and position: rows of one example share it, as they share the token.
+        # Drawn once per example and position: rows of one example share it, as they share the
+        # token.
         width = scores.shape[1]
         noise = {
             index: -torch.empty(width).exponential_(generator=generator).log()
             for index, generator in self.generators.items()
         }
-        return scores + torch.stack([noise[index] for index in self.indices]).to(scores.device, scores.dtype)
+        return scores + torch.stack([noise[index] for index in self.indices]).to(
+            scores.device, scores.dtype
+        )
 
 
 def _constraints(options: GenerateConfig, end: int, device: torch.device) -> list[LogitsProcessor]:
-    """What a reply may hold. Not through GenerationConfig: the penalty that `generate` makes itself takes a row's
-    padding for a prompt to spare, and the row has embeddings in its place; a reply would depend on its batch."""
+    """What a reply may hold. Not through GenerationConfig: the penalty that `generate` makes itself
+    takes a row's padding for a prompt to spare, and the row has embeddings in its place; a reply
+    would depend on its batch."""
     steps: list[LogitsProcessor] = []
     if options.repetition_penalty != 1.0:
         steps.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
     if options.no_repeat_ngram_size:
         steps.append(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
     if options.min_new_tokens:
-        steps.append(MinNewTokensLengthLogitsProcessor(0, options.min_new_tokens, end, device=str(device)))
+        steps.append(
+            MinNewTokensLengthLogitsProcessor(0, options.min_new_tokens, end, device=str(device))
+        )
     return steps
 
 
-def _sampling(options: GenerateConfig, indices: tuple[int, ...], seed: int) -> list[LogitsProcessor]:
+def _sampling(
+    options: GenerateConfig, indices: tuple[int, ...], seed: int
+) -> list[LogitsProcessor]:
     if not options.do_sample:
         return []
     steps: list[LogitsProcessor] = []

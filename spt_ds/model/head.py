@@ -1,10 +1,12 @@
-"""The vocabulary head and its cross entropy, in chunks, with one visit to the frozen weight per step.
+"""The vocabulary head and its cross entropy, in chunks, with one visit to the frozen weight per
+step.
 
-A frozen head needs no weight gradient, so the gradient of every token's loss to its hidden row is known the moment
-its logits are: it is computed chunk by chunk in the forward pass and only [n, D] is kept. The vocabulary logits exist
-for one chunk at a time, and the backward pass neither recomputes them nor needs the weight. (The idea of a fused linear
-cross entropy, without its weight gradient.) Only where all of the base trains (`method.type: full`) does the head have
-a gradient of its own.
+A frozen head needs no weight gradient, so the gradient of every token's loss to its hidden row is
+known the moment its logits are: it is computed chunk by chunk in the forward pass and only [n, D]
+is kept. The vocabulary logits exist for one chunk at a time, and the backward pass neither
+recomputes them nor needs the weight. (The idea of a fused linear cross entropy, without its weight
+gradient.) Only where all of the base trains (`method.type: full`) does the head have a gradient of
+its own.
 
 Legend: n rows, D hidden size, V vocabulary.
 """
@@ -19,13 +21,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 MIB = 2**20
-TRAINED_COPIES = 3  # logits, their log-softmax and its gradient, alive together where the head itself trains
+# logits, their log-softmax and its gradient, alive together where the head itself trains
+TRAINED_COPIES = 3
 
 
 class FrozenHead(nn.Module):
     """Takes the place of a causal LM's `lm_head`, sharing its Parameters (tied heads stay tied).
 
-    `forward(hidden)` gives logits as the layer it replaces; with `targets` it gives one loss per row.
+    `forward(hidden)` gives logits as the layer it replaces; with `targets` it gives one loss per
+    row.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -40,25 +44,30 @@ class FrozenHead(nn.Module):
         bias_scale: torch.Tensor | None = None,
         chunk_mib: int = 128,
     ) -> torch.Tensor:
-        """hidden [..., D] -> logits [..., V]; or hidden [n, D], targets [n], bias_scale [n] or None -> losses [n].
+        """hidden [..., D] -> logits [..., V]; or hidden [n, D], targets [n], bias_scale [n] or None
+        -> losses [n].
 
-        `bias_scale` multiplies the bias row by row: a fused row sums its K biases too. `chunk_mib` bounds the memory
-        of the logits that exist at one time.
+        `bias_scale` multiplies the bias row by row: a fused row sums its K biases too. `chunk_mib`
+        bounds the memory of the logits that exist at one time.
         """
         if targets is None:
             return F.linear(hidden, self.weight, self.bias)
         precise = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        rows = max(1, chunk_mib * MIB // (self.copies(precise) * self.weight.shape[0] * precise.itemsize))
+        rows = max(
+            1, chunk_mib * MIB // (self.copies(precise) * self.weight.shape[0] * precise.itemsize)
+        )
         if self.weight.requires_grad:
             return self._trained(hidden, targets, bias_scale, rows, precise)
-        losses: torch.Tensor = _HeadLoss.apply(hidden, targets, self.weight, self.bias, bias_scale, rows, precise)
+        losses: torch.Tensor = _HeadLoss.apply(
+            hidden, targets, self.weight, self.bias, bias_scale, rows, precise
+        )
         return losses
 
     def copies(self, precise: torch.dtype) -> int:
         """How many times the logits of a chunk exist together, in units of the dtype `precise`.
 
-        A frozen head works in place: beside the logits there are the product they come from where that has another
-        dtype, and the scaled biases.
+        A frozen head works in place: beside the logits there are the product they come from where
+        that has another dtype, and the scaled biases.
         """
         if self.weight.requires_grad:
             return TRAINED_COPIES
@@ -72,12 +81,16 @@ class FrozenHead(nn.Module):
         rows: int,
         precise: torch.dtype,
     ) -> torch.Tensor:
-        """Losses [n] of a head that trains itself: the backward pass computes each chunk's logits again.
+        """Losses [n] of a head that trains itself: the backward pass computes each chunk's logits
+        again.
 
-        The weight's gradient sums over rows, each times the gradient of its loss, which is not known before.
+        The weight's gradient sums over rows, each times the gradient of its loss, which is not
+        known before.
         """
 
-        def chunk(hidden: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        def chunk(
+            hidden: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | None
+        ) -> torch.Tensor:
             logits = (hidden.to(self.weight.dtype) @ self.weight.T).to(precise)
             if self.bias is not None:
                 logits = logits + (self.bias if scale is None else scale[:, None] * self.bias)
@@ -85,11 +98,14 @@ class FrozenHead(nn.Module):
 
         losses = [
             checkpoint(
-                chunk, hidden[part], targets[part], None if bias_scale is None else bias_scale[part],
+                chunk,
+                hidden[part],
+                targets[part],
+                None if bias_scale is None else bias_scale[part],
                 use_reentrant=False,
             )
             for part in (slice(start, start + rows) for start in range(0, len(hidden), rows))
-        ]  # fmt: skip
+        ]
         return torch.cat(losses)
 
 
@@ -110,7 +126,8 @@ class _HeadLoss(torch.autograd.Function):
         wants_scale = bias is not None and bias_scale is not None and ctx.needs_input_grad[4]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_scale = torch.empty_like(losses) if wants_scale else None
-        # All chunks use the same memory: a fresh piece of this size costs a tenth of the product on a CPU.
+        # All chunks use the same memory: a fresh piece of this size costs a tenth of the product on
+        # a CPU.
         products = weight.new_empty(min(chunk_rows, len(hidden)), len(weight))
         room = products if weight.dtype == precise else torch.empty_like(products, dtype=precise)
         for start in range(0, len(hidden), chunk_rows):
@@ -140,6 +157,8 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         grad_hidden, grad_scale = ctx.saved_tensors
-        to_hidden = None if grad_hidden is None else (grad[:, None] * grad_hidden).to(grad_hidden.dtype)
+        to_hidden = (
+            None if grad_hidden is None else (grad[:, None] * grad_hidden).to(grad_hidden.dtype)
+        )
         to_scale = None if grad_scale is None else grad * grad_scale
         return to_hidden, None, None, None, to_scale, None, None

@@ -1,8 +1,9 @@
-"""The four losses of SPT as pure tensor functions (Huang et al. 2024, section 3.3; arXiv 2406.18187).
+"""The four losses of SPT as pure tensor functions (Huang et al. 2024, section 3.3; arXiv
+2406.18187).
 
-Each returns one number per example, token or pair, so that the caller can normalise by counts of the whole optimizer
-step. Everything is computed in fp32 or better. Legend: K prompts, B examples, n target tokens of the micro-batch,
-D hidden size.
+Each returns one number per example, token or pair, so that the caller can normalise by counts of
+the whole optimizer step. Everything is computed in fp32 or better. Legend: K prompts, B examples, n
+target tokens of the micro-batch, D hidden size.
 """
 
 from __future__ import annotations
@@ -14,18 +15,26 @@ from spt_ds.batch import owners
 
 
 def membership(lens: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """[n, B] matrix with a 1 where token i belongs to example b; products with it are deterministic sums."""
+    """[n, B] matrix with a 1 where token i belongs to example b; products with it are deterministic
+    sums.
+    """
     return (owners(lens, device)[:, None] == torch.arange(len(lens), device=device)).to(dtype)
 
 
 def mean_per_example(values: torch.Tensor, member: torch.Tensor, mask: str) -> torch.Tensor:
-    """Token losses [..., n] -> means [..., B]; `mask: nonzero` leaves out tokens with loss 0 (reference)."""
+    """Token losses [..., n] -> means [..., B]; `mask: nonzero` leaves out tokens with loss 0
+    (reference).
+    """
     counted = (values != 0).to(values.dtype) if mask == "nonzero" else torch.ones_like(values)
     return (values @ member) / (counted @ member)
 
 
-def selection(nll: torch.Tensor, scores: torch.Tensor, tau_gold: float, tau_sim: float) -> torch.Tensor:
-    """KL(softmax_k(-nll / tau_gold) || softmax_k(s / tau_sim)) with the gold side detached: [K, B], [K, B] -> [B]."""
+def selection(
+    nll: torch.Tensor, scores: torch.Tensor, tau_gold: float, tau_sim: float
+) -> torch.Tensor:
+    """KL(softmax_k(-nll / tau_gold) || softmax_k(s / tau_sim)) with the gold side detached: [K, B],
+    [K, B] -> [B].
+    """
     gold = (-nll.detach() / tau_gold).log_softmax(dim=0)
     similar = (scores / tau_sim).log_softmax(dim=0)
     return (gold.exp() * (gold - similar)).sum(dim=0)
@@ -34,11 +43,14 @@ def selection(nll: torch.Tensor, scores: torch.Tensor, tau_gold: float, tau_sim:
 def fuse(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """sum_k weights_kn hidden_kn: [K, n, D], [K, n] -> [n, D].
 
-    The head is linear, so the head of this sum is the sum of the K heads' logits: one row instead of K.
+    The head is linear, so the head of this sum is the sum of the K heads' logits: one row instead
+    of K.
     """
     return torch.einsum("knd,kn->nd", hidden.to(weights.dtype), weights)
 
 
 def contrastive(left: torch.Tensor, right: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """CosineEmbeddingLoss with margin 0 of score columns: [K, n], [K, n], targets +1 / -1 [n] -> [n]."""
+    """CosineEmbeddingLoss with margin 0 of score columns: [K, n], [K, n], targets +1 / -1 [n] ->
+    [n].
+    """
     return F.cosine_embedding_loss(left.T, right.T, targets, reduction="none")

@@ -1,4 +1,5 @@
-"""The bank of K soft prompts of P virtual tokens, always in fp32 (Huang et al. 2024, section 3; Lester et al. 2021).
+"""The bank of K soft prompts of P virtual tokens, always in fp32 (Huang et al. 2024, section 3;
+Lester et al. 2021).
 
 Legend: K prompts, P virtual tokens, D embedding size, V vocabulary.
 """
@@ -10,7 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-EmbeddingRows = Callable[[torch.Tensor], torch.Tensor]  # token ids [n] -> rows of the frozen table [n, D]
+EmbeddingRows = Callable[
+    [torch.Tensor], torch.Tensor
+]  # token ids [n] -> rows of the frozen table [n, D]
 
 
 class PromptBank(nn.Module):
@@ -39,9 +42,10 @@ def initial_prompts(
 ) -> torch.Tensor:
     """Return E [K, P, D] in fp32 on the CPU.
 
-    `vocab` copies randomly chosen rows of the frozen table, `text` the rows of given token ids (repeated or cut to P),
-    `normal` draws at the table's own mean square, `reference` draws from N(0, 1) as PEFT does. `vocab` is the default
-    because in PEFT's method comparison init and learning rate alone move prompt tuning from 5.7 to 34.3 %.
+    `vocab` copies randomly chosen rows of the frozen table, `text` the rows of given token ids
+    (repeated or cut to P), `normal` draws at the table's own mean square, `reference` draws from
+    N(0, 1) as PEFT does. `vocab` is the default because in PEFT's method comparison init and
+    learning rate alone move prompt tuning from 5.7 to 34.3 %.
     """
     count, tokens, _ = shape
     if init == "reference":

@@ -1,8 +1,9 @@
-"""Frozen linear layers of 4 or 8 bits. The only file that knows bitsandbytes, which does the arithmetic.
+"""Frozen linear layers of 4 or 8 bits. The only file that knows bitsandbytes, which does the
+arithmetic.
 
-A layer's codes and their scales lie in one flat uint8 Parameter, so ZeRO-3 shards, gathers and offloads them together
-and as bytes. The weight is dequantised in the forward pass and again in the backward pass; nothing gathered or
-dequantised is kept alive between the two.
+A layer's codes and their scales lie in one flat uint8 Parameter, so ZeRO-3 shards, gathers and
+offloads them together and as bytes. The weight is dequantised in the forward pass and again in the
+backward pass; nothing gathered or dequantised is kept alive between the two.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch import nn
 
 from spt_ds.config.schema import ModelConfig
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it misses a decoding kernel that is not used here
-from bitsandbytes.functional import create_dynamic_map, get_4bit_type  # noqa: E402  also registers torch.ops.bitsandbytes
+# At import bitsandbytes misses a decoding kernel that is not used here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+from bitsandbytes.functional import create_dynamic_map, get_4bit_type  # noqa: E402
 
-CHUNK = 2**20  # weights quantised at a time; a multiple of every block size, so blocks never straddle two chunks
+# weights quantised at a time; a multiple of every block size, so blocks never straddle two chunks
+CHUNK = 2**20
 SCALE_BLOCK = 256  # scales that share one scale under double quantisation, as in bitsandbytes
 ALIGN_BYTES = 4  # ZeRO-3 views partitions as 16-bit and 32-bit numbers in places
 
@@ -30,10 +33,11 @@ _ops: Any = torch.ops.bitsandbytes
 
 @dataclass(frozen=True)
 class Packing:
-    """How weights become bytes: `book` is nf4, fp4 or int8 (blockwise dynamic), one fp32 scale per block.
+    """How weights become bytes: `book` is nf4, fp4 or int8 (blockwise dynamic), one fp32 scale per
+    block.
 
-    Layout of n weights in b blocks: codes, with `double_quant` b 8-bit scales, fp32 numbers (b scales; or the scales
-    of the scales and their offset), zeros up to a multiple of `ALIGN_BYTES`.
+    Layout of n weights in b blocks: codes, with `double_quant` b 8-bit scales, fp32 numbers (b
+    scales; or the scales of the scales and their offset), zeros up to a multiple of `ALIGN_BYTES`.
     """
 
     book: str
@@ -42,9 +46,15 @@ class Packing:
 
     @classmethod
     def of(cls, config: ModelConfig) -> Packing:
-        """The packing that `model.base_bits` and `model.quant` ask for; scales of int8 are never quantised."""
+        """The packing that `model.base_bits` and `model.quant` ask for; scales of int8 are never
+        quantised.
+        """
         four = config.base_bits == 4
-        return cls(config.quant.type if four else "int8", config.quant.block_size, four and config.quant.double_quant)
+        return cls(
+            config.quant.type if four else "int8",
+            config.quant.block_size,
+            four and config.quant.double_quant,
+        )
 
     @property
     def bits(self) -> int:
@@ -73,14 +83,21 @@ def chunks(numel: int, packing: Packing) -> Iterator[tuple[slice, slice, slice]]
     for start in range(0, numel, CHUNK):
         stop = min(start + CHUNK, numel)
         codes = slice(start * packing.bits // 8, -(-stop * packing.bits // 8))
-        yield slice(start, stop), codes, slice(start // packing.block_size, -(-stop // packing.block_size))
+        yield (
+            slice(start, stop),
+            codes,
+            slice(start // packing.block_size, -(-stop // packing.block_size)),
+        )
 
 
-def quantise(weight: torch.Tensor, packing: Packing, device: torch.device) -> tuple[torch.Tensor, float]:
-    """weight, any shape, floating -> (flat bytes on `device`, relative error of the weights in the 2-norm).
+def quantise(
+    weight: torch.Tensor, packing: Packing, device: torch.device
+) -> tuple[torch.Tensor, float]:
+    """weight, any shape, floating -> (flat bytes on `device`, relative error of the weights in the
+    2-norm).
 
-    Works chunk by chunk: beside the result it needs some 20 MiB, whatever the layer's size. The same weights give the
-    same bytes on every rank of one kind of device.
+    Works chunk by chunk: beside the result it needs some 20 MiB, whatever the layer's size. The
+    same weights give the same bytes on every rank of one kind of device.
     """
     flat = weight.detach().reshape(-1)
     packed = torch.zeros(sum(packing.sizes(flat.numel())), dtype=torch.uint8, device=device)
@@ -89,14 +106,20 @@ def quantise(weight: torch.Tensor, packing: Packing, device: torch.device) -> tu
     for part, bytes_, blocks in chunks(flat.numel(), packing):
         values = flat[part].to(device, torch.float32)
         if packing.bits == 8:
-            found, absmax = _ops.quantize_blockwise(values, code_book("int8", device), packing.block_size)
+            found, absmax = _ops.quantize_blockwise(
+                values, code_book("int8", device), packing.block_size
+            )
         else:
             values = nn.functional.pad(values, (0, values.numel() % 2))
-            found, absmax = _ops.quantize_4bit(values, packing.block_size, packing.book, torch.uint8)
+            found, absmax = _ops.quantize_4bit(
+                values, packing.block_size, packing.book, torch.uint8
+            )
         codes[bytes_], scales[blocks] = found.view(-1), absmax
     if packing.double_quant:
         offset = scales.mean()
-        quantised, absmax = _ops.quantize_blockwise(scales - offset, code_book("int8", device), SCALE_BLOCK)
+        quantised, absmax = _ops.quantize_blockwise(
+            scales - offset, code_book("int8", device), SCALE_BLOCK
+        )
         small.copy_(quantised)
         scales = torch.cat([absmax, offset[None]])
     numbers.copy_(scales.view(torch.uint8))
@@ -108,46 +131,72 @@ def _error(flat: torch.Tensor, packed: torch.Tensor, packing: Packing) -> float:
     wrong = total = 0.0
     for part, bytes_, blocks in chunks(flat.numel(), packing):
         values = flat[part].to(packed.device, torch.float32)
-        got = _dequantise(codes[bytes_], scales[blocks], (1, values.numel()), packing, torch.float32)
+        got = _dequantise(
+            codes[bytes_], scales[blocks], (1, values.numel()), packing, torch.float32
+        )
         wrong += float((got[0] - values).square_().sum())
         total += float(values.square().sum())  # not in place: `values` may be the weight itself
     return (wrong / total) ** 0.5 if total else 0.0
 
 
-def _codes_and_scales(packed: torch.Tensor, numel: int, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+def _codes_and_scales(
+    packed: torch.Tensor, numel: int, packing: Packing
+) -> tuple[torch.Tensor, torch.Tensor]:
     codes, small, numbers, _ = packed.split(packing.sizes(numel))
-    # A gathered Parameter may start anywhere in a buffer of bytes; a copy starts where fp32 numbers may.
+    # A gathered Parameter may start anywhere in a buffer of bytes; a copy starts where fp32 numbers
+    # may.
     scales = numbers.clone().view(torch.float32)
     if packing.double_quant:
         book = code_book("int8", packed.device)
-        scales = _ops.dequantize_blockwise(small, scales[:-1], book, SCALE_BLOCK, torch.float32) + scales[-1]
+        scales = (
+            _ops.dequantize_blockwise(small, scales[:-1], book, SCALE_BLOCK, torch.float32)
+            + scales[-1]
+        )
     return codes, scales
 
 
 def _dequantise(
-    codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], packing: Packing, dtype: torch.dtype
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    shape: tuple[int, int],
+    packing: Packing,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     numel, block = shape[0] * shape[1], packing.block_size
     if packing.bits == 8:
-        return _ops.dequantize_blockwise(codes, scales, code_book("int8", codes.device), block, dtype).view(shape)
-    # bitsandbytes' CPU kernel gives wrong weights, silently, where a row is not a whole number of blocks: such a
-    # layer goes through it as one row (of whole bytes).
+        return _ops.dequantize_blockwise(
+            codes, scales, code_book("int8", codes.device), block, dtype
+        ).view(shape)
+    # bitsandbytes' CPU kernel gives wrong weights, silently, where a row is not a whole number of
+    # blocks: such a layer goes through it as one row (of whole bytes).
     rows = shape if shape[1] % block == 0 else (1, numel + numel % 2)
     out: torch.Tensor = _ops.dequantize_4bit(codes, scales, block, packing.book, rows, dtype)
     return out.view(-1)[:numel].view(shape)
 
 
-def dequantise(packed: torch.Tensor, shape: tuple[int, int], packing: Packing, dtype: torch.dtype) -> torch.Tensor:
-    """Flat bytes -> weight `shape` in `dtype`. The kernels know 16-bit and 32-bit floats; float64 goes by fp32."""
+def dequantise(
+    packed: torch.Tensor, shape: tuple[int, int], packing: Packing, dtype: torch.dtype
+) -> torch.Tensor:
+    """Flat bytes -> weight `shape` in `dtype`. The kernels know 16-bit and 32-bit floats; float64
+    goes by fp32.
+    """
     codes, scales = _codes_and_scales(packed, shape[0] * shape[1], packing)
     kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
     return _dequantise(codes, scales, shape, packing, kernel_dtype).to(dtype)
 
 
 class QuantLinear(nn.Module):
-    """Takes the place of a frozen `nn.Linear`: x [..., in] -> [..., out], computed in the dtype of x."""
+    """Takes the place of a frozen `nn.Linear`: x [..., in] -> [..., out], computed in the dtype of
+    x.
+    """
 
-    def __init__(self, shape: tuple[int, int], packing: Packing, packed: torch.Tensor, bias: nn.Parameter | None):
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        packing: Packing,
+        packed: torch.Tensor,
+        bias: nn.Parameter | None,
+    ):
         super().__init__()
         self.out_features, self.in_features = self.shape = shape
         self.packing = packing
@@ -157,7 +206,9 @@ class QuantLinear(nn.Module):
 
     @property
     def stored(self) -> torch.Tensor:
-        """The layer's bytes, uint8, while gathered; NVMe offload keeps them under another dtype's name."""
+        """The layer's bytes, uint8, while gathered; NVMe offload keeps them under another dtype's
+        name.
+        """
         return self.packed.view(torch.uint8)
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
@@ -169,11 +220,16 @@ class QuantLinear(nn.Module):
         return out
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, {self.packing}, bias={self.bias is not None}"
+        return (
+            f"in={self.in_features}, out={self.out_features}, {self.packing},"
+            f" bias={self.bias is not None}"
+        )
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """Saves no tensor: ZeRO-3's hooks gather the module's bytes before its backward pass, which reads them again."""
+    """Saves no tensor: ZeRO-3's hooks gather the module's bytes before its backward pass, which
+    reads them again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, module: QuantLinear) -> torch.Tensor:
@@ -187,14 +243,18 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + b with one rounding; not `functional.linear`, which DeepSpeed replaces by one that rounds twice."""
+    """x W^T + b with one rounding; not `functional.linear`, which DeepSpeed replaces by one that
+    rounds twice.
+    """
     rows = x.reshape(-1, x.shape[-1])
     out = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def fingerprint(packed: torch.Tensor) -> tuple[int, int]:
-    """Two sums over the bytes, plain and weighted by position: equal for equal bytes, whatever the device."""
+    """Two sums over the bytes, plain and weighted by position: equal for equal bytes, whatever the
+    device.
+    """
     plain = weighted = 0
     weights = torch.arange(1, CHUNK + 1, device=packed.device) % 65521
     for index, part in enumerate(packed.detach().split(CHUNK)):

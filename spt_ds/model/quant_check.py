@@ -1,8 +1,8 @@
 """Start-up proof that a quantised base computes what its stored numbers say, sharded or not.
 
-Two passes over one short batch: one as training runs, one in which every layer's weight is computed apart, in plain
-torch from the code books, and multiplied. On the way each layer's gathered bytes are compared with those that were
-packed when it was loaded.
+Two passes over one short batch: one as training runs, one in which every layer's weight is computed
+apart, in plain torch from the code books, and multiplied. On the way each layer's gathered bytes
+are compared with those that were packed when it was loaded.
 """
 
 from __future__ import annotations
@@ -25,14 +25,20 @@ from spt_ds.model.quant import (
     linear,
 )
 
-LOGIT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2}  # of the largest logit
+LOGIT_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.bfloat16: 6e-2,
+}  # of the largest logit
 ROUNDINGS = 2  # units in the last place by which one weight may differ: its product and its cast
 
 
 def self_check(lm: nn.Module, logits: Callable[[], torch.Tensor]) -> None:
-    """Raise ModelError naming the layer when `logits()`, a pass through `lm`, is not what the stored bytes say.
+    """Raise ModelError naming the layer when `logits()`, a pass through `lm`, is not what the
+    stored bytes say.
 
-    Under ZeRO-3 every rank must call it, inside one call of the root module; all passes end before anything is raised.
+    Under ZeRO-3 every rank must call it, inside one call of the root module; all passes end before
+    anything is raised.
     """
     faults: dict[str, str] = {}
     usual = logits()
@@ -43,16 +49,20 @@ def self_check(lm: nn.Module, logits: Callable[[], torch.Tensor]) -> None:
         return
     where = "; ".join(f"{name}: {fault}" for name, fault in itertools.islice(faults.items(), 3))
     raise ModelError(
-        f"quantised base: {where or 'no single layer is at fault'} ({len(faults)} layers; logits are {gap:.2g} of the "
-        f"largest apart, allowed {LOGIT_TOLERANCE[apart.dtype]:.0e}). It would train on wrong numbers; try "
-        "engine.placement: replicate or model.base_bits: 16"
+        f"quantised base: {where or 'no single layer is at fault'} ({len(faults)} layers; logits"
+        f" are {gap:.2g} of the largest apart, allowed {LOGIT_TOLERANCE[apart.dtype]:.0e}). It"
+        " would train on wrong numbers; try engine.placement: replicate or model.base_bits: 16"
     )
 
 
 @contextmanager
 def _witnessed(lm: nn.Module, faults: dict[str, str]) -> Iterator[None]:
-    """Inside, quantised layers compute with `reference` weights and add what they find wrong to `faults`."""
-    layers = {name: module for name, module in lm.named_modules() if isinstance(module, QuantLinear)}
+    """Inside, quantised layers compute with `reference` weights and add what they find wrong to
+    `faults`.
+    """
+    layers = {
+        name: module for name, module in lm.named_modules() if isinstance(module, QuantLinear)
+    }
 
     def witness(name: str, layer: QuantLinear) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -77,13 +87,19 @@ def _witnessed(lm: nn.Module, faults: dict[str, str]) -> Iterator[None]:
 
 
 def _largest_gap(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference in units in the last place of `expected`; weights far below the largest count as it / 2^20."""
+    """Largest difference in units in the last place of `expected`; weights far below the largest
+    count as it / 2^20.
+    """
     unit = torch.finfo(expected.dtype).eps * expected.abs().clamp_min(expected.abs().max() * 2**-20)
     return float(((got - expected).abs() / unit).max())
 
 
-def reference(packed: torch.Tensor, shape: tuple[int, int], packing: Packing, dtype: torch.dtype) -> torch.Tensor:
-    """What `quant.dequantise` must give, in plain torch: code book value times scale, in fp32, then cast."""
+def reference(
+    packed: torch.Tensor, shape: tuple[int, int], packing: Packing, dtype: torch.dtype
+) -> torch.Tensor:
+    """What `quant.dequantise` must give, in plain torch: code book value times scale, in fp32, then
+    cast.
+    """
     numel = shape[0] * shape[1]
     codes, small, numbers, _ = packed.split(packing.sizes(numel))
     scales = numbers.clone().view(torch.float32)
@@ -97,5 +113,7 @@ def reference(packed: torch.Tensor, shape: tuple[int, int], packing: Packing, dt
         if packing.bits == 4:
             index = torch.stack([index >> 4, index & 15], dim=1).view(-1)
         values = book[index[: part.stop - part.start]]
-        out[part] = (values * scales[blocks].repeat_interleave(packing.block_size)[: len(values)]).to(dtype)
+        out[part] = (
+            values * scales[blocks].repeat_interleave(packing.block_size)[: len(values)]
+        ).to(dtype)
     return out.view(shape)

@@ -1,7 +1,8 @@
-"""Builds a quantised base layer by layer, so that no rank ever holds more than its share and one layer.
+"""Builds a quantised base layer by layer, so that no rank ever holds more than its share and one
+layer.
 
-The model is built without memory for its weights; each module then gets its own weights, is quantised if it is a
-linear layer, and is sharded at once, before the next one is read.
+The model is built without memory for its weights; each module then gets its own weights, is
+quantised if it is a linear layer, and is sharded at once, before the next one is read.
 """
 
 from __future__ import annotations
@@ -31,14 +32,24 @@ Shard = Callable[[nn.Module], None]
 
 
 def load_quantized(
-    config: ModelConfig, base: PretrainedConfig, path: str, shard: Shard | None, dtype: torch.dtype = torch.bfloat16
+    config: ModelConfig,
+    base: PretrainedConfig,
+    path: str,
+    shard: Shard | None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Any:
-    """Return the causal LM of `base` with the weights of `path`, quantised as `config` says, the rest in `dtype`.
+    """Return the causal LM of `base` with the weights of `path`, quantised as `config` says, the
+    rest in `dtype`.
 
-    `shard` takes each finished module (ZeRO-3), children before parents; without it the weights are on the GPU, where
-    there is one. Raises ModelError for a checkpoint that cannot be read, streamed, or is quantised in another way.
+    `shard` takes each finished module (ZeRO-3), children before parents; without it the weights are
+    on the GPU, where there is one. Raises ModelError for a checkpoint that cannot be read,
+    streamed, or is quantised in another way.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     lm = skeleton(base, dtype)
     source = open_source(lm, config, path, device)
     errors: dict[str, float] = {}
@@ -52,8 +63,13 @@ def load_quantized(
 def skeleton(base: PretrainedConfig, dtype: torch.dtype) -> Any:
     """The causal LM of `base` with real buffers and with Parameters that have no memory."""
     base = copy.deepcopy(base)
-    with _parameters_on_meta(), set_quantized_state():  # the latter keeps transformers from sharding empty weights
-        return AutoModelForCausalLM.from_config(base, dtype=dtype, attn_implementation=PACKED).eval()
+    with (
+        _parameters_on_meta(),
+        set_quantized_state(),
+    ):  # the latter keeps transformers from sharding empty weights
+        return AutoModelForCausalLM.from_config(
+            base, dtype=dtype, attn_implementation=PACKED
+        ).eval()
 
 
 @contextmanager
@@ -75,12 +91,16 @@ def _parameters_on_meta() -> Iterator[None]:
 def finished_modules(
     lm: Any, config: ModelConfig, source: Source, device: torch.device, errors: dict[str, float]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Fill the modules of a `skeleton` that own weights, children before parents; yield each with its name.
+    """Fill the modules of a `skeleton` that own weights, children before parents; yield each with
+    its name.
 
-    Linear layers become `QuantLinear` in `lm`; `errors` gets the relative error of each that was quantised here.
+    Linear layers become `QuantLinear` in `lm`; `errors` gets the relative error of each that was
+    quantised here.
     """
     packing, to_quantise = Packing.of(config), _layers_to_quantise(lm, config)
-    done: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # meta -> real; holding both keeps their ids apart
+    done: dict[
+        int, tuple[nn.Parameter, nn.Parameter]
+    ] = {}  # meta -> real; holding both keeps their ids apart
     for name, module in reversed(list(lm.named_modules())):
         empty = {key: p for key, p in module.named_parameters(recurse=False) if id(p) not in done}
         tensors = source(name, module) if empty else {}
@@ -90,7 +110,11 @@ def finished_modules(
                 packed = tensors["packed"].to(device, copy=True)
             else:
                 packed, errors[name] = quantise(tensors["weight"], packing, device)
-            bias = None if module.bias is None else _frozen(tensors["bias"].to(device, module.bias.dtype, copy=True))
+            bias = (
+                None
+                if module.bias is None
+                else _frozen(tensors["bias"].to(device, module.bias.dtype, copy=True))
+            )
             module = QuantLinear((module.out_features, module.in_features), packing, packed, bias)
             lm.set_submodule(name, module)
         else:
@@ -107,7 +131,9 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 
 def _layers_to_quantise(lm: Any, config: ModelConfig) -> set[str]:
-    """Names of the linear layers that `quant.skip_modules` leaves; never the head, nor a weight that layers share."""
+    """Names of the linear layers that `quant.skip_modules` leaves; never the head, nor a weight
+    that layers share.
+    """
     _refuse_unknown_names(lm, config.quant.skip_modules)
     head = lm.get_output_embeddings()
     owners = Counter(id(p) for module in lm.modules() for p in module.parameters(recurse=False))
@@ -122,23 +148,31 @@ def _layers_to_quantise(lm: Any, config: ModelConfig) -> set[str]:
     }
     if not names:
         raise ModelError(
-            f"model.base_bits: {config.base_bits}: {type(lm).__name__} has no plain linear layer to quantise beside "
-            f"its head and quant.skip_modules {list(skip)}; set model.base_bits: 16"
+            f"model.base_bits: {config.base_bits}: {type(lm).__name__} has no plain linear layer to"
+            f" quantise beside its head and quant.skip_modules {list(skip)}; set"
+            " model.base_bits: 16"
         )
     return names
 
 
 def _refuse_unknown_names(lm: Any, skip: Iterable[str]) -> None:
-    """Raise ModelError for an entry that no linear layer's name ends with; `lm_head` may be tied or absent."""
-    layers = [name.split(".") for name, module in lm.named_modules() if isinstance(module, nn.Linear)]
-    known = {".".join(parts[-count:]) for parts in layers for count in range(1, len(parts) + 1)} | {"lm_head"}
+    """Raise ModelError for an entry that no linear layer's name ends with; `lm_head` may be tied or
+    absent.
+    """
+    layers = [
+        name.split(".") for name, module in lm.named_modules() if isinstance(module, nn.Linear)
+    ]
+    known = {".".join(parts[-count:]) for parts in layers for count in range(1, len(parts) + 1)} | {
+        "lm_head"
+    }
     for entry in skip:
         if entry not in known:
             ends = sorted({parts[-1] for parts in layers})
             near = difflib.get_close_matches(entry, sorted(known), 3) or ends
             raise ModelError(
-                f"model.quant.skip_modules: {entry!r} is no linear layer of {type(lm).__name__}; did you mean "
-                f"{' or '.join(repr(name) for name in near)}? Known: {', '.join(ends)}, or a layer's full name"
+                f"model.quant.skip_modules: {entry!r} is no linear layer of {type(lm).__name__};"
+                f" did you mean {' or '.join(repr(name) for name in near)}? Known:"
+                f" {', '.join(ends)}, or a layer's full name"
             )
 
 
@@ -147,7 +181,8 @@ def report(lm: nn.Module, errors: dict[str, float], packing: Packing) -> None:
     layers = [module for module in lm.modules() if isinstance(module, QuantLinear)]
     numel = sum(layer.in_features * layer.out_features for layer in layers)
     what = (
-        f"{len(layers)} linear layers ({numel / 1e6:.1f} M weights) in {packing.book}, blocks of {packing.block_size}"
+        f"{len(layers)} linear layers ({numel / 1e6:.1f} M weights) in {packing.book}, blocks of"
+        f" {packing.block_size}"
     )
     if not errors:
         say_once(f"quantised base: {what}, read as stored")
@@ -155,6 +190,9 @@ def report(lm: nn.Module, errors: dict[str, float], packing: Packing) -> None:
     worst = sorted(errors, key=lambda name: -errors[name])[:WORST_LAYERS]
     mean = sum(errors.values()) / len(errors)
     named = ", ".join(f"{name} {errors[name]:.2%}" for name in worst)
-    say_once(f"quantised base: {what}; relative error of the weights {mean:.2%} on average, worst {named}")
+    say_once(
+        f"quantised base: {what}; relative error of the weights {mean:.2%} on average, worst"
+        f" {named}"
+    )
     for name in sorted(errors):
         get_logger().debug("quantisation error of %s: %.4f", name, errors[name])

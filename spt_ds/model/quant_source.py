@@ -1,7 +1,9 @@
-"""Where the weights of a base come from when it is built module by module: a checkpoint, or random numbers.
+"""Where the weights of a base come from when it is built module by module: a checkpoint, or random
+numbers.
 
-A checkpoint is mapped, never loaded: a tensor's pages are read when it is used and can be dropped afterwards. Names
-are mapped as transformers maps them; a checkpoint whose tensors must be merged or split first is refused.
+A checkpoint is mapped, never loaded: a tensor's pages are read when it is used and can be dropped
+afterwards. Names are mapped as transformers maps them; a checkpoint whose tensors must be merged or
+split first is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +21,12 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from spt_ds.config.schema import ModelConfig
@@ -28,23 +35,34 @@ from spt_ds.log import say_once
 from spt_ds.rng import keyed_seed
 
 SECTION = "spt_quantization"  # in config.json of a base that `spt-ds quantize` wrote
-HARMLESS_EXTRA = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # buffers that old checkpoints stored
+HARMLESS_EXTRA = (
+    r"rotary_emb\.inv_freq",
+    r"(^|\.)position_ids$",
+)  # buffers that old checkpoints stored
 
-# (name of a module, the module) -> the weights it owns itself, by their names in it, any floating dtype, perhaps
-# read-only; `packed` in place of `weight` for a layer that is stored quantised.
+# (name of a module, the module) -> the weights it owns itself, by their names in it, any floating
+# dtype, perhaps read-only; `packed` in place of `weight` for a layer that is stored quantised.
 Source = Callable[[str, nn.Module], dict[str, torch.Tensor]]
 
 
 def open_source(lm: Any, config: ModelConfig, path: str, device: torch.device) -> Source:
-    """The source that `model.random_init` asks for, with all that can be checked before reading checked."""
+    """The source that `model.random_init` asks for, with all that can be checked before reading
+    checked.
+    """
     if config.random_init:
         return lambda name, module: _draw(lm, name, module, device)
-    with contextlib.suppress(OSError):  # as from_pretrained does: without the file, the model's own defaults stay
-        lm.generation_config = GenerationConfig.from_pretrained(path, revision=config.revision or "main")
+    with contextlib.suppress(
+        OSError
+    ):  # as from_pretrained does: without the file, the model's own defaults stay
+        lm.generation_config = GenerationConfig.from_pretrained(
+            path, revision=config.revision or "main"
+        )
     try:
         files = [_open(file) for file in _weight_files(path, config.revision)]
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"model.base: no weights can be loaded from {path}: {str(error).strip()}") from error
+        raise ModelError(
+            f"model.base: no weights can be loaded from {path}: {str(error).strip()}"
+        ) from error
     return _Checkpoint(lm, path, files)
 
 
@@ -62,15 +80,17 @@ def section(config: ModelConfig) -> dict[str, Any]:
 
 
 def refuse_foreign_quantisation(base: PretrainedConfig, config: ModelConfig, path: str) -> None:
-    """Raise ModelError for a base that is stored quantised by others, or otherwise than `config` asks for."""
+    """Raise ModelError for a base that is stored quantised by others, or otherwise than `config`
+    asks for.
+    """
     if config.random_init:
         return
     if getattr(base, "quantization_config", None) is not None:
         method = dict(base.quantization_config).get("quant_method", "an unknown method")
         raise ModelError(
-            f"{path}: its weights are already quantised ({method}); under ZeRO-3 such layers keep scales or whole "
-            "weights on every rank. Take the 16-bit checkpoint; model.base_bits: 4 or 8 quantises it as it is read, "
-            "`spt-ds quantize` stores the result"
+            f"{path}: its weights are already quantised ({method}); under ZeRO-3 such layers keep"
+            " scales or whole weights on every rank. Take the 16-bit checkpoint; model.base_bits:"
+            " 4 or 8 quantises it as it is read, `spt-ds quantize` stores the result"
         )
     stored = getattr(base, SECTION, None)
     if stored is None:
@@ -79,19 +99,29 @@ def refuse_foreign_quantisation(base: PretrainedConfig, config: ModelConfig, pat
     different = [key for key in asked if stored.get(key) != asked[key]]
     if different:
         keys = {"bits": "model.base_bits"}
-        # At 8 bits there is one code book, `int8`, and scales are plain: they follow from base_bits alone.
+        # At 8 bits there is one code book, `int8`, and scales are plain: they follow from base_bits
+        # alone.
         implied = ("type", "double_quant") if stored.get("bits") == 8 else ()
         to_set = [key for key in different if key not in implied]
-        wanted = ", ".join(f"{keys.get(key, f'model.quant.{key}')}: {stored.get(key)}" for key in to_set)
+        wanted = ", ".join(
+            f"{keys.get(key, f'model.quant.{key}')}: {stored.get(key)}" for key in to_set
+        )
         got = ", ".join(f"{key} {asked[key]}" for key in different)
-        raise ModelError(f"{path}: this base is stored quantised in another way; set {wanted} (the config has {got})")
+        raise ModelError(
+            f"{path}: this base is stored quantised in another way; set {wanted} (the config has"
+            f" {got})"
+        )
 
 
 def _draw(lm: Any, name: str, module: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
     """Random weights as the architecture initialises them; the same on every rank and in every run."""
     drawn = copy.copy(module)
     drawn._parameters = {
-        key: None if p is None else nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device), False)
+        key: (
+            None
+            if p is None
+            else nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device), False)
+        )
         for key, p in module._parameters.items()
     }
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -107,7 +137,11 @@ class _Checkpoint:
         self.path = path
         stored = [(key, file) for file in files for key in file]
         renamed = not hasattr(lm.config, SECTION)
-        self.where = _by_model_name(lm, stored, path) if renamed else {key: (file, key) for key, file in stored}
+        self.where = (
+            _by_model_name(lm, stored, path)
+            if renamed
+            else {key: (file, key) for key, file in stored}
+        )
         self.aliases: dict[int, list[str]] = {}  # tied weights have several names
         for name, parameter in lm.named_parameters(remove_duplicate=False):
             self.aliases.setdefault(id(parameter), []).append(name)
@@ -126,8 +160,8 @@ class _Checkpoint:
             out[key] = self._read(stored)
             if out[key].shape != like.shape:
                 raise ModelError(
-                    f"{self.path}: {stored} has shape {list(out[key].shape)}, its config.json asks for "
-                    f"{list(like.shape)}; configuration and weights belong to different models"
+                    f"{self.path}: {stored} has shape {list(out[key].shape)}, its config.json asks"
+                    f" for {list(like.shape)}; configuration and weights belong to different models"
                 )
         return out
 
@@ -144,13 +178,14 @@ class _Checkpoint:
                 missing.append(names[0])
             if any(not torch.equal(self._read(found[0]), self._read(other)) for other in found[1:]):
                 raise ModelError(
-                    f"{self.path}: config.json ties {' and '.join(found)}, the weights hold different values for them; "
-                    "set tie_word_embeddings: false in config.json"
+                    f"{self.path}: config.json ties {' and '.join(found)}, the weights hold"
+                    " different values for them; set tie_word_embeddings: false in config.json"
                 )
         if missing:
             raise ModelError(
-                f"{self.path}: {len(missing)} weights of {type(lm).__name__} are not in the checkpoint, the first is "
-                f"{missing[0]}; the files belong to another model, or a part of them is missing"
+                f"{self.path}: {len(missing)} weights of {type(lm).__name__} are not in the"
+                f" checkpoint, the first is {missing[0]}; the files belong to another model, or a"
+                " part of them is missing"
             )
 
 
@@ -164,43 +199,58 @@ def _by_model_name(
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     where, extra = {}, []
     for key, file in stored:
-        name, converter = rename_source_key(key, renamings, converters, lm.base_model_prefix, expected)
+        name, converter = rename_source_key(
+            key, renamings, converters, lm.base_model_prefix, expected
+        )
         if name not in expected and key in expected:
             name, converter = key, None
         if name not in expected:
             extra.append(key)
         elif converter is not None:
             raise ModelError(
-                f"{path}: {key} must be merged or split to become {name} of {type(lm).__name__}, which cannot be done "
-                "tensor by tensor; set model.base_bits: 16"
+                f"{path}: {key} must be merged or split to become {name} of {type(lm).__name__},"
+                " which cannot be done tensor by tensor; set model.base_bits: 16"
             )
         else:
             where[name] = file, key
     harmless = [*HARMLESS_EXTRA, *(lm._keys_to_ignore_on_load_unexpected or ())]
     extra = [key for key in extra if not any(re.search(pattern, key) for pattern in harmless)]
     if extra:
-        say_once(f"{path}: {len(extra)} tensors are not part of {type(lm).__name__} and unused, first {extra[0]}")
+        say_once(
+            f"{path}: {len(extra)} tensors are not part of {type(lm).__name__} and unused, first"
+            f" {extra[0]}"
+        )
     return where
 
 
 def _weight_files(path: str, revision: str | None) -> list[str]:
-    """Paths of the weight files of a folder or hub id, downloaded if need be; safetensors before .bin."""
+    """Paths of the weight files of a folder or hub id, downloaded if need be; safetensors before
+    .bin.
+    """
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(
+            path, name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
         if found is not None and name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
             files: list[str] = get_checkpoint_shard_files(path, found, revision=revision)[0]
             return files
         if found is not None:
             return [found]
-    raise OSError(f"it has neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}, nor an index of several of them")
+    raise OSError(
+        f"it has neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}, nor an index of several of them"
+    )
 
 
 def _open(file: str) -> Mapping[str, torch.Tensor]:
     if file.endswith(".safetensors"):
         return _SafeFile(file)
     if not zipfile.is_zipfile(file):  # written before torch 1.6: it cannot be mapped
-        raise ValueError(f"{file} is in a format that can only be loaded whole; convert it to safetensors")
-    tensors: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        raise ValueError(
+            f"{file} is in a format that can only be loaded whole; convert it to safetensors"
+        )
+    tensors: dict[str, torch.Tensor] = torch.load(
+        file, map_location="cpu", weights_only=True, mmap=True
+    )
     return tensors
 
 

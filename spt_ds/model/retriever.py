@@ -1,4 +1,5 @@
-"""The dense retriever: scores every prompt for every context without a pass through the LLM (method, part 2).
+"""The dense retriever: scores every prompt for every context without a pass through the LLM
+(method, part 2).
 
 Legend: K prompts, P virtual tokens, B examples, D embedding size.
 """
@@ -30,14 +31,18 @@ ACTIVATIONS = {"softplus": softplus_scores, "reference": reference_scores}
 class Retriever(nn.Module):
     """`c_b = W_c pooled_b + b_c`, `v_k = W_p mean_p E_kp + b_p`, score = activation(cos(v_k, c_b))."""
 
-    def __init__(self, size: int, *, shared: bool, activation: str, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, size: int, *, shared: bool, activation: str, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
         self.context = _linear(size, generator)
         self.prompt = self.context if shared else _linear(size, generator)
         self.activation = ACTIVATIONS[activation]
 
     def cosines(self, bank: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        """bank E [K, P, D], pooled contexts [B, D] -> cosines [K, B], in the precision of the projections."""
+        """bank E [K, P, D], pooled contexts [B, D] -> cosines [K, B], in the precision of the
+        projections.
+        """
         contexts = self.context(pooled.to(self.context.weight.dtype))
         prompts = self.prompt(bank.mean(dim=1))
         return F.cosine_similarity(prompts[:, None], contexts[None], dim=-1)
@@ -49,7 +54,9 @@ class Retriever(nn.Module):
 
 
 def _linear(size: int, generator: torch.Generator | None) -> nn.Linear:
-    """A Linear with torch's own default range, drawn from `generator` so that every rank draws the same."""
+    """A Linear with torch's own default range, drawn from `generator` so that every rank draws the
+    same.
+    """
     layer = nn.Linear(size, size)
     bound = size**-0.5
     with torch.no_grad():
@@ -58,23 +65,29 @@ def _linear(size: int, generator: torch.Generator | None) -> nn.Linear:
     return layer
 
 
-def pool(embeddings: torch.Tensor, lens: tuple[int, ...], fill: torch.Tensor | None, length: int) -> torch.Tensor:
+def pool(
+    embeddings: torch.Tensor, lens: tuple[int, ...], fill: torch.Tensor | None, length: int
+) -> torch.Tensor:
     """Mean embedding of each of B spans that lie end to end.
 
-    Args: embeddings [n, D]; lens, B of them; fill [D] or None. With `fill` each span counts as padded to `length`
-    tokens with that row (the reference's pooling, faults 1 and 2). Returns [B, D] in fp32, or fp64 where the
-    embeddings are. Raises ModelError where a span is longer than `length`.
+    Args: embeddings [n, D]; lens, B of them; fill [D] or None. With `fill` each span counts as
+    padded to `length` tokens with that row (the reference's pooling, faults 1 and 2). Returns [B,
+    D] in fp32, or fp64 where the embeddings are. Raises ModelError where a span is longer than
+    `length`.
     """
     precise = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
     member = membership(lens, precise.device, precise.dtype)  # [n, B]
-    sums = member.T @ precise  # a matrix product: the same order of additions on every device and run
+    sums = (
+        member.T @ precise
+    )  # a matrix product: the same order of additions on every device and run
     counted = on_device(lens, precise.device, precise.dtype)[:, None]
     if fill is None:
         return sums / counted
     if max(lens) > length:
         raise ModelError(
-            f"retriever.pool: padded_text: a text of {max(lens)} tokens is longer than retriever.pool_length_tokens = "
-            f"{length}, to which texts are padded; set it to data.max_tokens or more"
+            f"retriever.pool: padded_text: a text of {max(lens)} tokens is longer than"
+            f" retriever.pool_length_tokens = {length}, to which texts are padded; set it to"
+            " data.max_tokens or more"
         )
     missing = length - counted
     return (sums + missing * fill.to(precise.dtype)) / length

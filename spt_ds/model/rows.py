@@ -1,7 +1,9 @@
-"""Builds the packed rows of the K-way pass: every example under every prompt in one forward, nothing padded.
+"""Builds the packed rows of the K-way pass: every example under every prompt in one forward,
+nothing padded.
 
-Legend: M prompts read per example (K, or the m best), B examples, P virtual tokens, C_b and R_b context and response
-tokens, n = sum R_b targets, D embedding size, N1 packed tokens of one prompt's rows.
+Legend: M prompts read per example (K, or the m best), B examples, P virtual tokens, C_b and R_b
+context and response tokens, n = sum R_b targets, D embedding size, N1 packed tokens of one prompt's
+rows.
 """
 
 from __future__ import annotations
@@ -32,12 +34,17 @@ def embed(backbone: Backbone, batch: Batch) -> Embedded:
 
 
 def target_states(
-    backbone: Backbone, batch: Batch, embedded: Embedded, prompts: torch.Tensor, context: Layout | None
+    backbone: Backbone,
+    batch: Batch,
+    embedded: Embedded,
+    prompts: torch.Tensor,
+    context: Layout | None,
 ) -> torch.Tensor:
     """Hidden states that predict the response tokens: [M, n, head size].
 
-    Args: prompts [M, B, P, D], the virtual tokens of each row; context, what `read_context` gave: None for the rows
-    `[E ; context ; response]`, else the M branches `[E ; response]` are read on its keys and values.
+    Args: prompts [M, B, P, D], the virtual tokens of each row; context, what `read_context` gave:
+    None for the rows `[E ; context ; response]`, else the M branches `[E ; response]` are read on
+    its keys and values.
     """
     if context is None:
         return _prefix(backbone, batch, embedded, prompts)
@@ -45,17 +52,25 @@ def target_states(
 
 
 @torch.no_grad()
-def read_context(backbone: Backbone, batch: Batch, embedded: Embedded, placement: str) -> Layout | None:
-    """Read each context once, without gradient, and keep its keys and values; None in `prefix` placement."""
+def read_context(
+    backbone: Backbone, batch: Batch, embedded: Embedded, placement: str
+) -> Layout | None:
+    """Read each context once, without gradient, and keep its keys and values; None in `prefix`
+    placement.
+    """
     if placement != "suffix":
         return None
     positions = torch.cat([torch.arange(c) for c in batch.context_lens])
-    context = Layout(batch.context_lens, positions, backbone.backend, embedded.context.device, record=True)
+    context = Layout(
+        batch.context_lens, positions, backbone.backend, embedded.context.device, record=True
+    )
     backbone.run(embedded.context, context)
     return context
 
 
-def _prefix(backbone: Backbone, batch: Batch, embedded: Embedded, prompts: torch.Tensor) -> torch.Tensor:
+def _prefix(
+    backbone: Backbone, batch: Batch, embedded: Embedded, prompts: torch.Tensor
+) -> torch.Tensor:
     count, size, width = prompts.shape[0], len(batch), prompts.shape[2]
     pieces = [
         (width, c, r - 1) for c, r in zip(batch.context_lens, batch.response_lens, strict=True)
@@ -78,10 +93,14 @@ def _suffix(
     count, size, width = prompts.shape[0], len(batch), prompts.shape[2]
     device = prompts.device
     lens = [width + r - 1 for r in batch.response_lens]
-    positions = torch.cat([(c + torch.arange(n)).repeat(count) for c, n in zip(batch.context_lens, lens, strict=True)])
+    positions = torch.cat(
+        [(c + torch.arange(n)).repeat(count) for c, n in zip(batch.context_lens, lens, strict=True)]
+    )
     layout = Branches(lens, count, context, positions, device)
     source = _interleave(size * width, batch, with_context=False, width=width)
-    packed = _pack(prompts, embedded.response, on_device(source, device))  # [M, N1, D], prompt-major
+    packed = _pack(
+        prompts, embedded.response, on_device(source, device)
+    )  # [M, N1, D], prompt-major
     order = on_device(torch.cat([part.T.flatten() for part in _by_example(count, lens)]), device)
     hidden = backbone.run(packed.flatten(0, 1)[order], layout)
     back = torch.empty_like(order)
@@ -92,7 +111,9 @@ def _suffix(
 
 
 def _pack(prompts: torch.Tensor, text: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """prompts [M, B, P, D] and text [t, D] -> [M, N1, D] in the order of `source`, in the base's dtype."""
+    """prompts [M, B, P, D] and text [t, D] -> [M, N1, D] in the order of `source`, in the base's
+    dtype.
+    """
     virtual = prompts.flatten(1, 2).to(text.dtype)
     return torch.cat([virtual, text.expand(len(prompts), -1, -1)], dim=1)[:, source]
 
@@ -112,7 +133,9 @@ def _interleave(virtual: int, batch: Batch, *, with_context: bool, width: int) -
 
 
 def _by_example(count: int, lens: list[int]) -> list[torch.Tensor]:
-    """Prompt-major positions of each example as [tokens, M]: `.T.flatten()` lists them branch by branch."""
+    """Prompt-major positions of each example as [tokens, M]: `.T.flatten()` lists them branch by
+    branch.
+    """
     total, start, blocks = sum(lens), 0, []
     for n in lens:
         blocks.append(torch.arange(count)[None] * total + torch.arange(start, start + n)[:, None])
@@ -120,7 +143,9 @@ def _by_example(count: int, lens: list[int]) -> list[torch.Tensor]:
     return blocks
 
 
-def _target_index(lens: list[int], firsts: list[int], response_lens: tuple[int, ...]) -> torch.Tensor:
+def _target_index(
+    lens: list[int], firsts: list[int], response_lens: tuple[int, ...]
+) -> torch.Tensor:
     """Positions in one prompt's rows whose next token is a target: [n]."""
     parts, start = [], 0
     for n, first, r in zip(lens, firsts, response_lens, strict=True):

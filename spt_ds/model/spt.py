@@ -1,6 +1,8 @@
-"""Selective Prompt Tuning: the trainable parts and the losses of one micro-batch (Huang et al., arXiv 2406.18187).
+"""Selective Prompt Tuning: the trainable parts and the losses of one micro-batch (Huang et al.,
+arXiv 2406.18187).
 
-Legend: K prompts, P virtual tokens, D embedding size, B examples of the micro-batch, n target tokens.
+Legend: K prompts, P virtual tokens, D embedding size, B examples of the micro-batch, n target
+tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from spt_ds.model.rows import Embedded, embed, read_context, target_states
 
 
 class Trainables(nn.Module):
-    """Everything that trains: the bank and the retriever, in fp32; `baselines.py` has what trains in their place."""
+    """Everything that trains: the bank and the retriever, in fp32; `baselines.py` has what trains
+    in their place.
+    """
 
     def __init__(self, bank: PromptBank, retriever: Retriever) -> None:
         super().__init__()
@@ -43,21 +47,28 @@ class Counts:
 
 @dataclass(frozen=True)
 class MicroLosses:
-    """Losses of one micro-batch. `total` carries the gradient; the rest is detached, for metrics and messages."""
+    """Losses of one micro-batch. `total` carries the gradient; the rest is detached, for metrics
+    and messages.
+    """
 
     total: torch.Tensor  # [] weighted, divided by the step's counts
     parts: torch.Tensor  # [3] nll, selection, fusion: each divided by the step's counts, unweighted
     nll: torch.Tensor  # [K, B] mean loss per prompt and example
-    bad: torch.Tensor  # [B] target tokens whose loss is not finite: `nll` of the whole micro-batch is lost with one
+    bad: (
+        torch.Tensor
+    )  # [B] target tokens whose loss is not finite: `nll` of the whole micro-batch is lost with one
     scores: torch.Tensor  # [K, B]
     pooled: torch.Tensor  # [B, D]
 
 
-def build_trainables(config: Config, backbone: Backbone, init_ids: list[list[int]], seed: int) -> Trainables:
-    """Initialise the bank from the frozen table and the retriever at random, the same on every rank.
+def build_trainables(
+    config: Config, backbone: Backbone, init_ids: list[list[int]], seed: int
+) -> Trainables:
+    """Initialise the bank from the frozen table and the retriever at random, the same on every
+    rank.
 
-    Must run inside a call of the root module: it reads rows of the (possibly sharded) embedding table. `init_ids` are
-    the token ids of `prompts.init_texts`.
+    Must run inside a call of the root module: it reads rows of the (possibly sharded) embedding
+    table. `init_ids` are the token ids of `prompts.init_texts`.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (config.prompts.count, config.prompts.tokens, backbone.embed_size)
@@ -66,7 +77,9 @@ def build_trainables(config: Config, backbone: Backbone, init_ids: list[list[int
     def rows(ids: torch.Tensor) -> torch.Tensor:
         return backbone.embed(ids.to(device))
 
-    bank = PromptBank(initial_prompts(config.prompts.init, shape, rows, backbone.vocabulary, init_ids, generator))
+    bank = PromptBank(
+        initial_prompts(config.prompts.init, shape, rows, backbone.vocabulary, init_ids, generator)
+    )
     retriever = Retriever(
         backbone.embed_size,
         shared=config.retriever.projections == "shared",
@@ -86,14 +99,18 @@ class Spt:
 
     @torch.no_grad()
     def pooled(self, backbone: Backbone, batch: Batch, embedded: Embedded) -> torch.Tensor:
-        """Mean context embedding [B, D] that the retriever reads: the same function in training and generation.
+        """Mean context embedding [B, D] that the retriever reads: the same function in training and
+        generation.
 
-        Without a graph, also where the embedding table trains: micro-batches keep it until the end of the step.
+        Without a graph, also where the embedding table trains: micro-batches keep it until the end
+        of the step.
         """
         if self.config.retriever.pool == "context":
             return pool(embedded.context, batch.context_lens, None, 0)
         parts = zip(
-            embedded.context.split(batch.context_lens), embedded.response.split(batch.response_lens), strict=True
+            embedded.context.split(batch.context_lens),
+            embedded.response.split(batch.response_lens),
+            strict=True,
         )
         text = torch.cat([piece for pair in parts for piece in pair])
         lens = tuple(c + r for c, r in zip(batch.context_lens, batch.response_lens, strict=True))
@@ -106,7 +123,11 @@ class Spt:
 
     def mixture(self, scores: torch.Tensor) -> torch.Tensor:
         """Weights [K, B] of the K prompts' logits in the fusion, from their scores [K, B]."""
-        return scores / scores.sum(dim=0) if self.config.losses.fusion_weights == "normalised" else scores
+        return (
+            scores / scores.sum(dim=0)
+            if self.config.losses.fusion_weights == "normalised"
+            else scores
+        )
 
     def micro_losses(self, backbone: Backbone, batch: Batch, counts: Counts) -> MicroLosses:
         """Forward one micro-batch under all K prompts; see `MicroLosses`."""
@@ -139,7 +160,8 @@ class Spt:
         best = self.config.losses.train_top_m
         if not best or best == len(bank) or not torch.is_grad_enabled():
             return target_states(backbone, batch, embedded, every, context)
-        # Selective backward: the value is that of all K, the gradient goes through the m best of each example only.
+        # Selective backward: the value is that of all K, the gradient goes through the m best of
+        # each example only.
         with torch.no_grad():
             hidden = target_states(backbone, batch, embedded, every, context)
             nll = self.reply_losses(backbone, batch, hidden)
@@ -151,7 +173,9 @@ class Spt:
     def _token_losses(
         self, backbone: Backbone, batch: Batch, hidden: torch.Tensor, mixture: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [K, n, head size], mixture [K, B] -> losses under each prompt [K, n] and of the fusion [n]."""
+        """hidden [K, n, head size], mixture [K, B] -> losses under each prompt [K, n] and of the
+        fusion [n].
+        """
         count, tokens = hidden.shape[:2]
         targets = on_device(batch.response_ids, hidden.device)
         per_token = mixture[:, owners(batch.response_lens, hidden.device)]  # [K, n]
@@ -178,9 +202,10 @@ class Spt:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Contrastive loss of this rank's pairs over the global batch.
 
-        Args: pooled [slots, D] of this rank; everyone [ranks, K, slots], detached scores; contrast, the pairs.
-        Returns (loss for the gradient, this rank's share of the reported mean). A pair across two ranks is computed
-        on both, each with the gradient of its own side, and counts one half on each in the report.
+        Args: pooled [slots, D] of this rank; everyone [ranks, K, slots], detached scores; contrast,
+        the pairs. Returns (loss for the gradient, this rank's share of the reported mean). A pair
+        across two ranks is computed on both, each with the gradient of its own side, and counts one
+        half on each in the report.
         """
         own = self.trainables.scores(pooled)  # [K, slots]
         table = (

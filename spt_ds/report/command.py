@@ -20,18 +20,29 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Read the runs and write the page; return 0, or 2 for a fault of the user's, told in one line on stderr."""
-    parser = argparse.ArgumentParser(prog="spt-ds report", description="One self-contained HTML page of runs.")
+    """Read the runs and write the page; return 0, or 2 for a fault of the user's, told in one line
+    on stderr.
+    """
+    parser = argparse.ArgumentParser(
+        prog="spt-ds report", description="One self-contained HTML page of runs."
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE",
-                        help="the page (default %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page (default %(default)s)",
+    )
     args = parser.parse_args(argv)
     try:
         text = page(read_runs(args.runs))
         try:
             write_text(args.out, text)
         except OSError as error:
-            raise SptError(f"{args.out}: cannot be written ({error.strerror}); give another file with --out") from error
+            raise SptError(
+                f"{args.out}: cannot be written ({error.strerror}); give another file with --out"
+            ) from error
     except SptError as error:
         print(f"spt-ds report: {error}", file=sys.stderr)
         return 2
@@ -75,7 +86,15 @@ def page(runs: Sequence[Run]) -> str:
         tag("title", title),
         tag("style", Markup(CSS)),
     )
-    return join([Markup("<!DOCTYPE html>\n"), tag("html", tag("head", *head), tag("body", *body), lang="en")]) + "\n"
+    return (
+        join(
+            [
+                Markup("<!DOCTYPE html>\n"),
+                tag("html", tag("head", *head), tag("body", *body), lang="en"),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _anchor(title: str) -> str:

@@ -1,4 +1,6 @@
-"""HTML by functions: every string is escaped unless it is `Markup`, so no text of a run can become an element."""
+"""HTML by functions: every string is escaped unless it is `Markup`, so no text of a run can become
+an element.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ class Markup(str):
 def tag(name: str, /, *children: str, **attributes: str) -> Markup:
     """Return an element. `class_` and `aria_label` become the attributes `class` and `aria-label`."""
     pairs = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(value, quote=True)}"' for key, value in attributes.items()
+        f' {key.rstrip("_").replace("_", "-")}="{escape(value, quote=True)}"'
+        for key, value in attributes.items()
     )
     end = "" if name in VOID else f"</{name}>"
     return Markup(f"<{name}{pairs}>{join(children)}{end}")
@@ -23,7 +26,9 @@ def tag(name: str, /, *children: str, **attributes: str) -> Markup:
 
 def join(children: Iterable[str]) -> Markup:
     """Put children one after the other; what is not `Markup` is escaped."""
-    return Markup("".join(child if isinstance(child, Markup) else escape(child) for child in children))
+    return Markup(
+        "".join(child if isinstance(child, Markup) else escape(child) for child in children)
+    )
 
 
 def bullets(items: Iterable[str]) -> Markup:
@@ -32,11 +37,13 @@ def bullets(items: Iterable[str]) -> Markup:
 
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
-    """Return a table in a box that scrolls sideways by itself. The first cell of a row is its heading."""
+    """Return a table in a box that scrolls sideways by itself. The first cell of a row is its
+    heading.
+    """
     head = tag("tr", *(tag("th", column, scope="col") for column in columns))
     body = (
         tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:]))
         for row in rows
-    )  # fmt: skip
+    )
     inner = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body))
     return tag("div", inner, class_="scroll", role="region", aria_label=caption, tabindex="0")

@@ -1,6 +1,8 @@
-"""Plots as inline SVG. Colours of text and lines are variables of the page, so that they follow its light or dark mode.
+"""Plots as inline SVG. Colours of text and lines are variables of the page, so that they follow its
+light or dark mode.
 
-Shape letters: K prompts, C columns. No text of a run gets into a plot: names are in the page around it.
+Shape letters: K prompts, C columns. No text of a run gets into a plot: names are in the page around
+it.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Heat:
-    """A heat map: `values` `[K, C]` (NaN: no cell), a label for each column, names of axes and scale."""
+    """A heat map: `values` `[K, C]` (NaN: no cell), a label for each column, names of axes and
+    scale.
+    """
 
     values: Floats
     columns: Sequence[str]
@@ -90,7 +94,9 @@ def colour(place: int) -> str:
 
 
 def curves(name: str, alt: str, lines: Sequence[Line]) -> Markup:
-    """Draw lines over optimizer steps. `name` is the plot's own in the page, `alt` says what it shows."""
+    """Draw lines over optimizer steps. `name` is the plot's own in the page, `alt` says what it
+    shows.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.7, 2.35), layout="constrained")
         axes = figure.add_subplot()
@@ -98,9 +104,14 @@ def curves(name: str, alt: str, lines: Sequence[Line]) -> Markup:
             steps, values = thinned(line.points)
             few = len(steps) <= 30
             axes.plot(
-                steps, values, color=line.colour, linewidth=1.5, linestyle="--" if line.dashed else "-",
-                marker="o" if few else None, markersize=3,
-            )  # fmt: skip
+                steps,
+                values,
+                color=line.colour,
+                linewidth=1.5,
+                linestyle="--" if line.dashed else "-",
+                marker="o" if few else None,
+                markersize=3,
+            )
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("step")
@@ -110,8 +121,13 @@ def curves(name: str, alt: str, lines: Sequence[Line]) -> Markup:
 def heat(name: str, alt: str, one: Heat) -> Markup:
     """Draw a heat map, prompts from the top down."""
     prompts, count = one.values.shape
-    with matplotlib.rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
-        figure = Figure(figsize=(min(7.6, 2.6 + 0.55 * count), min(1.1 + 0.3 * prompts, 6.5)), layout="constrained")
+    with matplotlib.rc_context(
+        {**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
+    ):
+        figure = Figure(
+            figsize=(min(7.6, 2.6 + 0.55 * count), min(1.1 + 0.3 * prompts, 6.5)),
+            layout="constrained",
+        )
         axes = figure.add_subplot()
         low, high = one.limits or (None, None)
         image = axes.imshow(
@@ -128,7 +144,12 @@ def heat(name: str, alt: str, one: Heat) -> Markup:
         dots = [(place, prompt) for place, prompt in enumerate(one.marked) if prompt is not None]
         if dots:
             axes.scatter(
-                [x for x, _ in dots], [y for _, y in dots], s=14, color="#ffffff", edgecolors="#000000", linewidths=0.8
+                [x for x, _ in dots],
+                [y for _, y in dots],
+                s=14,
+                color="#ffffff",
+                edgecolors="#000000",
+                linewidths=0.8,
             )
         elif prompts <= MOST_NUMBERS[0] and count <= MOST_NUMBERS[1]:
             _write_numbers(axes, image, one)
@@ -139,7 +160,9 @@ def heat(name: str, alt: str, one: Heat) -> Markup:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> tuple[Floats, Floats]:
-    """Return x and y `[P]`, P up to MOST_POINTS: means over groups of neighbours where there are more."""
+    """Return x and y `[P]`, P up to MOST_POINTS: means over groups of neighbours where there are
+    more.
+    """
     table = np.asarray(points, dtype=np.float64)
     if len(table) > MOST_POINTS:
         table = np.stack([group.mean(axis=0) for group in np.array_split(table, MOST_POINTS)])
@@ -152,13 +175,22 @@ def _write_numbers(axes: Any, image: Any, one: Heat) -> None:
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
             text = format(float(value), one.form)
-            axes.text(place, prompt, text, ha="center", va="center", fontsize=8, color="#ffffff" if dark else "#000000")
+            axes.text(
+                place,
+                prompt,
+                text,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="#ffffff" if dark else "#000000",
+            )
 
 
 def _svg(figure: Any, name: str, alt: str, bound: str) -> Markup:
     """The figure as an element of a page: no ids but its own, no references to anything outside.
 
-    `bound` is the property of CSS that gets its width: `max-width` for a plot that shrinks with its box.
+    `bound` is the property of CSS that gets its width: `max-width` for a plot that shrinks with its
+    box.
     """
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True)
@@ -167,11 +199,20 @@ def _svg(figure: Any, name: str, alt: str, bound: str) -> Markup:
     body = re.search(r"<svg[^>]*>(.*)</svg>", text, re.DOTALL)
     assert box is not None, "matplotlib wrote no SVG"
     assert body is not None, "matplotlib wrote no SVG"
-    inner = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", body[1], flags=re.DOTALL)
-    for old, new in (('id="', f'id="{name}-'), ('xlink:href="#', f'href="#{name}-'), ("url(#", f"url(#{name}-")):
+    inner = re.sub(
+        r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", body[1], flags=re.DOTALL
+    )
+    for old, new in (
+        ('id="', f'id="{name}-'),
+        ('xlink:href="#', f'href="#{name}-'),
+        ("url(#", f"url(#{name}-"),
+    ):
         inner = inner.replace(old, new)
     inner = inner.replace("xlink:href=", "href=")
     for old, new in VARIABLES.items():
         inner = inner.replace(old, new)
     width = f"{bound}:{figure.get_figwidth() * PX_PER_INCH:.0f}px"
-    return Markup(f'<svg {box[0]} role="img" aria-label="{escape(alt, quote=True)}" style="{width}">{inner}</svg>')
+    return Markup(
+        f'<svg {box[0]} role="img" aria-label="{escape(alt, quote=True)}"'
+        f' style="{width}">{inner}</svg>'
+    )

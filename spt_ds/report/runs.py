@@ -1,4 +1,6 @@
-"""Reads a run folder for a report. What is not there yet is noted; what is there and damaged is an error."""
+"""Reads a run folder for a report. What is not there yet is noted; what is there and damaged is an
+error.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class Run:
     environment: dict[str, Any]
     """Hardware, versions and variables by key path; empty where they are not recorded."""
     lines: list[dict[str, Any]]
-    """metrics.jsonl: each has `step`, `kind` (train, valid) and `time` (seconds since 1970), and the values."""
+    """metrics.jsonl: each has `step`, `kind` (train, valid) and `time` (seconds since 1970), and
+    the values.
+    """
     done: dict[str, Any] | None
     """The summary at the end of training, or None."""
     deepspeed: str | None
@@ -64,26 +68,34 @@ class Run:
 
     def series(self, kind: str, key: str) -> list[tuple[int, float]]:
         """(step, value) of each line of `kind` that has a number under `key`."""
-        return [(line["step"], line[key]) for line in self.lines if line["kind"] == kind and _is_number(line.get(key))]
+        return [
+            (line["step"], line[key])
+            for line in self.lines
+            if line["kind"] == kind and _is_number(line.get(key))
+        ]
 
     def paces(self) -> list[tuple[int, float]]:
         """(step, optimizer steps per second) of each stretch that ends in a training line.
 
-        A stretch begins at the line before, of whatever kind, so no validation lies in it; saving of checkpoints does.
-        The first one, with its warm-up, is left out where there are others.
+        A stretch begins at the line before, of whatever kind, so no validation lies in it; saving
+        of checkpoints does. The first one, with its warm-up, is left out where there are others.
         """
         found = [
             (after["step"], (after["step"] - before["step"]) / (after["time"] - before["time"]))
             for before, after in pairwise(self.lines)
-            if after["kind"] == "train" and after["step"] > before["step"] and after["time"] > before["time"]
+            if after["kind"] == "train"
+            and after["step"] > before["step"]
+            and after["time"] > before["time"]
         ]
         return found[1:] or found
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders, each once, and name them by their last part, or whole where that is not unique.
+    """Read run folders, each once, and name them by their last part, or whole where that is not
+    unique.
 
-    Raises DataError or ConfigError for a folder that is no run and for a file in it that cannot be read.
+    Raises DataError or ConfigError for a folder that is no run and for a file in it that cannot be
+    read.
     """
     unique = list({folder.resolve(): folder for folder in folders}.values())
     names = [folder.resolve().name for folder in unique]
@@ -145,15 +157,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise DataError(f"{path}:{number}: not JSON ({error}); remove the line") from error
         if not isinstance(line, dict) or not (
-            isinstance(line.get("step"), int) and isinstance(line.get("kind"), str) and _is_number(line.get("time"))
+            isinstance(line.get("step"), int)
+            and isinstance(line.get("kind"), str)
+            and _is_number(line.get("time"))
         ):
-            raise DataError(f"{path}:{number}: expected an object with 'step', 'kind' and 'time'; remove the line")
+            raise DataError(
+                f"{path}:{number}: expected an object with 'step', 'kind' and 'time'; remove the"
+                " line"
+            )
         found.append(line)
     return found
 
 
 def extremes(replies: Sequence[Reply], most: int) -> tuple[list[Reply], list[Reply]]:
-    """Return up to `most` replies of highest and of lowest F1, best and worst first; no reply is in both."""
+    """Return up to `most` replies of highest and of lowest F1, best and worst first; no reply is in
+    both.
+    """
     ranked = sorted(replies, key=lambda reply: (-reply.f1, reply.row.index))
     worst = ranked[max((len(ranked) + 1) // 2, len(ranked) - most) :]
     return ranked[: min((len(ranked) + 1) // 2, most)], worst[::-1]
@@ -181,7 +200,9 @@ def _generated(file: PredictionFile) -> dict[str, Any] | None:
     try:
         return options_of(Config.model_validate_json(json.dumps(tree))) if tree else None
     except ValidationError as error:
-        raise DataError(f"{file.path.parent / predictions.RECORD}: {error}; generate again") from error
+        raise DataError(
+            f"{file.path.parent / predictions.RECORD}: {error}; generate again"
+        ) from error
 
 
 def _replies(file: PredictionFile) -> list[Reply]:
@@ -191,7 +212,9 @@ def _replies(file: PredictionFile) -> list[Reply]:
         where = f"{file.path}:{row.index + 1}"
         turn = found.get("turn")
         if turn is not None and (not isinstance(turn, int) or turn < 0):
-            raise DataError(f"{where}: field 'turn' is {turn!r}, expected null or a whole number from 0 on")
+            raise DataError(
+                f"{where}: field 'turn' is {turn!r}, expected null or a whole number from 0 on"
+            )
         persona, history = (_strings(where, found, name) for name in ("persona", "history"))
         text = clean(row.raw)
         replies.append(Reply(row, persona, history, turn, text, f1_spt(text, row.reference)))
@@ -209,7 +232,9 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(_text(path))
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); the training that wrote it can be run again") from error
+        raise DataError(
+            f"{path}: not JSON ({error}); the training that wrote it can be run again"
+        ) from error
     if not isinstance(found, dict):
         raise DataError(f"{path}: got a {type(found).__name__}, expected a JSON object")
     return found
@@ -225,7 +250,11 @@ def _text(path: Path) -> str:
 def _flat(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(f"{prefix}{key}.", value) if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= (
+            _flat(f"{prefix}{key}.", value)
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return found
 
 

@@ -1,4 +1,6 @@
-"""The sections of a report. Each takes the runs and returns HTML; what a run lacks is said in its place."""
+"""The sections of a report. Each takes the runs and returns HTML; what a run lacks is said in its
+place.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,20 @@ LATEST = 4  # utterances of a history that are open at first
 def overview(runs: Sequence[Run]) -> Markup:
     """How far each run is, and what is missing."""
     rows = [_overview_row(place, run) for place, run in enumerate(runs)]
-    columns = ["run", "recipe", "steps", "ranks", "NLL before", "NLL after", "best step", "replies", "folder"]
-    parts = [table("Runs. NLL: validation loss of the selected prompt, nats per token.", columns, rows)]
+    columns = [
+        "run",
+        "recipe",
+        "steps",
+        "ranks",
+        "NLL before",
+        "NLL after",
+        "best step",
+        "replies",
+        "folder",
+    ]
+    parts = [
+        table("Runs. NLL: validation loss of the selected prompt, nats per token.", columns, rows)
+    ]
     parts += [
         tag("div", tag("p", f"Missing in {run.label}:"), bullets(run.missing), class_="none")
         for run in runs
@@ -56,16 +70,31 @@ def scores(runs: Sequence[Run]) -> Markup:
     """Metrics in rows, runs in columns, each with its 95 % interval."""
     scored = [(run, run.scores) for run in runs if run.scores is not None]
     if not scored:
-        return _none("No run has scores. `spt-ds generate RUN` writes replies, `spt-ds evaluate RUN` scores them.")
+        return _none(
+            "No run has scores. `spt-ds generate RUN` writes replies, `spt-ds evaluate RUN` scores"
+            " them."
+        )
     shown = [metric for metric in METRICS if any(metric.key in found.values for _, found in scored)]
-    rows = [[metric.label, metric.meaning, *(_with_interval(found, metric.key) for _, found in scored)]
-            for metric in shown]  # fmt: skip
+    rows = [
+        [metric.label, metric.meaning, *(_with_interval(found, metric.key) for _, found in scored)]
+        for metric in shown
+    ]
     columns = ["metric", "meaning", *(run.label for run, _ in scored)]
-    parts = [table("Scores on the test examples; in brackets 95 % intervals over dialogues.", columns, rows)]
+    parts = [
+        table(
+            "Scores on the test examples; in brackets 95 % intervals over dialogues.", columns, rows
+        )
+    ]
     if len({found.settings.data_sha256 for _, found in scored}) > 1:
-        parts.append(_none("These runs answered different examples: their scores cannot be compared."))
+        parts.append(
+            _none("These runs answered different examples: their scores cannot be compared.")
+        )
     parts += [
-        tag("details", tag("summary", f"How {run.label} was scored"), bullets(notes_of_scores(found)))
+        tag(
+            "details",
+            tag("summary", f"How {run.label} was scored"),
+            bullets(notes_of_scores(found)),
+        )
         for run, found in scored
     ]
     return join(parts)
@@ -73,7 +102,13 @@ def scores(runs: Sequence[Run]) -> Markup:
 
 def losses(runs: Sequence[Run]) -> Markup:
     """A plot of each quantity over steps, all runs in each."""
-    found = {key for run in runs for line in run.lines for key, value in line.items() if not isinstance(value, list)}
+    found = {
+        key
+        for run in runs
+        for line in run.lines
+        for key, value in line.items()
+        if not isinstance(value, list)
+    }
     keys = [*CURVES, *sorted(found - CURVES.keys() - NO_QUANTITY)]
     figures = [figure for key in keys for figure in _curve(runs, key)]
     if not figures:
@@ -92,30 +127,47 @@ def throughput(runs: Sequence[Run]) -> Markup:
         median = statistics.median(rate for _, rate in paces)
         span = run.lines[-1]["time"] - run.lines[0]["time"]
         examples = median * run.options["train.global_batch"]
-        rows.append([run.label, f"{median:.3g}", f"{examples:.3g}", str(len(paces)), _duration(span)])
+        rows.append(
+            [run.label, f"{median:.3g}", f"{examples:.3g}", str(len(paces)), _duration(span)]
+        )
     columns = ["run", "steps/s", "examples/s", "stretches", "first to last line"]
-    caption = "Median over the stretches between logged lines that hold no validation; saving of checkpoints is in it."
+    caption = (
+        "Median over the stretches between logged lines that hold no validation; saving of"
+        " checkpoints is in it."
+    )
     alt = "Optimizer steps per second over steps. " + _alt(
         (f"{run.label}, median", [(paces[-1][0], statistics.median(rate for _, rate in paces))])
         for _, run, paces in timed
     )
-    plot = plots.curves("pace", alt, [Line(paces, plots.colour(place)) for place, _, paces in timed])
+    plot = plots.curves(
+        "pace", alt, [Line(paces, plots.colour(place)) for place, _, paces in timed]
+    )
     figure = tag("figure", tag("figcaption", "Steps per second"), plot)
     return join([table(caption, columns, rows), tag("div", figure, class_="grid")])
 
 
 def prompt_use(runs: Sequence[Run]) -> Markup:
-    """Which prompts were selected: over training steps, and per turn of the dialogues that were answered."""
+    """Which prompts were selected: over training steps, and per turn of the dialogues that were
+    answered.
+    """
     parts: list[Markup] = []
     for place, run in enumerate(runs):
         parts.append(tag("h3", run.label))
-        counted = [(line["step"], line["prompt_usage"]) for line in run.lines if "prompt_usage" in line]
-        parts.append(_use_over_time(f"time{place}", counted) if counted else _none("No prompt use was logged."))
+        counted = [
+            (line["step"], line["prompt_usage"]) for line in run.lines if "prompt_usage" in line
+        ]
+        parts.append(
+            _use_over_time(f"time{place}", counted)
+            if counted
+            else _none("No prompt use was logged.")
+        )
         spoken = [reply for reply in run.replies if reply.row.prompt is not None]
         if spoken:
             parts.append(_use_per_turn(f"turn{place}", spoken))
         else:
-            parts.append(_none("No replies in which one prompt speaks, so no use per dialogue turn."))
+            parts.append(
+                _none("No replies in which one prompt speaks, so no use per dialogue turn.")
+            )
     return join(parts)
 
 
@@ -125,7 +177,9 @@ def bank_scores(runs: Sequence[Run]) -> Markup:
     for place, run in enumerate(runs):
         scored = [reply for reply in run.replies if reply.row.scores]
         parts.append(tag("h3", run.label))
-        parts.append(_score_maps(place, scored) if scored else _none("No replies with scores over the bank."))
+        parts.append(
+            _score_maps(place, scored) if scored else _none("No replies with scores over the bank.")
+        )
     return join(parts)
 
 
@@ -150,19 +204,34 @@ def configuration(runs: Sequence[Run]) -> Markup:
     keys = list(runs[0].options)
     if len(runs) > 1:
         columns, sets = [run.label for run in runs], [run.options for run in runs]
-        caption, same = "Options that differ between the runs.", "The runs were trained with the same configuration."
+        caption, same = (
+            "Options that differ between the runs.",
+            "The runs were trained with the same configuration.",
+        )
     else:
         columns, sets = ["default", runs[0].label], [options_of(Config()), runs[0].options]
         caption, same = "Options that differ from the defaults.", "Every option has its default."
     differing = [key for key in keys if any(one[key] != sets[0][key] for one in sets)]
     first = _options(caption, columns, sets, differing) if differing else tag("p", same)
-    everything = _options("All options.", [run.label for run in runs], [run.options for run in runs], keys)
+    everything = _options(
+        "All options.", [run.label for run in runs], [run.options for run in runs], keys
+    )
     changed = [key for key in keys if any(run.generated[key] != run.options[key] for run in runs)]
     generated = [run.generated for run in runs]
-    overridden = _options("Options set for the replies alone.", [run.label for run in runs], generated, changed)
-    parts = [first, overridden if changed else Markup(""), tag("details", tag("summary", "All options"), everything)]
+    overridden = _options(
+        "Options set for the replies alone.", [run.label for run in runs], generated, changed
+    )
+    parts = [
+        first,
+        overridden if changed else Markup(""),
+        tag("details", tag("summary", "All options"), everything),
+    ]
     parts += [
-        tag("details", tag("summary", f"DeepSpeed configuration of {run.label}"), tag("pre", run.deepspeed))
+        tag(
+            "details",
+            tag("summary", f"DeepSpeed configuration of {run.label}"),
+            tag("pre", run.deepspeed),
+        )
         for run in runs
         if run.deepspeed
     ]
@@ -176,7 +245,9 @@ def machines(runs: Sequence[Run]) -> Markup:
         return _none("No run has recorded its environment.")
     keys = list(dict.fromkeys(key for run in known for key in run.environment))
     sets = [run.environment for run in known]
-    return _options("Where and with what the runs were started last.", [run.label for run in known], sets, keys)
+    return _options(
+        "Where and with what the runs were started last.", [run.label for run in known], sets, keys
+    )
 
 
 def _none(text: str) -> Markup:
@@ -187,7 +258,9 @@ def _overview_row(place: int, run: Run) -> list[str]:
     done = run.done or {}
     valid = run.series("valid", "nll_selected")
     steps = str(max((line["step"] for line in run.lines), default=0))
-    swatch = tag("span", "\N{BLACK CIRCLE} ", style=f"color:{plots.colour(place)}", aria_hidden="true")
+    swatch = tag(
+        "span", "\N{BLACK CIRCLE} ", style=f"color:{plots.colour(place)}", aria_hidden="true"
+    )
     return [
         tag("span", swatch, run.label),
         run.options["name"],
@@ -205,7 +278,9 @@ def _with_interval(found: Scores, key: str) -> str:
     if key not in found.values:
         return ""
     interval = found.intervals.get(key)
-    return f"{found.values[key]:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+    return f"{found.values[key]:.2f}" + (
+        f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
+    )
 
 
 def _curve(runs: Sequence[Run], key: str) -> Iterator[Markup]:
@@ -219,15 +294,23 @@ def _curve(runs: Sequence[Run], key: str) -> Iterator[Markup]:
                 told.append((f"{run.label}, {word}", points))
     if lines:
         title = CURVES.get(key, key)
-        plot = plots.curves(f"curve-{''.join(filter(str.isalnum, key))}", f"{title} over steps. {_alt(told)}", lines)
+        plot = plots.curves(
+            f"curve-{''.join(filter(str.isalnum, key))}", f"{title} over steps. {_alt(told)}", lines
+        )
         yield tag("figure", tag("figcaption", title), plot)
 
 
 def _legend(runs: Sequence[Run]) -> Markup:
-    items = [(run.label, f"border-color:{plots.colour(place)}", "") for place, run in enumerate(runs)]
-    items += [("training", "border-color:var(--ink)", ""), ("validation", "border-color:var(--ink)", "dashed")]
+    items = [
+        (run.label, f"border-color:{plots.colour(place)}", "") for place, run in enumerate(runs)
+    ]
+    items += [
+        ("training", "border-color:var(--ink)", ""),
+        ("validation", "border-color:var(--ink)", "dashed"),
+    ]
     swatches = (
-        tag("li", tag("span", style=style, class_=class_, aria_hidden="true"), label) for label, style, class_ in items
+        tag("li", tag("span", style=style, class_=class_, aria_hidden="true"), label)
+        for label, style, class_ in items
     )
     return tag("ul", *swatches, class_="legend")
 
@@ -236,19 +319,25 @@ def _alt(series: Iterable[tuple[str, Sequence[tuple[float, float]]]]) -> str:
     told = []
     for label, points in series:
         (first, start), (last, end) = points[0], points[-1]
-        told.append(f"{label}: {start:.4g} at step {first}" + (f", {end:.4g} at step {last}" if last != first else ""))
+        told.append(
+            f"{label}: {start:.4g} at step {first}"
+            + (f", {end:.4g} at step {last}" if last != first else "")
+        )
     return "; ".join(told) + "."
 
 
 def _use_over_time(name: str, counted: Sequence[tuple[int, list[float]]]) -> Markup:
     groups = np.array_split(
-        np.asarray([counts for _, counts in counted], dtype=np.float64), min(len(counted), MOST_BINS)
+        np.asarray([counts for _, counts in counted], dtype=np.float64),
+        min(len(counted), MOST_BINS),
     )
     ends = np.cumsum([len(group) for group in groups]) - 1
     shares = _shares(np.stack([group.sum(axis=0) for group in groups], axis=1))
     columns = [str(counted[end][0]) for end in ends]
     title = "Prompts selected in training, over steps"
-    return _use_figure(name, title, Heat(shares, columns, "up to step", "% of examples", ".0f", limits=(0, 100)))
+    return _use_figure(
+        name, title, Heat(shares, columns, "up to step", "% of examples", ".0f", limits=(0, 100))
+    )
 
 
 def _use_per_turn(name: str, replies: Sequence[Reply]) -> Markup:
@@ -260,11 +349,17 @@ def _use_per_turn(name: str, replies: Sequence[Reply]) -> Markup:
             counts[reply.row.prompt, turns.index(reply.turn)] += 1
     columns = [*map(str, turns), "all"]
     title = "Prompts that replied, by the number of the utterance in its dialogue"
-    return _use_figure(name, title, Heat(_shares(counts), columns, "utterance", "% of replies", ".0f", limits=(0, 100)))
+    return _use_figure(
+        name,
+        title,
+        Heat(_shares(counts), columns, "utterance", "% of replies", ".0f", limits=(0, 100)),
+    )
 
 
 def _use_figure(name: str, title: str, one: Heat) -> Markup:
-    last = ", ".join(f"prompt {prompt} {share:.0f} %" for prompt, share in enumerate(one.values[:, -1]))
+    last = ", ".join(
+        f"prompt {prompt} {share:.0f} %" for prompt, share in enumerate(one.values[:, -1])
+    )
     alt = f"{title}: heat map of shares. Column {one.columns[-1]}: {last}."
     return tag("figure", tag("figcaption", title), plots.heat(name, alt, one))
 
@@ -279,23 +374,43 @@ def _shares(counts: Floats) -> Floats:
 
 
 def _score_maps(place: int, replies: Sequence[Reply]) -> Markup:
-    picks = np.unique(np.linspace(0, len(replies) - 1, min(SAMPLED, len(replies))).round().astype(int))
+    picks = np.unique(
+        np.linspace(0, len(replies) - 1, min(SAMPLED, len(replies))).round().astype(int)
+    )
     sampled = [replies[pick] for pick in picks]
     chosen = [reply.row.prompt for reply in sampled]
     values = np.asarray([reply.row.scores for reply in sampled], dtype=np.float64).T
-    title = f"Scores of {len(sampled)} of {len(replies)} examples, spread evenly; dots: the prompt that replied"
+    title = (
+        f"Scores of {len(sampled)} of {len(replies)} examples, spread evenly; dots: the prompt that"
+        " replied"
+    )
     alt = f"{title}. Scores lie between {values.min():.4g} and {values.max():.4g}."
-    one = Heat(values, [str(reply.row.index) for reply in sampled], "example", "score", ".3f", chosen)
+    one = Heat(
+        values, [str(reply.row.index) for reply in sampled], "example", "score", ".3f", chosen
+    )
     parts = [tag("figure", tag("figcaption", title), plots.heat(f"scores{place}", alt, one))]
     speakers = sorted({reply.row.prompt for reply in replies if reply.row.prompt is not None})
     if speakers:
-        means = np.stack([
-            np.mean([reply.row.scores for reply in replies if reply.row.prompt == speaker], axis=0)
-            for speaker in speakers
-        ], axis=1)  # fmt: skip
+        means = np.stack(
+            [
+                np.mean(
+                    [reply.row.scores for reply in replies if reply.row.prompt == speaker], axis=0
+                )
+                for speaker in speakers
+            ],
+            axis=1,
+        )
         title = "Mean scores, by the prompt that replied"
-        own = ", ".join(f"{means[speaker, column]:.3f} for {speaker}" for column, speaker in enumerate(speakers))
-        one = Heat(means, [str(speaker) for speaker in speakers], "prompt that replied", "mean score", ".3f")
+        own = ", ".join(
+            f"{means[speaker, column]:.3f} for {speaker}" for column, speaker in enumerate(speakers)
+        )
+        one = Heat(
+            means,
+            [str(speaker) for speaker in speakers],
+            "prompt that replied",
+            "mean score",
+            ".3f",
+        )
         plot = plots.heat(f"means{place}", f"{title}. Of the speaker itself: {own}.", one)
         parts.append(tag("figure", tag("figcaption", title), plot))
     return join(parts)
@@ -310,25 +425,41 @@ def _card(reply: Reply) -> Markup:
         told += [tag("p", "Persona", class_="soft"), bullets(reply.persona)]
     # The last utterance is the partner's, and the two take turns.
     said = [
-        tag("li", tag("span", "partner: " if (len(reply.history) - place) % 2 else "self: ", class_="who"), text)
+        tag(
+            "li",
+            tag(
+                "span", "partner: " if (len(reply.history) - place) % 2 else "self: ", class_="who"
+            ),
+            text,
+        )
         for place, text in enumerate(reply.history)
     ]
     earlier, latest = said[:-LATEST], said[-LATEST:]
     if said:
         told.append(tag("p", "History", class_="soft"))
     if earlier:
-        told.append(tag("details", tag("summary", f"{len(earlier)} earlier utterances"), tag("ul", *earlier)))
+        told.append(
+            tag(
+                "details", tag("summary", f"{len(earlier)} earlier utterances"), tag("ul", *earlier)
+            )
+        )
     if said:
         told.append(tag("ul", *latest))
     pairs = [("Reference", row.reference), ("Reply", reply.text or "(empty)")]
     if row.raw != reply.text:
         pairs.append(("As decoded, before it was cut", row.raw))
-    told.append(tag("dl", *(part for name, text in pairs for part in (tag("dt", name), tag("dd", text)))))
+    told.append(
+        tag("dl", *(part for name, text in pairs for part in (tag("dt", name), tag("dd", text))))
+    )
     return tag("article", *told)
 
 
-def _options(caption: str, columns: Sequence[str], sets: Sequence[dict[str, Any]], keys: Sequence[str]) -> Markup:
-    return table(caption, ["key", *columns], ([key, *(_value(one, key) for one in sets)] for key in keys))
+def _options(
+    caption: str, columns: Sequence[str], sets: Sequence[dict[str, Any]], keys: Sequence[str]
+) -> Markup:
+    return table(
+        caption, ["key", *columns], ([key, *(_value(one, key) for one in sets)] for key in keys)
+    )
 
 
 def _value(options: dict[str, Any], key: str) -> str:
@@ -338,4 +469,8 @@ def _value(options: dict[str, Any], key: str) -> str:
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+    return (
+        f"{minutes // 60} h {minutes % 60:02d} min"
+        if minutes >= 60
+        else f"{minutes} min {rest:02d} s"
+    )

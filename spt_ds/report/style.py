@@ -1,4 +1,6 @@
-"""The style sheet of a report: one palette for light, one for dark; plots take theirs from the same variables."""
+"""The style sheet of a report: one palette for light, one for dark; plots take theirs from the same
+variables.
+"""
 
 CSS = """
 :root {

@@ -22,8 +22,16 @@ from spt_ds.evaluate import evaluation, predictions
 
 SEED = "train.seed"
 NAME = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-# What may still change while a run is trained, but not once it is done: the scores of a row are those of one setting.
-FIXED_BY_END = ("train.max_steps", "train.epochs", "train.eval_every_steps", "data.test", "data.max_test_", "generate.")
+# What may still change while a run is trained, but not once it is done: the scores of a row are
+# those of one setting.
+FIXED_BY_END = (
+    "train.max_steps",
+    "train.epochs",
+    "train.eval_every_steps",
+    "data.test",
+    "data.max_test_",
+    "generate.",
+)
 FREE = ("generate.batch_size",)
 
 
@@ -48,7 +56,9 @@ class SweepFile(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     """Options of every cell, `key.path: value`; an entry's own go before them."""
     grid: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
-    """Axes, `key.path: [values]`. Those of train.seed are the repeats of a row; every other value makes its own row."""
+    """Axes, `key.path: [values]`. Those of train.seed are the repeats of a row; every other value
+    makes its own row.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -98,48 +108,71 @@ class Cell:
         changed = run_folder.differences(old, self.config)
         for key in key_paths(Config):
             if self.trained and key.startswith(FIXED_BY_END) and key not in FREE:
-                before, after = (functools.reduce(getattr, key.split("."), one) for one in (old, self.config))
+                before, after = (
+                    functools.reduce(getattr, key.split("."), one) for one in (old, self.config)
+                )
                 changed += [f"{key}: {before!r} -> {after!r}"] if before != after else []
         return "; ".join(changed) or None
 
 
-def load_cells(path: Path, out: Path | None = None, overrides: Sequence[str] = ()) -> tuple[Path, list[Cell]]:
-    """Read a sweep file; return the folder of the sweep and its cells, each with its checked configuration.
+def load_cells(
+    path: Path, out: Path | None = None, overrides: Sequence[str] = ()
+) -> tuple[Path, list[Cell]]:
+    """Read a sweep file; return the folder of the sweep and its cells, each with its checked
+    configuration.
 
-    `overrides` (`key.path=value`) hold in every cell. Raises ConfigError for whatever makes a cell unusable, also for a
-    run folder that holds another training.
+    `overrides` (`key.path=value`) hold in every cell. Raises ConfigError for whatever makes a cell
+    unusable, also for a run folder that holds another training.
     """
     sweep = load_yaml(path, SweepFile)
     _check_keys(path, sweep, overrides)
     root = out or Path("runs") / sweep.name
-    cells = [cell for entry in sweep.configs for cell in _cells(path, sweep, entry, root, overrides)]
+    cells = [
+        cell for entry in sweep.configs for cell in _cells(path, sweep, entry, root, overrides)
+    ]
     folders = [cell.folder for cell in cells]
     for cell in cells:
         if folders.count(cell.folder) > 1:
             raise ConfigError(
-                f"{path}: two cells are called {cell.folder.name}; give each entry of configs a name of its own"
+                f"{path}: two cells are called {cell.folder.name}; give each entry of configs a"
+                " name of its own"
             )
     _check_same_test(path, cells)
     conflicts = [f"  {cell.folder}: {conflict}" for cell in cells if (conflict := cell.conflict())]
     if conflicts:
         raise ConfigError(
-            f"{path}: {len(conflicts)} folder(s) hold a run with another configuration; choose another --out, or "
-            "remove them to start over\n" + "\n".join(conflicts)
+            f"{path}: {len(conflicts)} folder(s) hold a run with another configuration; choose"
+            " another --out, or remove them to start over\n" + "\n".join(conflicts)
         )
     return root, cells
 
 
-def _cells(path: Path, sweep: SweepFile, entry: Entry, root: Path, overrides: Sequence[str]) -> Iterator[Cell]:
+def _cells(
+    path: Path, sweep: SweepFile, entry: Entry, root: Path, overrides: Sequence[str]
+) -> Iterator[Cell]:
     beside = path.parent / entry.config
-    source = str(beside) if entry.config.endswith((".yaml", ".yml")) and beside.is_file() else entry.config
+    source = (
+        str(beside)
+        if entry.config.endswith((".yaml", ".yml")) and beside.is_file()
+        else entry.config
+    )
     name = entry.name or load_config(source).name
     for values in itertools.product(*sweep.grid.values()):
         place = dict(zip(sweep.grid, values, strict=True))
-        parts = [f"{_short(key, sweep.grid)}-{_slug(value)}" for key, value in place.items() if key != SEED]
+        parts = [
+            f"{_short(key, sweep.grid)}-{_slug(value)}"
+            for key, value in place.items()
+            if key != SEED
+        ]
         row = ".".join([name, *parts])
         folder = root / (f"{row}.seed-{place[SEED]}" if SEED in place else row)
         given = [f"{key}={_yaml(value)}" for key, value in {**sweep.set, **entry.set}.items()]
-        options = (*given, *overrides, *(f"{key}={_yaml(value)}" for key, value in place.items()), f"name={_yaml(row)}")
+        options = (
+            *given,
+            *overrides,
+            *(f"{key}={_yaml(value)}" for key, value in place.items()),
+            f"name={_yaml(row)}",
+        )
         try:
             config = load_config(source, options)
         except ConfigError as error:
@@ -148,14 +181,16 @@ def _cells(path: Path, sweep: SweepFile, entry: Entry, root: Path, overrides: Se
 
 
 def _check_same_test(path: Path, cells: Sequence[Cell]) -> None:
-    """One table compares replies to the same examples: better to hear it now than when all cells are trained."""
+    """One table compares replies to the same examples: better to hear it now than when all cells
+    are trained.
+    """
     for key in ("test", "max_test_examples"):
         values = {repr(getattr(cell.config.data, key)): cell.folder.name for cell in cells}
         if len(values) > 1:
             listing = ", ".join(f"{value} in {name}" for value, name in values.items())
             raise ConfigError(
-                f"{path}: data.{key} is {listing}; all cells of a sweep answer the same examples: set it once, under "
-                "`set`, or make a sweep of each"
+                f"{path}: data.{key} is {listing}; all cells of a sweep answer the same examples:"
+                " set it once, under `set`, or make a sweep of each"
             )
 
 
@@ -168,16 +203,23 @@ def _check_keys(path: Path, sweep: SweepFile, overrides: Sequence[str]) -> None:
         for key in keys:
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1)
-                problems.append(f"  {place}.{key}: unknown option" + (f"; did you mean {near[0]!r}?" if near else ""))
+                problems.append(
+                    f"  {place}.{key}: unknown option"
+                    + (f"; did you mean {near[0]!r}?" if near else "")
+                )
             elif place != "grid" and key in sweep.grid:
-                problems.append(f"  {place}.{key}: is an axis of the grid too; leave it in one place")
+                problems.append(
+                    f"  {place}.{key}: is an axis of the grid too; leave it in one place"
+                )
     problems += [
         f"  --set {override}: is an axis of the grid; change it there"
         for override in overrides
         if override.partition("=")[0].strip() in sweep.grid
     ]
     if problems:
-        raise ConfigError(f"{path}: {len(problems)} problem(s) in the sweep\n" + "\n".join(problems))
+        raise ConfigError(
+            f"{path}: {len(problems)} problem(s) in the sweep\n" + "\n".join(problems)
+        )
 
 
 def _short(key: str, keys: Iterable[str]) -> str:

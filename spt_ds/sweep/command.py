@@ -1,8 +1,10 @@
-"""`spt-ds sweep FILE`: train, generate and evaluate every cell of a grid, then make one table of them all.
+"""`spt-ds sweep FILE`: train, generate and evaluate every cell of a grid, then make one table of
+them all.
 
-A cell is one configuration. Cells of one row differ in their seed alone, and the table gives a row's mean and standard
-deviation. What is finished is not repeated, what was begun goes on: the run folders are the only state. On a cluster
-`slurm/sweep.sbatch` starts the steps of a cell from what `--list` prints.
+A cell is one configuration. Cells of one row differ in their seed alone, and the table gives a
+row's mean and standard deviation. What is finished is not repeated, what was begun goes on: the run
+folders are the only state. On a cluster `slurm/sweep.sbatch` starts the steps of a cell from what
+`--list` prints.
 """
 
 from __future__ import annotations
@@ -24,21 +26,44 @@ from spt_ds.sweep.runner import Runner
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a sweep; return 0 when every cell is finished, 75 when stopped, 1 when one failed, 2 for an error to mend."""
+    """Run a sweep; return 0 when every cell is finished, 75 when stopped, 1 when one failed, 2 for
+    an error to mend.
+    """
     parser = argparse.ArgumentParser(
-        prog="spt-ds sweep", description="Train, generate and evaluate every cell of a grid; one table at the end."
+        prog="spt-ds sweep",
+        description="Train, generate and evaluate every cell of a grid; one table at the end.",
     )
     parser.add_argument("file", type=Path, help="YAML file of the sweep")
-    parser.add_argument("--out", type=Path, help="folder of all runs and of the table; default runs/NAME")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="set an option in every cell, such as data.train=FILE")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time on this machine (default %(default)s)")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of each cell (default %(default)s)")
-    parser.add_argument("--task", type=int, metavar="N", help="this cell alone, counted from 0; makes no table")
+    parser.add_argument(
+        "--out", type=Path, help="folder of all runs and of the table; default runs/NAME"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="set an option in every cell, such as data.train=FILE",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="cells at a time on this machine (default %(default)s)"
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="processes of each cell (default %(default)s)"
+    )
+    parser.add_argument(
+        "--task", type=int, metavar="N", help="this cell alone, counted from 0; makes no table"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--count", action="store_true", help="print the number of cells")
-    what.add_argument("--list", action="store_true", help="print number, folder and training arguments of each cell")
-    what.add_argument("--table", action="store_true", help="run nothing; write the table of what is finished")
+    what.add_argument(
+        "--list",
+        action="store_true",
+        help="print number, folder and training arguments of each cell",
+    )
+    what.add_argument(
+        "--table", action="store_true", help="run nothing; write the table of what is finished"
+    )
     args = parser.parse_args(argv)
     if min(args.jobs, args.ranks) < 1:
         parser.error("--jobs and --ranks are 1 or more")
@@ -54,7 +79,10 @@ def _run(args: argparse.Namespace) -> int:
     numbered = list(enumerate(cells))
     if args.task is not None:
         if not 0 <= args.task < len(cells):
-            raise ConfigError(f"--task {args.task}: {args.file} has {len(cells)} cells; give 0 to {len(cells) - 1}")
+            raise ConfigError(
+                f"--task {args.task}: {args.file} has {len(cells)} cells; give 0 to"
+                f" {len(cells) - 1}"
+            )
         numbered = numbered[args.task : args.task + 1]
     if args.count:
         print(len(numbered))
@@ -80,24 +108,37 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def write_table(root: Path, cells: Sequence[Cell], failures: dict[str, str]) -> list[Path]:
-    """Write `table.{json,csv,md,tex}` of the finished cells, the others named in it; return the paths.
+    """Write `table.{json,csv,md,tex}` of the finished cells, the others named in it; return the
+    paths.
 
-    `failures` tells by folder name why a cell failed. Raises SptError where cells cannot be compared.
+    `failures` tells by folder name why a cell failed. Raises SptError where cells cannot be
+    compared.
     """
     finished = [cell for cell in cells if cell.finished]
-    missing = {cell.folder.name: failures.get(cell.folder.name, "not finished") for cell in cells if not cell.finished}
+    missing = {
+        cell.folder.name: failures.get(cell.folder.name, "not finished")
+        for cell in cells
+        if not cell.finished
+    }
     if not finished:
         rows: list[list[TableCell]] = [[f"{name}: {why}"] for name, why in missing.items()]
         table = Table(["recipe"], rows)
-        return report_tables.write_files(root, "table", {"recipes": [], "failed": missing}, table, table)
+        return report_tables.write_files(
+            root, "table", {"recipes": [], "failed": missing}, table, table
+        )
     result = compare([cell.folder for cell in finished], finished[0].folder)
     told = {}
     if finished[0].row != cells[0].row:
         told = {cells[0].row: f"the baseline is not finished; gains are over {finished[0].row}"}
     wide, long = result.wide(), result.long()
-    wide = Table(wide.columns, [*wide.rows, *_named(told, len(wide.columns)), *_named(missing, len(wide.columns))])
+    wide = Table(
+        wide.columns,
+        [*wide.rows, *_named(told, len(wide.columns)), *_named(missing, len(wide.columns))],
+    )
     long = Table(long.columns, [*long.rows, *_named(missing, len(long.columns))])
-    paths = report_tables.write_files(root, "table", {**result.to_json(), "failed": missing}, long, wide)
+    paths = report_tables.write_files(
+        root, "table", {**result.to_json(), "failed": missing}, long, wide
+    )
     print(wide.text() + "".join(f"{note}\n" for note in result.notes), end="")
     return paths
 

@@ -1,4 +1,6 @@
-"""Runs the cells of a sweep on this machine; each step of a cell is a process, or several by DeepSpeed's launcher."""
+"""Runs the cells of a sweep on this machine; each step of a cell is a process, or several by
+DeepSpeed's launcher.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Runner:
     def __init__(self, jobs: int, ranks: int) -> None:
         """Raises EngineError when there are GPUs, but too few."""
         self._jobs, self._ranks = jobs, ranks
-        self._slots: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()  # GPUs of each job; none on a CPU
+        self._slots: queue.SimpleQueue[tuple[str, ...]] = (
+            queue.SimpleQueue()
+        )  # GPUs of each job; none on a CPU
         for devices in _share_out(jobs, ranks):
             self._slots.put(devices)
         self._lock = threading.Lock()
@@ -39,16 +43,21 @@ class Runner:
     def run(self, cells: Sequence[Cell]) -> dict[str, str]:
         """Finish the cells; return by folder name why those did not that did not.
 
-        SIGINT and SIGTERM make it end early: training then saves a checkpoint, generation keeps the replies it has.
+        SIGINT and SIGTERM make it end early: training then saves a checkpoint, generation keeps the
+        replies it has.
         """
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             with ThreadPoolExecutor(self._jobs) as pool:
                 reasons = list(pool.map(self._run_cell, cells))
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return {cell.folder.name: reason for cell, reason in zip(cells, reasons, strict=True) if reason}
+        return {
+            cell.folder.name: reason for cell, reason in zip(cells, reasons, strict=True) if reason
+        }
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         with self._lock:
@@ -69,23 +78,32 @@ class Runner:
             self._slots.put(devices)
         if reason and self.stopped:
             return "stopped"
-        print(f"{cell.folder.name}: {reason or 'finished'} ({time.monotonic() - started:.0f} s)", flush=True)
+        print(
+            f"{cell.folder.name}: {reason or 'finished'} ({time.monotonic() - started:.0f} s)",
+            flush=True,
+        )
         return reason
 
     def _steps(self, cell: Cell, devices: tuple[str, ...]) -> str | None:
         path = cell.folder / "logs" / "sweep.log"
         written = cell.folder / predictions.DEFAULT_FOLDER / predictions.FILE_NAME
-        train, generate = ["spt_ds.train", *cell.training], ["spt_ds.generate", str(cell.folder), *cell.options]
+        train, generate = (
+            ["spt_ds.train", *cell.training],
+            ["spt_ds.generate", str(cell.folder), *cell.options],
+        )
         score = [sys.executable, "-m", "spt_ds.cli", "evaluate", str(cell.folder)]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as log:
-                # The steps inherit the lock with the log: it outlives this process until the last of them has ended.
+                # The steps inherit the lock with the log: it outlives this process until the last
+                # of them has ended.
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 begin = log.tell()
                 if not cell.trained:
                     code = self._call(self._launched(train, devices), log, devices)
-                    if not cell.trained:  # the file tells the truth, a launcher's exit code does not
+                    if (
+                        not cell.trained
+                    ):  # the file tells the truth, a launcher's exit code does not
                         return _why(code, "training", path, begin)
                 code = self._call(self._launched(generate, devices), log, devices)
                 if code or not written.is_file():
@@ -100,8 +118,18 @@ class Runner:
     def _launched(self, module: list[str], devices: tuple[str, ...]) -> list[str]:
         if self._ranks == 1:
             return [sys.executable, "-m", *module]
-        where = ["--include", f"localhost:{','.join(devices)}"] if devices else ["--num_gpus", str(self._ranks)]
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
+        where = (
+            ["--include", f"localhost:{','.join(devices)}"]
+            if devices
+            else ["--num_gpus", str(self._ranks)]
+        )
+        launcher = [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            "--master_port",
+            str(_free_port()),
+        ]
         return [*launcher, *where, "--module", *module]
 
     def _call(self, command: list[str], log: BinaryIO, devices: tuple[str, ...]) -> int:
@@ -116,7 +144,12 @@ class Runner:
             if self.stopped:
                 return -signal.SIGTERM
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
             )
             self._live.add(process)
         code = process.wait()
@@ -133,7 +166,9 @@ def _share_out(jobs: int, ranks: int) -> list[tuple[str, ...]]:
     if count == 0:
         return [()] * jobs
     if count < jobs * ranks:
-        raise EngineError(f"--jobs {jobs} of --ranks {ranks} need {jobs * ranks} GPUs, this machine shows {count}")
+        raise EngineError(
+            f"--jobs {jobs} of --ranks {ranks} need {jobs * ranks} GPUs, this machine shows {count}"
+        )
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = shown.split(",") if shown else [str(number) for number in range(count)]
     return [tuple(names[job * ranks : (job + 1) * ranks]) for job in range(jobs)]

@@ -1,10 +1,12 @@
-"""Train the small base that the package ships: a byte-level BPE and a Llama-architecture language model.
+"""Train the small base that the package ships: a byte-level BPE and a Llama-architecture language
+model.
 
     python -m spt_ds.tools.pretrain_base --text *.txt.xz --persona-csv valid.csv test.csv \
         --demo spt_ds/assets/dialogues --out spt_ds/assets/base --state base.pt --minutes 60
 
-The learning rate falls to zero with the wall clock, so a run of any length ends well. `--resume` goes on from `--state`
-(saved with every export) within the same `--minutes`; documents are then drawn afresh.
+The learning rate falls to zero with the wall clock, so a run of any length ends well. `--resume`
+goes on from `--state` (saved with every export) within the same `--minutes`; documents are then
+drawn afresh.
 
 Shape letters: B rows of a micro-batch, T tokens of a row, V vocabulary.
 """
@@ -44,8 +46,12 @@ class Progress:
     elapsed_s: float = 0.0
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, max_tokens: int) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE with <pad>, <bos>, <eos> as ids 0, 1, 2 that adds none of them by itself."""
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, max_tokens: int
+) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE with <pad>, <bos>, <eos> as ids 0, 1, 2 that adds none of them by
+    itself.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -68,14 +74,20 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_tokens: int) 
 
 
 def token_stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[int]:
-    """Yield the ids of all documents, each between BOS and EOS; special tokens typed in a text stay text."""
+    """Yield the ids of all documents, each between BOS and EOS; special tokens typed in a text stay
+    text.
+    """
     for text in documents:
-        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+            "input_ids"
+        ]
         yield from (tokenizer.bos_token_id, *ids, tokenizer.eos_token_id)
 
 
 def rows(stream: Iterator[int], batch: int, length: int) -> Iterator[torch.Tensor]:
-    """Yield [B, T + 1] int64; a row's last token is the next row's first, so every token is a target once."""
+    """Yield [B, T + 1] int64; a row's last token is the next row's first, so every token is a
+    target once.
+    """
     last = next(stream)
     while True:
         flat = [last, *islice(stream, batch * length)]
@@ -86,21 +98,33 @@ def rows(stream: Iterator[int], batch: int, length: int) -> Iterator[torch.Tenso
 
 
 def loss_sum(model: LlamaForCausalLM, row: torch.Tensor, bf16: bool) -> torch.Tensor:
-    """Return the summed cross entropy (nats, fp32) of each next token of `row` [B, T + 1]; pads are no targets."""
+    """Return the summed cross entropy (nats, fp32) of each next token of `row` [B, T + 1]; pads are
+    no targets.
+    """
     with torch.autocast(row.device.type, dtype=torch.bfloat16, enabled=bf16):
         logits = model(row[:, :-1], use_cache=False).logits  # [B, T, V]
     targets = row[:, 1:].masked_fill(row[:, 1:] == 0, -100)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"
+    )
 
 
 @torch.no_grad()
 def held_out(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], length: int, bf16: bool
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: Sequence[str],
+    length: int,
+    bf16: bool,
 ) -> dict[str, float]:
-    """Return perplexity per token and per blank-separated word (template words count) over packed documents."""
+    """Return perplexity per token and per blank-separated word (template words count) over packed
+    documents.
+    """
     ids = list(token_stream(documents, tokenizer))
     padded = ids + [0] * (-(len(ids) - 1) % length)
-    total = sum(float(loss_sum(model, row.to(model.device), bf16)) for row in rows(iter(padded), 1, length))
+    total = sum(
+        float(loss_sum(model, row.to(model.device), bf16)) for row in rows(iter(padded), 1, length)
+    )
     words = sum(len(text.split()) for text in documents)
     return {
         "documents": len(documents),
@@ -139,10 +163,15 @@ def learning_rate(args: argparse.Namespace, progress: Progress) -> float:
 
 
 def train(
-    args: argparse.Namespace, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pools: Pools
+    args: argparse.Namespace,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    pools: Pools,
 ) -> Progress:
     """Train until the time or the steps are over, exporting along the way; return where it ended."""
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay
+    )
     progress = Progress()
     if args.resume:
         state = torch.load(args.state, map_location=args.device, weights_only=True)
@@ -152,7 +181,9 @@ def train(
     documents = endless(pools, args.persona_share, random.Random(f"{args.seed} {progress.step}"))
     windows = rows(token_stream(documents, tokenizer), args.rows, args.row_tokens)
     started, exported, shown = time.monotonic() - progress.elapsed_s, progress.elapsed_s, 0.0
-    while progress.elapsed_s < 60 * args.minutes and not (args.max_steps and progress.step >= args.max_steps):
+    while progress.elapsed_s < 60 * args.minutes and not (
+        args.max_steps and progress.step >= args.max_steps
+    ):
         rate = learning_rate(args, progress)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -174,7 +205,11 @@ def train(
             exported = progress.elapsed_s
             export(args, model, tokenizer, pools, progress)
             if args.state:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": asdict(progress)}
+                state = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "progress": asdict(progress),
+                }
                 torch.save(state, args.state)
     return progress
 
@@ -186,7 +221,9 @@ def export(
     pools: Pools,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write weights (bf16), tokenizer and `pretraining.json` to `--out`; return what the latter holds."""
+    """Write weights (bf16), tokenizer and `pretraining.json` to `--out`; return what the latter
+    holds.
+    """
     report: dict[str, Any] = {
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -208,27 +245,69 @@ def export(
     args.out.mkdir(parents=True, exist_ok=True)
     rounded.to("cpu").save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    (args.out / "pretraining.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (args.out / "pretraining.json").write_text(
+        json.dumps(report, indent=2) + "\n", encoding="utf-8"
+    )
     get_logger().info("exported to %s: %s", args.out, json.dumps(report))
     return report
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--text", type=Path, nargs="+", required=True, help="dialogues, an utterance a line, blank lines between; .xz")
-    add("--persona-csv", type=Path, nargs="+", required=True, help="Synthetic-Persona-Chat CSV files")
-    add("--demo", type=Path, help="folder of the demo dialogues; they and the people of valid and test are left out")
-    add("--out", type=Path, required=True, help="folder for weights, tokenizer and pretraining.json")
-    add("--state", type=Path, help="file for the training state, saved with each export along the way")
+    add(
+        "--text",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="dialogues, an utterance a line, blank lines between; .xz",
+    )
+    add(
+        "--persona-csv",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="Synthetic-Persona-Chat CSV files",
+    )
+    add(
+        "--demo",
+        type=Path,
+        help="folder of the demo dialogues; they and the people of valid and test are left out",
+    )
+    add(
+        "--out", type=Path, required=True, help="folder for weights, tokenizer and pretraining.json"
+    )
+    add(
+        "--state",
+        type=Path,
+        help="file for the training state, saved with each export along the way",
+    )
     add("--resume", action="store_true", help="go on from --state, with the tokenizer in --out")
-    add("--minutes", type=float, default=60, help="wall-clock minutes of training; the learning rate ends at zero")
-    add("--max-steps", type=int, default=0, help="end after that many steps if the time is not over; 0: no limit")
+    add(
+        "--minutes",
+        type=float,
+        default=60,
+        help="wall-clock minutes of training; the learning rate ends at zero",
+    )
+    add(
+        "--max-steps",
+        type=int,
+        default=0,
+        help="end after that many steps if the time is not over; 0: no limit",
+    )
     add("--export-minutes", type=float, default=10, help="minutes between exports along the way")
-    add("--persona-share", type=float, default=0.4, help="share of documents with a persona, 0 to 1")
-    add("--held-share", type=float, default=0.01, help="share of dialogues held out for perplexity, 0 to 1")
+    add(
+        "--persona-share", type=float, default=0.4, help="share of documents with a persona, 0 to 1"
+    )
+    add(
+        "--held-share",
+        type=float,
+        default=0.01,
+        help="share of dialogues held out for perplexity, 0 to 1",
+    )
     add("--vocab", type=int, default=8192, help="entries of the tokenizer")
     add("--hidden", type=int, default=256, help="hidden size")
     add("--intermediate", type=int, default=704, help="width of the feed-forward part")
@@ -241,7 +320,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup-steps", type=int, default=100, help="steps of linear warm-up")
     add("--weight-decay", type=float, default=0.1, help="weight decay of AdamW")
     add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: CUDA where there is one",
+    )
     add("--threads", type=int, default=1, help="CPU threads")
     add("--log-every", type=int, default=50, help="steps between progress lines")
     add("--seed", type=int, default=0, help="seed of weights, documents and what is held out")
@@ -260,7 +344,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.resume:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
     else:
-        sample = islice(endless(pools, args.persona_share, random.Random(args.seed)), _TOKENIZER_DOCUMENTS)
+        sample = islice(
+            endless(pools, args.persona_share, random.Random(args.seed)), _TOKENIZER_DOCUMENTS
+        )
         tokenizer = train_tokenizer(sample, args.vocab, args.max_position)
     model = build(args, len(tokenizer)).to(args.device)
     get_logger().info("%d parameters", sum(weight.numel() for weight in model.parameters()))

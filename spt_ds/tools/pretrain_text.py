@@ -1,8 +1,10 @@
-"""Documents for pretraining the shipped base: dialogues in the toolkit's template, in two spellings. No torch.
+"""Documents for pretraining the shipped base: dialogues in the toolkit's template, in two
+spellings. No torch.
 
     given persona: {sentences}; context: Q: {turn} R: {turn} ... R: {turn}
 
-BOS and EOS are added as ids by the trainer. A document always ends with a reply (R:), so its EOS teaches to stop there.
+BOS and EOS are added as ids by the trainer. A document always ends with a reply (R:), so its EOS
+teaches to stop there.
 """
 
 from __future__ import annotations
@@ -32,18 +34,25 @@ class Pools:
     held_general: list[Talk]
 
 
-def load_pools(text: Sequence[Path], csv: Sequence[Path], demo: Path | None, held_share: float, seed: int) -> Pools:
+def load_pools(
+    text: Sequence[Path], csv: Sequence[Path], demo: Path | None, held_share: float, seed: int
+) -> Pools:
     """Read all sources and hold out `held_share` (0 to 1) of each kind, at least one dialogue.
 
-    Of the demo dialogues in folder `demo` none is in the pools, and nobody of their valid and test files is either.
+    Of the demo dialogues in folder `demo` none is in the pools, and nobody of their valid and test
+    files is either.
     """
     rng = random.Random(seed)
     general: list[Talk] = [talk for path in text for talk in read_talks(path)]
-    persona: list[Talk] = list(without_demo(read_conversations(csv), demo) if demo else read_conversations(csv))
+    persona: list[Talk] = list(
+        without_demo(read_conversations(csv), demo) if demo else read_conversations(csv)
+    )
     held: list[list[Talk]] = []
     for pool, kind in ((persona, "--persona-csv"), (general, "--text")):
         if len(pool) < 2:
-            raise DataError(f"{kind}: {len(pool)} usable dialogues, at least 2 are needed; give more files")
+            raise DataError(
+                f"{kind}: {len(pool)} usable dialogues, at least 2 are needed; give more files"
+            )
         rng.shuffle(pool)
         count = max(1, round(len(pool) * held_share))
         held.append(pool[:count])
@@ -52,12 +61,16 @@ def load_pools(text: Sequence[Path], csv: Sequence[Path], demo: Path | None, hel
 
 
 def read_talks(path: Path) -> Iterator[tuple[str, ...]]:
-    """Yield dialogues of at least two turns: one utterance a line, a blank line between dialogues; .xz or plain."""
+    """Yield dialogues of at least two turns: one utterance a line, a blank line between dialogues;
+    .xz or plain.
+    """
     try:
         packed = path.read_bytes()
         content = (lzma.decompress(packed) if path.suffix == ".xz" else packed).decode("utf-8")
     except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); give UTF-8 text, plain or .xz") from error
+        raise DataError(
+            f"{path}: cannot be read ({error}); give UTF-8 text, plain or .xz"
+        ) from error
     for block in re.split(r"\n\s*\n", content):
         turns = tuple(filter(None, (" ".join(line.split()) for line in block.split("\n"))))
         if len(turns) > 1:
@@ -70,7 +83,9 @@ def without_demo(conversations: Sequence[Conversation], demo: Path) -> list[Conv
     for name in SPLITS:
         path = demo / f"{name}.jsonl"
         if not path.is_file():
-            raise DataError(f"{path}: no such file; make it with python -m spt_ds.tools.demo_dialogues")
+            raise DataError(
+                f"{path}: no such file; make it with python -m spt_ds.tools.demo_dialogues"
+            )
         lines = path.read_text(encoding="utf-8").split("\n")
         ids[name] = {json.loads(line)["id"] for line in filter(None, lines)}
     family = families(conversations)
@@ -79,9 +94,11 @@ def without_demo(conversations: Sequence[Conversation], demo: Path) -> list[Conv
 
 
 def render(talk: Talk, rng: random.Random) -> str:
-    """Return one document: a random side of the dialogue, a random stretch that ends with a reply, a random spelling.
+    """Return one document: a random side of the dialogue, a random stretch that ends with a reply,
+    a random spelling.
 
-    Half of the documents begin with the dialogue, half anywhere in it and are short, as windows of a training run are.
+    Half of the documents begin with the dialogue, half anywhere in it and are short, as windows of
+    a training run are.
     """
     turns = talk.turns if isinstance(talk, Conversation) else talk
     owner = rng.randrange(2)  # the parity of the turns that are replies
@@ -94,7 +111,9 @@ def render(talk: Talk, rng: random.Random) -> str:
     if rng.random() < 0.5:
         persona, turns = tuple(map(str.lower, persona)), tuple(map(tokenized, turns))
     head = f"given persona: {' '.join(persona)}; context:" if persona else "context:"
-    said = (f" {'R' if place % 2 == owner else 'Q'}: {turns[place]}" for place in range(start, end + 1))
+    said = (
+        f" {'R' if place % 2 == owner else 'Q'}: {turns[place]}" for place in range(start, end + 1)
+    )
     return head + "".join(said)
 
 
@@ -104,7 +123,9 @@ def tokenized(text: str) -> str:
 
 
 def endless(pools: Pools, persona_share: float, rng: random.Random) -> Iterator[str]:
-    """Yield documents for ever, `persona_share` of them with a persona; each pool is used up before it repeats."""
+    """Yield documents for ever, `persona_share` of them with a persona; each pool is used up before
+    it repeats.
+    """
     persona, general = _cycle(pools.persona, rng), _cycle(pools.general, rng)
     while True:
         yield render(next(persona if rng.random() < persona_share else general), rng)

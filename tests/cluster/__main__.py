@@ -1,7 +1,7 @@
 """`make test-cluster`: enter namespaces of our own and run the cluster tests in them.
 
-Processes, network, mounts and host name are private, so that no port, process or file of the machine is touched and
-the kernel ends whatever is left when the tests end.
+Processes, network, mounts and host name are private, so that no port, process or file of the
+machine is touched and the kernel ends whatever is left when the tests end.
 """
 
 from __future__ import annotations

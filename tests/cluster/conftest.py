@@ -65,7 +65,9 @@ def costs() -> list[Cost]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _costs:
         terminalreporter.section("what the faults cost")
-        terminalreporter.line("| fault | seconds to notice | seconds to be training again | steps repeated |")
+        terminalreporter.line(
+            "| fault | seconds to notice | seconds to be training again | steps repeated |"
+        )
         terminalreporter.line("|---|---|---|---|")
         for cost in _costs:
             terminalreporter.line(cost.row())

@@ -24,7 +24,9 @@ class Cost:
 
     fault: str
     noticed_s: float
-    """From the fault to the end of the step that it hit, or to the next start where nobody could tell of the end."""
+    """From the fault to the end of the step that it hit, or to the next start where nobody could
+    tell of the end.
+    """
     again_s: float
     """From the fault to the end of the first optimizer step of the next start."""
     repeated: int
@@ -59,11 +61,18 @@ def first_link_cut(sandbox: Sandbox, slurm: Slurm) -> None:
 
 
 def slurmd_killed(sandbox: Sandbox, slurm: Slurm) -> None:
-    """slurmd dies for good; the ranks go on without it, but so slowly that Slurm gives the node up first."""
+    """slurmd dies for good; the ranks go on without it, but so slowly that Slurm gives the node up
+    first.
+    """
     kill_9(sandbox.daemons["slurmd-node2"].pid)
     pids = ranks()
     pause(pids)
-    wait_until("node2 down", lambda: "down" in slurm.call("sinfo", "--noheader", "--nodes=node2", "--format=%T"), 90, 1)
+    wait_until(
+        "node2 down",
+        lambda: "down" in slurm.call("sinfo", "--noheader", "--nodes=node2", "--format=%T"),
+        90,
+        1,
+    )
     go_on(pids)
 
 
@@ -92,10 +101,19 @@ def newest_step(run: Path) -> int:
 
 
 def cost(fault: str, run: Path, begin: float, step: int) -> Cost:
-    """What the fault at time `begin` (seconds since 1970), after `step`, cost a run that is done by now."""
-    told = [_seconds(line) for line in job_log(run).splitlines() if re.search(r"\] (step ended|start \d)", line)]
+    """What the fault at time `begin` (seconds since 1970), after `step`, cost a run that is done by
+    now.
+    """
+    told = [
+        _seconds(line)
+        for line in job_log(run).splitlines()
+        if re.search(r"\] (step ended|start \d)", line)
+    ]
     noticed = min(max(when - begin, 0.0) for when in told if when >= int(begin))
-    resumed = re.findall(r"resuming from \S+ at step (\d+)", "".join(p.read_text() for p in run.glob("logs/node*.log")))
+    resumed = re.findall(
+        r"resuming from \S+ at step (\d+)",
+        "".join(p.read_text() for p in run.glob("logs/node*.log")),
+    )
     start = int(resumed[0]) if resumed else 0
     again = next(record["time"] for record in _records(run) if record["step"] == start + 1)
     return Cost(fault, noticed, again - begin, max(step - start, 0))
@@ -104,7 +122,11 @@ def cost(fault: str, run: Path, begin: float, step: int) -> Cost:
 def _records(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [record for line in lines if line.endswith("}") and (record := json.loads(line))["kind"] == "train"]
+    return [
+        record
+        for line in lines
+        if line.endswith("}") and (record := json.loads(line))["kind"] == "train"
+    ]
 
 
 def _seconds(line: str) -> float:

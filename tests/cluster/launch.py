@@ -1,4 +1,6 @@
-"""Starts a training on two hosts without Slurm: torchrun on each of them, or deepspeed with pdsh from outside."""
+"""Starts a training on two hosts without Slurm: torchrun on each of them, or deepspeed with pdsh
+from outside.
+"""
 
 from __future__ import annotations
 
@@ -35,20 +37,34 @@ ClientAliveCountMax 3
 
 
 def arguments(config: Path, run_dir: Path) -> list[str]:
-    return ["--config", str(config), "--deepspeed_config", "ds_configs/zero3.json", "--run-dir", str(run_dir)]
+    return [
+        "--config",
+        str(config),
+        "--deepspeed_config",
+        "ds_configs/zero3.json",
+        "--run-dir",
+        str(run_dir),
+    ]
 
 
 def torchrun(
     sandbox: Sandbox, config: Path, run_dir: Path, port: int, rendezvous: str = "static"
 ) -> list[subprocess.Popen[bytes]]:
     """One torchrun on each host; `rendezvous` is static (ranks by --node-rank) or c10d (elastic)."""
-    command = [str(BIN / "torchrun"), "--nnodes=2", "--nproc-per-node=1", f"--rdzv-backend={rendezvous}"]
+    command = [
+        str(BIN / "torchrun"),
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        f"--rdzv-backend={rendezvous}",
+    ]
     command += [f"--rdzv-endpoint=node1:{port}", f"--rdzv-id={port}"]
     environment = {**os.environ, **jobs.ENVIRONMENT}
     started = []
     for index, host in enumerate(TWO):
         work = [f"--node-rank={index}", "-m", "spt_ds.train", *arguments(config, run_dir)]
-        started.append(sandbox.start(f"torchrun-{port}-{host}", [*command, *work], host, environment))
+        started.append(
+            sandbox.start(f"torchrun-{port}-{host}", [*command, *work], host, environment)
+        )
     return started
 
 
@@ -68,12 +84,32 @@ def start_sshd(sandbox: Sandbox) -> None:
 
 
 def deepspeed(sandbox: Sandbox, config: Path, run_dir: Path, port: int) -> subprocess.Popen[bytes]:
-    """`deepspeed --hostfile` on the control machine. What is not NCCL_* or PYTHON* travels in a file."""
+    """`deepspeed --hostfile` on the control machine. What is not NCCL_* or PYTHON* travels in a
+    file.
+    """
     folder = sandbox.folder / "ssh"
     (folder / "hostfile").write_text("".join(f"{host} slots=1\n" for host in TWO))
-    (folder / "environment").write_text("".join(f"{key}={value}\n" for key, value in jobs.ENVIRONMENT.items()))
+    (folder / "environment").write_text(
+        "".join(f"{key}={value}\n" for key, value in jobs.ENVIRONMENT.items())
+    )
     environment = {**os.environ, **jobs.ENVIRONMENT, "DS_ENV_FILE": str(folder / "environment")}
     environment["PDSH_SSH_ARGS_APPEND"] = f"-F {folder / 'config'}"
-    command = [str(BIN / "deepspeed"), "--hostfile", str(folder / "hostfile"), "--no_ssh_check", "--launcher", "pdsh"]
-    command += ["--master_addr", HOSTS["node1"], "--master_port", str(port), "--module", "spt_ds.train"]
-    return sandbox.start(f"deepspeed-{port}", [*command, *arguments(config, run_dir)], None, environment)
+    command = [
+        str(BIN / "deepspeed"),
+        "--hostfile",
+        str(folder / "hostfile"),
+        "--no_ssh_check",
+        "--launcher",
+        "pdsh",
+    ]
+    command += [
+        "--master_addr",
+        HOSTS["node1"],
+        "--master_port",
+        str(port),
+        "--module",
+        "spt_ds.train",
+    ]
+    return sandbox.start(
+        f"deepspeed-{port}", [*command, *arguments(config, run_dir)], None, environment
+    )

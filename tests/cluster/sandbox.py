@@ -1,4 +1,6 @@
-"""Hosts on one machine: network namespaces on a bridge, each with an address and a host name of its own."""
+"""Hosts on one machine: network namespaces on a bridge, each with an address and a host name of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,17 @@ def missing() -> str:
     if absent:
         packages = "slurm-wlm munge iproute2 pdsh openssh-server openssh-client"
         return f"not installed: {', '.join(absent)} (apt-get install {packages})"
-    if subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode:
+    if subprocess.run(
+        ["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True
+    ).returncode:
         return "this machine does not let root make namespaces"
     return ""
 
 
 def inside() -> bool:
-    """Whether this process is the first of a PID namespace: then nothing of the machine is within reach."""
+    """Whether this process is the first of a PID namespace: then nothing of the machine is within
+    reach.
+    """
     return os.getpid() == 1
 
 
@@ -49,7 +55,9 @@ class Sandbox:
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         Path("/run/netns").mkdir(exist_ok=True)
         run("mount", "-t", "tmpfs", "none", "/run/netns")
-        names = "".join(f"{address} {host}\n" for host, address in {**HOSTS, "control": CONTROL}.items())
+        names = "".join(
+            f"{address} {host}\n" for host, address in {**HOSTS, "control": CONTROL}.items()
+        )
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
         run("mount", "--bind", str(folder / "hosts"), "/etc/hosts")
         run("hostname", "control")
@@ -59,7 +67,19 @@ class Sandbox:
         run("ip", "link", "set", "bridge", "up")
         for host, address in HOSTS.items():
             run("ip", "netns", "add", host)
-            run("ip", "link", "add", f"to-{host}", "type", "veth", "peer", "name", "eth0", "netns", host)
+            run(
+                "ip",
+                "link",
+                "add",
+                f"to-{host}",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                host,
+            )
             run("ip", "link", "set", f"to-{host}", "master", "bridge", "up")
             run("ip", "-n", host, "address", "add", f"{address}/24", "dev", "eth0")
             run("ip", "-n", host, "link", "set", "eth0", "up")
@@ -70,12 +90,28 @@ class Sandbox:
         run("ip", "link", "set", f"to-{host}", state)
 
     def start(
-        self, name: str, command: list[str], host: str | None = None, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: list[str],
+        host: str | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Start a daemon or launcher, on a host or on the control machine; its output goes to NAME.log."""
+        """Start a daemon or launcher, on a host or on the control machine; its output goes to
+        NAME.log.
+        """
         if host is not None:
             enter = 'hostname "$0" && exec "$@"'
-            command = ["nsenter", f"--net=/run/netns/{host}", "unshare", "--uts", "sh", "-c", enter, host, *command]
+            command = [
+                "nsenter",
+                f"--net=/run/netns/{host}",
+                "unshare",
+                "--uts",
+                "sh",
+                "-c",
+                enter,
+                host,
+                *command,
+            ]
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 command,
@@ -119,7 +155,9 @@ def processes() -> Iterator[tuple[int, list[str]]]:
 
 
 def ranks(module: str = "spt_ds.train") -> list[int]:
-    """Pids of the python processes that run `module` as a rank, in the order of their numbers; launchers are none."""
+    """Pids of the python processes that run `module` as a rank, in the order of their numbers;
+    launchers are none.
+    """
     return sorted(pid for pid, command in processes() if _runs(command, module))
 
 
@@ -129,7 +167,9 @@ def _runs(command: list[str], module: str) -> bool:
     return len(words) > 2 and "python" in Path(words[0]).name and words[1:3] == ["-m", module]
 
 
-def wait_until(what: str, condition: Callable[[], bool], timeout_s: float, every_s: float = 0.2) -> float:
+def wait_until(
+    what: str, condition: Callable[[], bool], timeout_s: float, every_s: float = 0.2
+) -> float:
     """Seconds until `condition` holds; AssertionError when it does not in time."""
     begin = time.monotonic()
     while not condition():

@@ -20,7 +20,8 @@ SlurmctldHost=control({control})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# Short credentials: a requeued job is held until those of its last start have expired (121 s by default).
+# Short credentials: a requeued job is held until those of its last start have expired (121 s by
+# default).
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -60,13 +61,26 @@ class Slurm:
         self.folder.mkdir()
         self.runs: dict[int, Path] = {}
         (self.folder / "state").mkdir()
-        nodes = "\n".join(f"NodeName={name} NodeAddr={address} CPUs=4 State=UNKNOWN" for name, address in HOSTS.items())
+        nodes = "\n".join(
+            f"NodeName={name} NodeAddr={address} CPUs=4 State=UNKNOWN"
+            for name, address in HOSTS.items()
+        )
         config = self.folder / "slurm.conf"
-        config.write_text(CONFIG.format(control=CONTROL, folder=self.folder, timeout=SLURMD_TIMEOUT_S, nodes=nodes))
+        config.write_text(
+            CONFIG.format(
+                control=CONTROL, folder=self.folder, timeout=SLURMD_TIMEOUT_S, nodes=nodes
+            )
+        )
         self.environment = {**os.environ, "SLURM_CONF": str(config)}
-        self.job_environment = {**jobs.ENVIRONMENT, "SPT_PYTHON": sys.executable, "SPT_WAIT_S": "20"}
+        self.job_environment = {
+            **jobs.ENVIRONMENT,
+            "SPT_PYTHON": sys.executable,
+            "SPT_WAIT_S": "20",
+        }
         self._start_munge()
-        sandbox.start("slurmctld", ["slurmctld", "-D", "-f", str(config)], environment=self.environment)
+        sandbox.start(
+            "slurmctld", ["slurmctld", "-D", "-f", str(config)], environment=self.environment
+        )
         for host in HOSTS:
             self.start_slurmd(host)
         wait_until("nodes idle", lambda: self.node_states() == ["idle"] * len(HOSTS), 60)
@@ -77,8 +91,15 @@ class Slurm:
         key.chmod(0o400)
         names = ("socket", "pid", "log", "seed")
         socket, pid, log, seed = (self.folder / f"munge.{name}" for name in names)
-        options = [f"--key-file={key}", f"--socket={socket}", f"--pid-file={pid}", f"--log-file={log}"]
-        self.sandbox.start("munged", ["munged", "--foreground", "--force", f"--seed-file={seed}", *options])
+        options = [
+            f"--key-file={key}",
+            f"--socket={socket}",
+            f"--pid-file={pid}",
+            f"--log-file={log}",
+        ]
+        self.sandbox.start(
+            "munged", ["munged", "--foreground", "--force", f"--seed-file={seed}", *options]
+        )
         wait_until("munge socket", socket.exists, 20)
 
     def start_slurmd(self, host: str) -> None:
@@ -87,7 +108,12 @@ class Slurm:
 
     def call(self, *command: str, **variables: str) -> str:
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, env={**self.environment, **variables}, timeout=60
+            command,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**self.environment, **variables},
+            timeout=60,
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout.strip()
@@ -95,7 +121,11 @@ class Slurm:
     def submit(self, *arguments: str, **variables: str) -> int:
         """sbatch from the root of the checkout; returns the job's number."""
         output = f"--output={self.sandbox.folder}/job-%j.out"
-        return int(self.call("sbatch", "--parsable", output, *arguments, **{**self.job_environment, **variables}))
+        return int(
+            self.call(
+                "sbatch", "--parsable", output, *arguments, **{**self.job_environment, **variables}
+            )
+        )
 
     def node_states(self) -> list[str]:
         return self.call("sinfo", "--noheader", "--Node", "--partition=all", "--format=%T").split()
@@ -104,11 +134,17 @@ class Slurm:
         """The fields of `scontrol show job`."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.call("scontrol", "show", "job", str(number))))
 
-    def wait_for(self, number: int, states: tuple[str, ...] = ("COMPLETED",), timeout_s: float = 120) -> dict[str, str]:
-        """Wait until the job has ended and is in one of `states`; AssertionError with its logs otherwise."""
+    def wait_for(
+        self, number: int, states: tuple[str, ...] = ("COMPLETED",), timeout_s: float = 120
+    ) -> dict[str, str]:
+        """Wait until the job has ended and is in one of `states`; AssertionError with its logs
+        otherwise.
+        """
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         begin = time.monotonic()
-        while (job := self.job(number))["JobState"] not in ended and time.monotonic() - begin < timeout_s:
+        while (job := self.job(number))[
+            "JobState"
+        ] not in ended and time.monotonic() - begin < timeout_s:
             time.sleep(0.5)
         assert job["JobState"] in states, f"{job}\n{self._logs(number)}"
         return job
@@ -118,7 +154,9 @@ class Slurm:
             self.sandbox.folder / f"job-{number}.out",
             *sorted(self.runs.get(number, self.folder).glob("logs/*.log")),
         ]
-        return "\n".join(f"--- {path}\n{path.read_text()[-3000:]}" for path in files if path.exists())
+        return "\n".join(
+            f"--- {path}\n{path.read_text()[-3000:]}" for path in files if path.exists()
+        )
 
     def cancel_all(self) -> None:
         for job in self.call("squeue", "--noheader", "--format=%A").split():
@@ -135,7 +173,14 @@ class Slurm:
     ) -> int:
         """`sbatch slurm/train.sbatch` with ZeRO-3, one rank per node."""
         options = (f"--nodes={nodes}", "--ntasks-per-node=1", *options)
-        what = ["--config", str(config), "--deepspeed_config", "ds_configs/zero3.json", "--run-dir", str(run)]
+        what = [
+            "--config",
+            str(config),
+            "--deepspeed_config",
+            "ds_configs/zero3.json",
+            "--run-dir",
+            str(run),
+        ]
         number = self.submit(*options, "slurm/train.sbatch", *what, *arguments, **variables)
         self.runs[number] = run
         return number

@@ -1,4 +1,6 @@
-"""Whatever befalls a job, its run ends with the loss of the undisturbed one, and nothing is left running."""
+"""Whatever befalls a job, its run ends with the loss of the undisturbed one, and nothing is left
+running.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,15 @@ STEP = jobs.EVERY + 2  # a checkpoint is there, and steps after it
 
 
 def working() -> list[tuple[int, list[str]]]:
-    """Steps and job scripts: srun, slurmstepd (which calls itself `slurmstepd: [7.0]`), slurm_script."""
+    """Steps and job scripts: srun, slurmstepd (which calls itself `slurmstepd: [7.0]`),
+    slurm_script.
+    """
     names = ("srun", "slurmstepd", "slurm_script")
-    return [found for found in processes() if any(name in word for word in found[1][:2] for name in names)]
+    return [
+        found
+        for found in processes()
+        if any(name in word for word in found[1][:2] for name in names)
+    ]
 
 
 def nothing_is_left() -> None:
@@ -29,12 +37,21 @@ def nothing_is_left() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_goes_on_by_itself_after(
-    sandbox: Sandbox, slurm: Slurm, config: Path, tmp_path: Path, expected_loss: float, costs: list[Cost], fault: str
+    sandbox: Sandbox,
+    slurm: Slurm,
+    config: Path,
+    tmp_path: Path,
+    expected_loss: float,
+    costs: list[Cost],
+    fault: str,
 ) -> None:
     run = tmp_path / "run"
     number = slurm.train(config, run)
     begin, step = faults.wait_for_step(run, STEP)
-    assert len({name for name in ("srun", "slurmstepd", "slurm_script") if name in str(working())}) == 3
+    assert (
+        len({name for name in ("srun", "slurmstepd", "slurm_script") if name in str(working())})
+        == 3
+    )
     try:
         FAULTS[fault](sandbox, slurm)
         job = slurm.wait_for(number, timeout_s=240)
@@ -70,8 +87,8 @@ def test_time_limit_saves_and_requeues(
     def asked() -> bool:
         return (run / "logs" / "job.log").exists() and "asks to stop (USR1)" in job_log(run)
 
-    # Slurm looks at its clock twice a minute: the signal may come before the first step, and the run must not be done
-    # before it comes.
+    # Slurm looks at its clock twice a minute: the signal may come before the first step, and the
+    # run must not be done before it comes.
     wait_until("a step or the early signal", lambda: asked() or faults.newest_step(run) > 0, 60)
     paused = ranks()
     faults.pause(paused)
@@ -132,10 +149,22 @@ def test_generation_goes_on_after(
     sandbox: Sandbox, slurm: Slurm, config: Path, undisturbed: Path, tmp_path: Path, fault: str
 ) -> None:
     """Replies that were written before are kept, and the file is that of one undisturbed process."""
-    arguments = ["--set", f"data.test={config.parent}/train.jsonl", "--set", "generate.max_new_tokens=48"]
+    arguments = [
+        "--set",
+        f"data.test={config.parent}/train.jsonl",
+        "--set",
+        "generate.max_new_tokens=48",
+    ]
     jobs.run_here("spt_ds.generate", str(undisturbed), "--out", str(tmp_path / "here"), *arguments)
     out = tmp_path / "out"
-    options = ("--nodes=2", "--ntasks-per-node=1", "slurm/generate.sbatch", str(undisturbed), "--out", str(out))
+    options = (
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "slurm/generate.sbatch",
+        str(undisturbed),
+        "--out",
+        str(out),
+    )
     number = slurm.submit(*options, *arguments)
 
     def written() -> int:
@@ -145,16 +174,22 @@ def test_generation_goes_on_after(
     if fault == "rank killed":
         kill_9(ranks("spt_ds.generate")[-1])
     else:
-        slurm.call("scancel", "--batch", "--signal=USR1", str(number))  # as --signal=B:USR1@60 does before the limit
+        slurm.call(
+            "scancel", "--batch", "--signal=USR1", str(number)
+        )  # as --signal=B:USR1@60 does before the limit
     assert slurm.wait_for(number)["Restarts"] == "1"
-    assert (out / "predictions.jsonl").read_bytes() == (tmp_path / "here" / "predictions.jsonl").read_bytes()
+    assert (out / "predictions.jsonl").read_bytes() == (
+        tmp_path / "here" / "predictions.jsonl"
+    ).read_bytes()
     bars = (out / "logs" / "node1.log").read_text()
     assert len(re.findall(r"\| 0/192", bars)) == 1, bars  # the second start did not begin at none
     assert (out / "scores.json").exists()
     nothing_is_left()
 
 
-def test_gives_up_after_too_many_faults(sandbox: Sandbox, slurm: Slurm, config: Path, tmp_path: Path) -> None:
+def test_gives_up_after_too_many_faults(
+    sandbox: Sandbox, slurm: Slurm, config: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     number = slurm.train(config, run, SPT_MAX_FAILURES="0")
     faults.wait_for_step(run, 1)
@@ -168,7 +203,9 @@ def test_gives_up_after_too_many_faults(sandbox: Sandbox, slurm: Slurm, config: 
 
 def test_a_mistake_is_not_tried_again(slurm: Slurm, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = slurm.wait_for(slurm.train(config, run, arguments=["--set", "optim.no_such_key=1"]), ("FAILED",))
+    job = slurm.wait_for(
+        slurm.train(config, run, arguments=["--set", "optim.no_such_key=1"]), ("FAILED",)
+    )
     assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")
     assert "step ended with 2, first rank" in job_log(run)
     assert "no_such_key" in "".join(path.read_text() for path in (run / "logs").glob("node*.log"))

@@ -1,4 +1,6 @@
-"""Two hosts without Slurm, by torchrun and by pdsh: a short cut of a link is lived through, a long one ends both."""
+"""Two hosts without Slurm, by torchrun and by pdsh: a short cut of a link is lived through, a long
+one ends both.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_elastic_torchrun_lives_through_a_short_cut(
     assert jobs.final_loss(run) == pytest.approx(expected_loss, rel=1e-5)
 
 
-def test_static_torchrun_ends_on_both_sides_of_a_cut(links: Sandbox, config: Path, tmp_path: Path) -> None:
+def test_static_torchrun_ends_on_both_sides_of_a_cut(
+    links: Sandbox, config: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     both = launch.torchrun(links, config, run, 29503)
     faults.wait_for_step(run, 3)
@@ -92,4 +96,6 @@ def test_pdsh_trains_on_two_hosts_and_ends_when_one_is_cut_off(
     links.link("node2", "up")
     again = launch.deepspeed(links, config, run, 29505)
     wait_until("the end of the run", lambda: ended([again]), 90)
-    assert jobs.final_loss(run) == pytest.approx(expected_loss, rel=1e-5), links.log("deepspeed-29505")
+    assert jobs.final_loss(run) == pytest.approx(expected_loss, rel=1e-5), links.log(
+        "deepspeed-29505"
+    )

@@ -1,4 +1,6 @@
-"""One folder of tiny bases and dialogues for all tests of ranks, and what one process gets from them."""
+"""One folder of tiny bases and dialogues for all tests of ranks, and what one process gets from
+them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ def one_process() -> Reference:
 
     def outcomes(setups: Sequence[Setup]) -> list[Outcome]:
         keys = [(*setup.overrides, str(setup.steps)) for setup in setups]
-        new = {key: Setup(None, setup.overrides, setup.steps) for key, setup in zip(keys, setups, strict=True)}
+        new = {
+            key: Setup(None, setup.overrides, setup.steps)
+            for key, setup in zip(keys, setups, strict=True)
+        }
         new = {key: setup for key, setup in new.items() if key not in known}
         if new:
             (found,) = run_ranks(1, measure, list(new.values()), timeout_s=200)

@@ -1,7 +1,9 @@
-"""A tiny base on disk, a few dialogues, and what one rank measures of a training run; shared by the tests of ranks.
+"""A tiny base on disk, a few dialogues, and what one rank measures of a training run; shared by the
+tests of ranks.
 
-Everything goes the real way: a folder with config and safetensors, a tokenizer, JSONL dialogues, `open_session`, the
-loader's windows. Results travel between processes as numpy arrays and plain numbers.
+Everything goes the real way: a folder with config and safetensors, a tokenizer, JSONL dialogues,
+`open_session`, the loader's windows. Results travel between processes as numpy arrays and plain
+numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +32,11 @@ from tests.helpers.tokenizers import byte_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(Path(__file__).with_name("scene.yaml"))
 EXAMPLES = 10  # replies in the training file that `write_dialogues` writes by default
-RESIDENT = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+RESIDENT = (
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,9 @@ class Scene:
     folder: Path
 
     def overrides(self, arch: str, *more: str) -> list[str]:
-        """Options of a tiny run on the base `arch`, beside those of scene.yaml; a later option wins."""
+        """Options of a tiny run on the base `arch`, beside those of scene.yaml; a later option
+        wins.
+        """
         return [
             f"model.base={self.folder / arch}",
             f"data.train={self.folder / 'train.jsonl'}",
@@ -50,7 +58,9 @@ class Scene:
         ]
 
     def ds(self, name: str) -> str:
-        """The shipped DeepSpeed file, but that nothing of a tiny base stays resident: else nothing would be sharded."""
+        """The shipped DeepSpeed file, but that nothing of a tiny base stays resident: else nothing
+        would be sharded.
+        """
         tree = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
         zero = tree["zero_optimization"]
         zero |= {key: 0 for key in RESIDENT if key in zero}
@@ -77,8 +87,12 @@ class Outcome:
     trained: dict[str, np.ndarray] = field(default_factory=dict)
     valid: dict[str, float] = field(default_factory=dict)
     examples: list[tuple[int, float]] = field(default_factory=list)  # of evaluation: (row, weight)
-    digests: list[str] = field(default_factory=list)  # of this rank's share of the base: before, after
-    base_differs: list[str] = field(default_factory=list)  # parameters that are not what the file holds
+    digests: list[str] = field(
+        default_factory=list
+    )  # of this rank's share of the base: before, after
+    base_differs: list[str] = field(
+        default_factory=list
+    )  # parameters that are not what the file holds
     local_bytes: int = 0
 
 
@@ -102,7 +116,12 @@ def write_dialogues(path: Path, replies: int, seed: int) -> None:
         return " ".join(draw.choices(words, k=draw.randint(low, high)))
 
     rows = [
-        {"id": f"d{n}", "persona": [say(1, 3)], "turns": [say(1, 5), say(1, 4)], "first_speaker": "partner"}
+        {
+            "id": f"d{n}",
+            "persona": [say(1, 3)],
+            "turns": [say(1, 5), say(1, 4)],
+            "first_speaker": "partner",
+        }
         for n in range(replies)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -136,15 +155,25 @@ def _measure(world: dist.World, setup: Setup) -> Outcome:
     out = Outcome()
     config, session, engine = open_engine(world, setup)
     out.digests.append(shard_digest(session.root))
-    out.local_bytes = sum(_owned(p).numel() * _owned(p).element_size() for p in session.root.parameters())
+    out.local_bytes = sum(
+        _owned(p).numel() * _owned(p).element_size() for p in session.root.parameters()
+    )
     stream = windows(config, session, world).windows(0)
     for step in range(setup.steps):
         found = engine.train_window(next(stream), step, setup.steps, (0.0, 0.0)).metrics()
-        out.losses.append({key: found[key] for key in ("loss", "nll", "selection", "fusion", "contrastive")})
-        out.gradients.append({name: _array(p.grad) for name, p in engine.trainables.named_parameters()})
+        out.losses.append(
+            {key: found[key] for key in ("loss", "nll", "selection", "fusion", "contrastive")}
+        )
+        out.gradients.append(
+            {name: _array(p.grad) for name, p in engine.trainables.named_parameters()}
+        )
     out.trained = {name: _array(p) for name, p in engine.trainables.named_parameters()}
-    batches = list(eval_batches(open_split(session, "valid"), config.train.micro_batch, world.size, world.rank))
-    out.examples = [row for batch in batches for row in zip(batch.indices, batch.weights, strict=True)]
+    batches = list(
+        eval_batches(open_split(session, "valid"), config.train.micro_batch, world.size, world.rank)
+    )
+    out.examples = [
+        row for batch in batches for row in zip(batch.indices, batch.weights, strict=True)
+    ]
     out.valid = engine.evaluate(batches)
     out.digests.append(shard_digest(session.root))
     out.base_differs = differs_from_file(session.root, Path(config.model.base))
@@ -156,7 +185,9 @@ def shard_digest(root: torch.nn.Module) -> str:
     total = hashlib.sha256()
     for name, parameter in root.named_parameters():
         total.update(name.encode())
-        total.update(_owned(parameter).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        total.update(
+            _owned(parameter).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return total.hexdigest()
 
 
@@ -171,7 +202,9 @@ def differs_from_file(root: torch.nn.Module, folder: Path) -> list[str]:
         with deepspeed.zero.GatheredParameters([parameter], enabled=sharded), torch.no_grad():
             expected = saved.get(name.removeprefix("lm."))
             seen += expected is not None
-            if expected is not None and not torch.equal(parameter.cpu(), expected.to(parameter.dtype)):
+            if expected is not None and not torch.equal(
+                parameter.cpu(), expected.to(parameter.dtype)
+            ):
                 wrong.append(name)
     assert seen >= len(saved), f"{seen} of {len(saved)} tensors of the file were found"
     return wrong

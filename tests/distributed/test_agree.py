@@ -49,7 +49,9 @@ def test_a_missing_file_on_one_rank_is_everyones_error(scene: Scene, tmp_path: P
 
 @pytest.mark.parametrize("ds", [None, "zero3"])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_nan_on_one_rank_stops_all_before_the_optimizer_moves(scene: Scene, ds: str | None, where: str) -> None:
+def test_a_nan_on_one_rank_stops_all_before_the_optimizer_moves(
+    scene: Scene, ds: str | None, where: str
+) -> None:
     setup = Setup(ds and scene.ds(ds), scene.overrides("llama", "losses.contrastive=0"), steps=3)
     found = run_ranks(2, train_with_nan, setup, where)
     assert found[0]["text"] == found[1]["text"]
@@ -110,7 +112,9 @@ def caught(work: Any) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("how", ["signal", "file", "budget", "second budget"])
-def test_a_wish_to_stop_on_one_rank_stops_all_at_one_step(scene: Scene, tmp_path: Path, how: str) -> None:
+def test_a_wish_to_stop_on_one_rank_stops_all_at_one_step(
+    scene: Scene, tmp_path: Path, how: str
+) -> None:
     overrides = scene.overrides("opt", "train.max_steps=6", "checkpoint.keep_last=5")
     found = run_ranks(2, train_and_ask, overrides, tmp_path / "run", how)
     steps = [step for _, step in found]
@@ -124,7 +128,9 @@ def test_a_wish_to_stop_on_one_rank_stops_all_at_one_step(scene: Scene, tmp_path
     assert not (tmp_path / "run" / "STOP").exists()
 
 
-def train_and_ask(world: dist.World, overrides: list[str], run_dir: Path, how: str) -> tuple[int, int]:
+def train_and_ask(
+    world: dist.World, overrides: list[str], run_dir: Path, how: str
+) -> tuple[int, int]:
     """Train; one rank asks to stop after its second step."""
     asker = 0 if how == "file" else 1
     more = ["train.max_hours=0.000001"] if how == "budget" and world.rank == asker else []

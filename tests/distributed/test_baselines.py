@@ -1,4 +1,6 @@
-"""LoRA and full fine-tuning over ranks: two ranks are one, a resumed run is the whole one, what is frozen stays."""
+"""LoRA and full fine-tuning over ranks: two ranks are one, a resumed run is the whole one, what is
+frozen stays.
+"""
 
 from __future__ import annotations
 
@@ -18,41 +20,69 @@ from tests.distributed.test_resume import ONE, finish, killed_copy
 from tests.helpers.ranks import run_ranks
 
 NO_PROMPTS = (
-    "prompts.count=1", "prompts.tokens=0", "losses.selection=0", "losses.fusion=0", "losses.contrastive=0",
-)  # fmt: skip
+    "prompts.count=1",
+    "prompts.tokens=0",
+    "losses.selection=0",
+    "losses.fusion=0",
+    "losses.contrastive=0",
+)
 LORA = ("method.type=lora", "method.lora.rank=3", *NO_PROMPTS)
 FULL = ("method.type=full", *NO_PROMPTS)
 Found = tuple[list[float], dict[str, np.ndarray], dict[str, bool], list[str]]
 
 
 def train_steps(world: dist.World, setups: Sequence[Setup]) -> list[Found]:
-    """For each setup: losses, trained tensors, whether frozen ones kept their bits, trained ones that never moved."""
+    """For each setup: losses, trained tensors, whether frozen ones kept their bits, trained ones
+    that never moved.
+    """
     out = []
     for setup in setups:
         config, session, engine = open_engine(world, setup)
-        frozen = {name: p.detach().clone() for name, p in session.root.named_parameters() if not p.requires_grad}
-        before = {name: p.detach().numpy().copy() for name, p in engine.trainables.named_parameters()}
+        frozen = {
+            name: p.detach().clone()
+            for name, p in session.root.named_parameters()
+            if not p.requires_grad
+        }
+        before = {
+            name: p.detach().numpy().copy() for name, p in engine.trainables.named_parameters()
+        }
         stream = windows(config, session, world).windows(0)
         losses = [
             engine.train_window(next(stream), step, setup.steps, (0.0, 0.0)).metrics()["loss"]
             for step in range(setup.steps)
         ]
-        trained = {name: p.detach().numpy().copy() for name, p in engine.trainables.named_parameters()}
+        trained = {
+            name: p.detach().numpy().copy() for name, p in engine.trainables.named_parameters()
+        }
         after = dict(session.root.named_parameters())
         kept = {name: torch.equal(p, after[name]) for name, p in frozen.items()}
-        out.append((losses, trained, kept, [name for name, p in trained.items() if np.array_equal(p, before[name])]))
+        out.append(
+            (
+                losses,
+                trained,
+                kept,
+                [name for name, p in trained.items() if np.array_equal(p, before[name])],
+            )
+        )
     return out
 
 
 def test_two_ranks_are_one(scene: Scene) -> None:
-    cases: list[tuple[str, tuple[str, ...]]] = [(arch, more) for arch in ("opt", "llama") for more in (LORA, FULL)]
-    cases.append(("llama", (*LORA, "model.base_bits=16", "model.activation_checkpointing=non_reentrant")))
+    cases: list[tuple[str, tuple[str, ...]]] = [
+        (arch, more) for arch in ("opt", "llama") for more in (LORA, FULL)
+    ]
+    cases.append(
+        ("llama", (*LORA, "model.base_bits=16", "model.activation_checkpointing=non_reentrant"))
+    )
     cases.append(("llama", (*FULL, "model.activation_checkpointing=non_reentrant")))
     ds = [None, "zero2", None, None, None, None]
     setups = [
-        Setup(d and scene.ds(d), scene.overrides(arch, *more), 3) for d, (arch, more) in zip(ds, cases, strict=True)
+        Setup(d and scene.ds(d), scene.overrides(arch, *more), 3)
+        for d, (arch, more) in zip(ds, cases, strict=True)
     ]
-    (one,) = run_ranks(1, train_steps, [Setup(None, s.overrides, s.steps) for s in setups], timeout_s=200)
+    (one,) = run_ranks(
+        1, train_steps, [Setup(None, s.overrides, s.steps) for s in setups], timeout_s=200
+    )
     first, second = run_ranks(2, train_steps, setups, timeout_s=250)
     for case, alone, ours, other in zip(cases, one, first, second, strict=True):
         limit = 1e-5 if "model.base_bits=16" in case[1] else 1e-6
@@ -60,21 +90,28 @@ def test_two_ranks_are_one(scene: Scene) -> None:
         assert ours[0] == other[0]
         assert alone[3] == []
         for name, tensor in alone[1].items():
-            # Adam divides by the gradient's own size, which a key's bias does not have: only rounding moves it.
+            # Adam divides by the gradient's own size, which a key's bias does not have: only
+            # rounding moves it.
             if not name.endswith("k_proj.bias"):
                 assert gap(ours[1][name], tensor) <= 30 * limit, (case, name)
             assert np.array_equal(ours[1][name], other[1][name]), name
         assert all(ours[2].values())
-        assert bool(ours[2]) == (case[1][0] != FULL[0])  # LoRA leaves the base frozen, full fine-tuning nothing
+        assert bool(ours[2]) == (
+            case[1][0] != FULL[0]
+        )  # LoRA leaves the base frozen, full fine-tuning nothing
 
 
 @pytest.mark.parametrize("more", [LORA, FULL], ids=["lora", "full"])
-def test_resumed_runs_go_on_to_the_last_bit(scene: Scene, tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_resumed_runs_go_on_to_the_last_bit(
+    scene: Scene, tmp_path: Path, more: tuple[str, ...]
+) -> None:
     whole = finish(scene, ONE, tmp_path / "whole", more=more)
     again = finish(scene, ONE, killed_copy(whole, tmp_path / "again"), more=more)
     assert again.losses == whole.losses
     assert again.trained.keys() == whole.trained.keys()
-    assert all(np.array_equal(again.trained[name], tensor) for name, tensor in whole.trained.items())
+    assert all(
+        np.array_equal(again.trained[name], tensor) for name, tensor in whole.trained.items()
+    )
 
 
 def refused(world: dist.World, setup: Setup) -> str:
@@ -98,7 +135,9 @@ def validate(world: dist.World, setups: Sequence[Setup]) -> list[dict[str, float
     out = []
     for setup in setups:
         config, session, engine = open_engine(world, setup)
-        batches = eval_batches(open_split(session, "valid"), config.train.micro_batch, world.size, world.rank)
+        batches = eval_batches(
+            open_split(session, "valid"), config.train.micro_batch, world.size, world.rank
+        )
         out.append(engine.evaluate(batches))
     return out
 

@@ -21,9 +21,13 @@ from tests.distributed.scenes import ROOT, Scene, Setup, open_engine, windows
 from tests.helpers.ranks import run_ranks
 
 
-def counted(world: dist.World, folder: str, prompts: list[int], widths: Sequence[int] = (16,)) -> list[dict[str, Any]]:
+def counted(
+    world: dist.World, folder: str, prompts: list[int], widths: Sequence[int] = (16,)
+) -> list[dict[str, Any]]:
     """The rows of benchmarks/communication.py."""
-    spec = importlib.util.spec_from_file_location("communication", ROOT / "benchmarks" / "communication.py")
+    spec = importlib.util.spec_from_file_location(
+        "communication", ROOT / "benchmarks" / "communication.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -34,16 +38,27 @@ def counted(world: dist.World, folder: str, prompts: list[int], widths: Sequence
 
 def test_one_pass_gathers_as_often_for_any_number_of_prompts(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    base = LlamaConfig(hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4, vocab_size=256)
+    base = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=88,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=256,
+    )
     LlamaForCausalLM(base).save_pretrained(tmp_path)
     rows = run_ranks(2, counted, str(tmp_path), [4, 8])[0]
     by = {(row["way"], row["checkpointing"], row["K"]): row for row in rows}
     for recompute in ("off", "non_reentrant"):
         one, more = by["one pass", recompute, 4], by["one pass", recompute, 8]
         assert (one["bytes"], one["calls"]) == (more["bytes"], more["calls"])
-        assert one["bytes"] >= 2 * 0.9 * one["base_bytes"]  # forward and backward: really nothing stays
+        assert (
+            one["bytes"] >= 2 * 0.9 * one["base_bytes"]
+        )  # forward and backward: really nothing stays
         for prompts, least in ((4, 3.5), (8, 6.9)):
-            assert by["K passes", recompute, prompts]["bytes"] >= least * by["one pass", recompute, prompts]["bytes"]
+            assert (
+                by["K passes", recompute, prompts]["bytes"]
+                >= least * by["one pass", recompute, prompts]["bytes"]
+            )
 
 
 def kept(world: dist.World, setup: Setup) -> int:
@@ -79,7 +94,9 @@ def test_a_stale_build_lock_is_explained(tmp_path: Path, monkeypatch: pytest.Mon
     lock.parent.mkdir()
     lock.touch()
     monkeypatch.setattr(zero, "STALE_LOCK_S", 1.5)
-    with pytest.raises(EngineError, match=r"async_io/lock: a build lock is .* old; a killed build left it"):
+    with pytest.raises(
+        EngineError, match=r"async_io/lock: a build lock is .* old; a killed build left it"
+    ):
         zero.check_build_locks()  # waits while it is young
 
 

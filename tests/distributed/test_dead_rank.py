@@ -1,4 +1,6 @@
-"""A rank that dies or falls silent ends the run within seconds, with one readable message: what a user sees."""
+"""A rank that dies or falls silent ends the run within seconds, with one readable message: what a
+user sees.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,34 @@ LAUNCHERS = {
 
 
 def launch(scene: Scene, folder: Path, launcher: str, how: str) -> tuple[str, float]:
-    """Train with rank 1 failing in its third step; return what stderr got and the seconds from the fault to the end."""
-    options = scene.overrides("llama", "train.max_steps=5", f"engine.collective_timeout_s={TIMEOUT_S}")
+    """Train with rank 1 failing in its third step; return what stderr got and the seconds from the
+    fault to the end.
+    """
+    options = scene.overrides(
+        "llama", "train.max_steps=5", f"engine.collective_timeout_s={TIMEOUT_S}"
+    )
     command = [
-        *LAUNCHERS[launcher], "--master_port", str(free_port()), str(ROOT / "tests" / "distributed" / "dying.py"),
-        "--config", CONFIG, "--deepspeed_config", scene.ds("zero3"), "--run-dir", str(folder / "run"),
+        *LAUNCHERS[launcher],
+        "--master_port",
+        str(free_port()),
+        str(ROOT / "tests" / "distributed" / "dying.py"),
+        "--config",
+        CONFIG,
+        "--deepspeed_config",
+        scene.ds("zero3"),
+        "--run-dir",
+        str(folder / "run"),
         *[word for option in options for word in ("--set", option)],
-    ]  # fmt: skip
+    ]
     own = {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "SPT_TEST_FAULT": f"1:3:{how}",
         "SPT_TEST_DIED": str(folder / "died"),
     }
-    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        command, env={**os.environ, **own}, capture_output=True, text=True, timeout=200, check=False
+    )
     ended = time.time()
     assert done.returncode != 0
     return done.stderr, ended - (folder / "died").stat().st_mtime
@@ -58,7 +74,9 @@ def assert_one_message(stderr: str) -> str:
         pytest.param("torchrun", "kill", marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_rank_ends_the_others(scene: Scene, tmp_path: Path, launcher: str, how: str) -> None:
+def test_a_killed_rank_ends_the_others(
+    scene: Scene, tmp_path: Path, launcher: str, how: str
+) -> None:
     stderr, seconds = launch(scene, tmp_path, launcher, how)
     message = assert_one_message(stderr)
     assert re.search(r"^failed: rank 1 \(pid \d+ on .*\) ended in the middle of a step", message)
@@ -69,7 +87,9 @@ def test_a_killed_rank_ends_the_others(scene: Scene, tmp_path: Path, launcher: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_fault_of_one_rank_is_its_own_message(scene: Scene, tmp_path: Path, launcher: str) -> None:
+def test_a_fault_of_one_rank_is_its_own_message(
+    scene: Scene, tmp_path: Path, launcher: str
+) -> None:
     stderr, seconds = launch(scene, tmp_path, launcher, "raise")
     assert assert_one_message(stderr) == "failed: RuntimeError: a fault of this rank alone"
     assert seconds < 20
@@ -80,4 +100,6 @@ def test_a_fault_of_one_rank_is_its_own_message(scene: Scene, tmp_path: Path, la
 def test_a_silent_rank_is_given_up_after_the_timeout(scene: Scene, tmp_path: Path) -> None:
     stderr, seconds = launch(scene, tmp_path, "deepspeed", "hang")
     assert "did not answer within engine.collective_timeout_s" in assert_one_message(stderr)
-    assert seconds < TIMEOUT_S + 30 + 15  # the launchers give a rank 30 s between SIGTERM and SIGKILL
+    assert (
+        seconds < TIMEOUT_S + 30 + 15
+    )  # the launchers give a rank 30 s between SIGTERM and SIGKILL

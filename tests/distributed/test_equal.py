@@ -1,6 +1,8 @@
-"""Any number of ranks, any placement of the base, any split into micro-batches: the numbers of one process.
+"""Any number of ranks, any placement of the base, any split into micro-batches: the numbers of one
+process.
 
-Gradients are compared, and weights only loosely: Adam divides by a gradient's size and so amplifies its rounding.
+Gradients are compared, and weights only loosely: Adam divides by a gradient's size and so amplifies
+its rounding.
 """
 
 from __future__ import annotations
@@ -19,12 +21,22 @@ from spt_ds import dist
 from spt_ds.config.load import load_config
 from spt_ds.engine.ds_config import load_ds_config
 from tests.distributed.conftest import Reference
-from tests.distributed.scenes import CONFIG, Outcome, Scene, Setup, gap, measure, open_engine, windows
+from tests.distributed.scenes import (
+    CONFIG,
+    Outcome,
+    Scene,
+    Setup,
+    gap,
+    measure,
+    open_engine,
+    windows,
+)
 from tests.helpers.ranks import run_ranks
 
 FP32, BF16 = 1e-6, 1e-5
 SHIPPED = ("zero2", "zero3", "zero3_offload_cpu", "zeropp")
-# (base, bits, placement of the prompts, activation checkpointing): every pair of values at least once.
+# (base, bits, placement of the prompts, activation checkpointing): every pair of values at least
+# once.
 CASES = [
     ("opt", 32, "prefix", "off"),
     ("opt", 32, "suffix", "reentrant"),
@@ -44,7 +56,9 @@ EVERY = [
 ]
 
 
-def setups(scene: Scene, ds: str | None, cases: list[tuple[str, int, str, str]], *more: str) -> list[Setup]:
+def setups(
+    scene: Scene, ds: str | None, cases: list[tuple[str, int, str, str]], *more: str
+) -> list[Setup]:
     path = None if ds is None else scene.ds(ds)
     return [
         Setup(
@@ -62,10 +76,13 @@ def setups(scene: Scene, ds: str | None, cases: list[tuple[str, int, str, str]],
 
 
 def assert_same(found: Outcome, expected: Outcome, limit: float) -> None:
-    """Losses, gradients of every tensor, trained tensors and validation losses within `limit`, relative."""
+    """Losses, gradients of every tensor, trained tensors and validation losses within `limit`,
+    relative.
+    """
     for ours, theirs in zip(found.losses, expected.losses, strict=True):
         for name, value in theirs.items():
-            # The selection loss is made of differences between prompts' nll: it is known to the precision of those.
+            # The selection loss is made of differences between prompts' nll: it is known to the
+            # precision of those.
             scale = theirs["nll"] if name == "selection" else max(abs(value), 1.0)
             assert abs(ours[name] - value) <= limit * scale, f"{name}: {ours[name]} and {value}"
     for ours_, theirs_ in zip(found.gradients, expected.gradients, strict=True):
@@ -74,22 +91,34 @@ def assert_same(found: Outcome, expected: Outcome, limit: float) -> None:
     gaps = {name: gap(found.trained[name], expected.trained[name]) for name in expected.trained}
     assert max(gaps.values()) <= 10 * limit, gaps
     for name, value in expected.valid.items():
-        assert abs(found.valid[name] - value) <= 10 * limit * max(abs(value), expected.valid["nll"]), f"valid {name}"
+        assert abs(found.valid[name] - value) <= 10 * limit * max(
+            abs(value), expected.valid["nll"]
+        ), f"valid {name}"
 
 
 def assert_base_untouched(ranks: list[Outcome], expected: Outcome, sharded: bool) -> None:
-    """Every rank holds the bytes it held before, all together those of the file; and really only a share of them."""
+    """Every rank holds the bytes it held before, all together those of the file; and really only a
+    share of them.
+    """
     for found in ranks:
         before, after = found.digests
         assert before == after
         assert found.base_differs == []
         if sharded:
-            assert found.local_bytes <= expected.local_bytes / len(ranks) + 64 * 40  # 36 tensors, each padded
+            assert (
+                found.local_bytes <= expected.local_bytes / len(ranks) + 64 * 40
+            )  # 36 tensors, each padded
         else:
             assert found.local_bytes == expected.local_bytes
 
 
-def check(scene: Scene, one_process: Reference, world: int, ds: str, cases: list[tuple[str, int, str, str]]) -> None:
+def check(
+    scene: Scene,
+    one_process: Reference,
+    world: int,
+    ds: str,
+    cases: list[tuple[str, int, str, str]],
+) -> None:
     asked = setups(scene, ds, cases)
     expected = one_process(asked)
     ranks = run_ranks(world, measure, asked, timeout_s=250)
@@ -97,7 +126,10 @@ def check(scene: Scene, one_process: Reference, world: int, ds: str, cases: list
         of_case = [outcomes[number] for outcomes in ranks]
         assert_same(of_case[0], theirs, FP32 if case[1] == 32 else BF16)
         for other in of_case[1:]:  # to the last bit: else ranks would drift apart
-            assert all(np.array_equal(other.trained[name], of_case[0].trained[name]) for name in other.trained)
+            assert all(
+                np.array_equal(other.trained[name], of_case[0].trained[name])
+                for name in other.trained
+            )
             assert other.losses == of_case[0].losses
         assert_base_untouched(of_case, theirs, sharded=ds != "zero2")
 
@@ -114,7 +146,11 @@ def check(scene: Scene, one_process: Reference, world: int, ds: str, cases: list
     ],
 )
 def test_ranks_equal_one_process(
-    scene: Scene, one_process: Reference, world: int, ds: str, cases: list[tuple[str, int, str, str]]
+    scene: Scene,
+    one_process: Reference,
+    world: int,
+    ds: str,
+    cases: list[tuple[str, int, str, str]],
 ) -> None:
     check(scene, one_process, world, ds, cases)
 
@@ -122,7 +158,9 @@ def test_ranks_equal_one_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("ds", SHIPPED)
-def test_every_combination_equals_one_process(scene: Scene, one_process: Reference, world: int, ds: str) -> None:
+def test_every_combination_equals_one_process(
+    scene: Scene, one_process: Reference, world: int, ds: str
+) -> None:
     check(scene, one_process, world, ds, EVERY)
 
 
@@ -154,7 +192,11 @@ def first_gradient(world: dist.World, setup: Setup) -> np.ndarray:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_nvme_equals_one_process(
-    scene: Scene, one_process: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
+    scene: Scene,
+    one_process: Reference,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    world: int,
 ) -> None:
     skip_without_async_io()
     monkeypatch.setenv("SPT_NVME_PATH", str(tmp_path))
@@ -171,7 +213,9 @@ def skip_without_async_io() -> None:
     """NVMe offload needs an extension that takes minutes to compile: no test starts that."""
     built = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("**/*.so")
     if not {"async_io", "pin_memory"} <= {path.stem for path in built}:
-        pytest.skip("DeepSpeed's async_io is not built here; run spt_ds once with zero3_offload_nvme.json")
+        pytest.skip(
+            "DeepSpeed's async_io is not built here; run spt_ds once with zero3_offload_nvme.json"
+        )
 
 
 def test_one_window_split_in_every_way(scene: Scene, one_process: Reference) -> None:
@@ -179,15 +223,24 @@ def test_one_window_split_in_every_way(scene: Scene, one_process: Reference) -> 
     (whole,) = one_process([Setup(None, scene.overrides("llama", "train.micro_batch=4"), steps=1)])
     ds = scene.ds("zero3")
     for world, micro_batches in ((1, (1, 2)), (2, (1, 2)), (4, (1,))):
-        asked = [Setup(ds, scene.overrides("llama", f"train.micro_batch={n}"), steps=1) for n in micro_batches]
+        asked = [
+            Setup(ds, scene.overrides("llama", f"train.micro_batch={n}"), steps=1)
+            for n in micro_batches
+        ]
         for found in run_ranks(world, measure, asked)[0]:
             assert_same(found, whole, FP32)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_fillers_count_for_nothing(scene: Scene, one_process: Reference, world: int) -> None:
-    """5 examples on 2 or 3 ranks, 7 in validation: the rows that complete a rank's share change no number."""
-    asked = [Setup(scene.ds("zero3"), scene.overrides("opt", "train.global_batch=5", "train.micro_batch=2"))]
+    """5 examples on 2 or 3 ranks, 7 in validation: the rows that complete a rank's share change no
+    number.
+    """
+    asked = [
+        Setup(
+            scene.ds("zero3"), scene.overrides("opt", "train.global_batch=5", "train.micro_batch=2")
+        )
+    ]
     (expected,) = one_process(asked)
     ranks = [outcomes[0] for outcomes in run_ranks(world, measure, asked)]
     assert_same(ranks[0], expected, FP32)
@@ -222,7 +275,11 @@ def measure_mean_of_means(world: dist.World, setup: Setup) -> dict[str, np.ndarr
     window = next(windows(config, session, world).windows(0))
     own = sum(sum(batch.response_lens) for batch in window.micro)
     engine.train_window(replace(window, target_tokens=own * world.size), 0, 2, (0.0, 0.0))
-    return {name: p.grad.numpy().copy() for name, p in engine.trainables.named_parameters() if p.grad is not None}
+    return {
+        name: p.grad.numpy().copy()
+        for name, p in engine.trainables.named_parameters()
+        if p.grad is not None
+    }
 
 
 def test_what_trains_is_fp32_and_what_is_frozen_has_no_gradient(scene: Scene) -> None:
@@ -246,7 +303,12 @@ def precision(world: dist.World, setup: Setup) -> dict[str, object]:
     config, session, engine = open_engine(world, setup)
     engine.train_window(next(windows(config, session, world).windows(0)), 0, 2, (0.0, 0.0))
     own = list(engine.trainables.parameters())
-    moments = [value for state in engine.optimizer.state.values() for key, value in state.items() if key != "step"]
+    moments = [
+        value
+        for state in engine.optimizer.state.values()
+        for key, value in state.items()
+        if key != "step"
+    ]
     assert len(moments) == 2 * len(own)
     return {
         "parameters": {str(p.dtype) for p in own},

@@ -1,4 +1,6 @@
-"""A disk that fills up during a run: training goes on or stops, as configured, and what was saved stays."""
+"""A disk that fills up during a run: training goes on or stops, as configured, and what was saved
+stays.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from tests.helpers.ranks import run_ranks
 
 
 def train(world: dist.World, options: list[str], run_dir: Path, full: list[int]) -> tuple[str, int]:
-    """Train 6 steps, saving each second one; the first rank's disk is full in the saves of the steps `full`."""
+    """Train 6 steps, saving each second one; the first rank's disk is full in the saves of the
+    steps `full`.
+    """
     write = checkpoint._write
 
     def refuse(path: Path, data: bytes) -> None:
@@ -47,19 +51,32 @@ def train(world: dist.World, options: list[str], run_dir: Path, full: list[int])
         ("continue", [4], "0", 6, [2, 6]),
         ("continue", [2, 4], "0", 6, [6]),
         ("stop", [4], "No space left on device", 4, [2]),
-        ("continue", [6], "No space left on device", 6, [2, 4]),  # a run without its result is not done
+        (
+            "continue",
+            [6],
+            "No space left on device",
+            6,
+            [2, 4],
+        ),  # a run without its result is not done
     ],
 )
-def test_a_full_disk(scene: Scene, tmp_path: Path, choice: str, full: list[int], ends: str, at: int, left: Any) -> None:
+def test_a_full_disk(
+    scene: Scene, tmp_path: Path, choice: str, full: list[int], ends: str, at: int, left: Any
+) -> None:
     options = scene.overrides(
-        "opt", "train.max_steps=6", "checkpoint.every_steps=2", "checkpoint.keep_last=9",
+        "opt",
+        "train.max_steps=6",
+        "checkpoint.every_steps=2",
+        "checkpoint.keep_last=9",
         f"checkpoint.on_save_error={choice}",
-    )  # fmt: skip
+    )
     run_dir = tmp_path / "run"
     for text, step in run_ranks(2, train, options, run_dir, full):  # both ranks alike
         assert ends in text
         assert step == at
-    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == [f"step-{n:08d}" for n in left]
+    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == [
+        f"step-{n:08d}" for n in left
+    ]
     for step in left:
         assert checkpoint.load(run_dir / "checkpoints" / f"step-{step:08d}").state["step"] == step
     assert (run_dir / "DONE.json").exists() == (ends == "0")
@@ -89,8 +106,13 @@ def train_to_a_lost_best(world: dist.World, options: list[str], run_dir: Path) -
 
 def test_a_best_one_that_could_not_be_saved_costs_no_other(scene: Scene, tmp_path: Path) -> None:
     """The best that is on the disk stays the best, and stays."""
-    options = scene.overrides("opt", "train.max_steps=6", "train.eval_every_steps=2", "checkpoint.keep_last=1",
-                              "checkpoint.on_save_error=continue")  # fmt: skip
+    options = scene.overrides(
+        "opt",
+        "train.max_steps=6",
+        "train.eval_every_steps=2",
+        "checkpoint.keep_last=1",
+        "checkpoint.on_save_error=continue",
+    )
     run_dir = tmp_path / "run"
     assert run_ranks(2, train_to_a_lost_best, options, run_dir) == [0, 0]
     left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
@@ -113,8 +135,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_is_full_for_a_while(scene: Scene, small_disk: Path) -> None:
     """Nothing can be written from step 3 to step 5, neither a checkpoint nor a line of metrics."""
-    options = scene.overrides("opt", "train.max_steps=6", "checkpoint.every_steps=2", "checkpoint.keep_last=9",
-                              "checkpoint.on_save_error=continue")  # fmt: skip
+    options = scene.overrides(
+        "opt",
+        "train.max_steps=6",
+        "checkpoint.every_steps=2",
+        "checkpoint.keep_last=9",
+        "checkpoint.on_save_error=continue",
+    )
     run_dir = small_disk / "run"
     assert run_ranks(2, train_while_full, options, run_dir) == [0, 0]
     saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())

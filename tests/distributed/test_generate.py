@@ -1,7 +1,8 @@
-"""Generation on any number of ranks, replicated or sharded: one file, byte for byte, also after a `kill -9`.
+"""Generation on any number of ranks, replicated or sharded: one file, byte for byte, also after a
+`kill -9`.
 
-The time-outs of these tests are the point of some of them: ranks with other numbers or lengths of examples, or with
-none at all, used to wait for each other for ever when the base was sharded.
+The time-outs of these tests are the point of some of them: ranks with other numbers or lengths of
+examples, or with none at all, used to wait for each other for ever when the base was sharded.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def options(scene: Scene) -> list[str]:
 
 
 def generate(world: dist.World, jobs: list[Job], out: Path, end: int | None = None) -> list[int]:
-    """Generate each job's file; return how many examples this rank decoded in each. `end` replaces the end token."""
+    """Generate each job's file; return how many examples this rank decoded in each. `end` replaces
+    the end token.
+    """
     counts = []
     for name, overrides, ds in jobs:
         config = load_config(CONFIG, overrides)
@@ -51,7 +54,9 @@ def generate(world: dist.World, jobs: list[Job], out: Path, end: int | None = No
 
 
 class Counting(Generator):
-    """Counts what is decoded; with `die_after` kills this process, without a word, after so many batches."""
+    """Counts what is decoded; with `die_after` kills this process, without a word, after so many
+    batches.
+    """
 
     def __init__(self, session: Session, out: Path, die_after: int | None = None) -> None:
         super().__init__(session, open_split(session, "test"), out, "test", "step-1")
@@ -78,20 +83,40 @@ def generate_and_die(
 
 def read(folder: Path) -> list[dict[str, Any]]:
     assert sorted(path.name for path in folder.iterdir()) == ["generate.json", "predictions.jsonl"]
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def ways(scene: Scene, arch: str, name: str, options: list[str]) -> list[Job]:
     overrides = scene.overrides(arch, *options)
-    return [(f"{name}-replicated", overrides, None), (f"{name}-sharded", overrides, scene.ds("zero3"))]
+    return [
+        (f"{name}-replicated", overrides, None),
+        (f"{name}-sharded", overrides, scene.ds("zero3")),
+    ]
 
 
-def test_any_ranks_replicated_or_sharded_write_the_same_bytes(scene: Scene, options: list[str], tmp_path: Path) -> None:
+def test_any_ranks_replicated_or_sharded_write_the_same_bytes(
+    scene: Scene, options: list[str], tmp_path: Path
+) -> None:
     jobs = [
         *ways(scene, "opt", "greedy", options),
-        *ways(scene, "llama", "sampled", [*options, "prompts.placement=suffix", "generate.do_sample=true"]),
-        *ways(scene, "opt", "beams", [*options, "generate.num_beams=3", "generate.repetition_penalty=1.3"]),
-        *ways(scene, "llama", "fused", [*options, "generate.mode=fuse", "generate.perplexity=false"]),
+        *ways(
+            scene,
+            "llama",
+            "sampled",
+            [*options, "prompts.placement=suffix", "generate.do_sample=true"],
+        ),
+        *ways(
+            scene,
+            "opt",
+            "beams",
+            [*options, "generate.num_beams=3", "generate.repetition_penalty=1.3"],
+        ),
+        *ways(
+            scene, "llama", "fused", [*options, "generate.mode=fuse", "generate.perplexity=false"]
+        ),
     ]
     for size in (1, 2, 3):
         decoded = run_ranks(size, generate, jobs, tmp_path / str(size), timeout_s=240)
@@ -118,7 +143,13 @@ def test_any_ranks_replicated_or_sharded_write_the_same_bytes(scene: Scene, opti
     ],
 )
 def test_ranks_with_fewer_examples_or_none_do_not_hang(
-    scene: Scene, options: list[str], tmp_path: Path, ds: str | None, examples: int, batch_size: int, shares: list[int]
+    scene: Scene,
+    options: list[str],
+    tmp_path: Path,
+    ds: str | None,
+    examples: int,
+    batch_size: int,
+    shares: list[int],
 ) -> None:
     more = [f"data.max_test_examples={examples}", f"generate.batch_size={batch_size}"]
     job: Job = ("out", scene.overrides("llama", *options, *more), ds and scene.ds(ds))
@@ -130,12 +161,16 @@ def test_ranks_with_fewer_examples_or_none_do_not_hang(
 def test_replies_that_end_early_on_one_rank_do_not_hang_the_others(
     scene: Scene, options: list[str], tmp_path: Path
 ) -> None:
-    """The end token is one that some replies hold early and others not at all, so that ranks end at unlike steps."""
+    """The end token is one that some replies hold early and others not at all, so that ranks end at
+    unlike steps.
+    """
     overrides = scene.overrides("opt", *options, "generate.batch_size=1", "generate.do_sample=true")
     whole: Job = ("whole", overrides, None)
     (tokens,) = run_ranks(1, tokens_of, whole, tmp_path)
     seen = [set(row) for row in tokens]
-    end = max(set().union(*seen), key=lambda token: min(sum(token in row for row in seen), EXAMPLES // 2))
+    end = max(
+        set().union(*seen), key=lambda token: min(sum(token in row for row in seen), EXAMPLES // 2)
+    )
     lengths = [row.index(end) + 1 if end in row else len(row) for row in tokens]
     assert len(set(lengths)) > 2, "the case must have replies of several lengths"
     jobs: list[Job] = [("sharded", overrides, scene.ds("zero3"))]
@@ -172,9 +207,15 @@ def test_killed_and_resumed_gives_the_same_bytes(
     left = []
     for size, victim, batches in ((2, 1, 1), (3, 0, 0)):
         with pytest.raises(AssertionError, match="generate_and_die failed"):
-            run_ranks(size, generate_and_die, overrides, path, out, victim, batches, timeout_s=PATIENCE_S)
+            run_ranks(
+                size, generate_and_die, overrides, path, out, victim, batches, timeout_s=PATIENCE_S
+            )
         (parts,) = out.glob(".parts-*")
-        done = [json.loads(line)["index"] for part in parts.iterdir() for line in part.read_text().splitlines()]
+        done = [
+            json.loads(line)["index"]
+            for part in parts.iterdir()
+            for line in part.read_text().splitlines()
+        ]
         assert len(done) == len(set(done))
         left.append(EXAMPLES - len(done))
         with (parts / "rank-0.jsonl").open("a", encoding="utf-8") as part:
@@ -183,12 +224,22 @@ def test_killed_and_resumed_gives_the_same_bytes(
     assert not (out / "predictions.jsonl").exists()
     (decoded,) = run_ranks(1, generate, [("out", overrides, path)], tmp_path, timeout_s=PATIENCE_S)
     assert decoded == [left[1]], "what was written is not decoded again"
-    assert (out / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    assert (out / "predictions.jsonl").read_bytes() == (
+        tmp_path / "whole" / "predictions.jsonl"
+    ).read_bytes()
     assert len(read(out)) == EXAMPLES
     record = json.loads((out / "generate.json").read_text(encoding="utf-8"))
     assert (record["checkpoint"], record["config"]["generate"]["max_new_tokens"]) == ("step-1", 8)
     again: Job = ("out", overrides, path)
-    assert run_ranks(2, generate, [again], tmp_path, timeout_s=PATIENCE_S) == [[0], [0]], "it was done"
+    assert run_ranks(2, generate, [again], tmp_path, timeout_s=PATIENCE_S) == [
+        [0],
+        [0],
+    ], "it was done"
     (out / "predictions.jsonl").write_text("of another command")
-    assert sum(counts[0] for counts in run_ranks(2, generate, [again], tmp_path, timeout_s=PATIENCE_S)) == EXAMPLES
-    assert (out / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    assert (
+        sum(counts[0] for counts in run_ranks(2, generate, [again], tmp_path, timeout_s=PATIENCE_S))
+        == EXAMPLES
+    )
+    assert (out / "predictions.jsonl").read_bytes() == (
+        tmp_path / "whole" / "predictions.jsonl"
+    ).read_bytes()

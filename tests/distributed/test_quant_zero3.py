@@ -1,4 +1,6 @@
-"""A quantised base sharded by ZeRO-3 trains on the same numbers as one process, and what moves are its bytes."""
+"""A quantised base sharded by ZeRO-3 trains on the same numbers as one process, and what moves are
+its bytes.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ NOTHING_RESIDENT = {
 }
 WIDE = {"hidden_size": 1024, "ffn_dim": 4096, "word_embed_proj_dim": 1024, "num_hidden_layers": 1}
 NVME_FILE = str(Path(__file__).parents[2] / "ds_configs" / "zero3_offload_nvme.json")
-Case = tuple[str, int, str, dict[str, Any]]  # architecture, bits, activation checkpointing, quant section
+Case = tuple[
+    str, int, str, dict[str, Any]
+]  # architecture, bits, activation checkpointing, quant section
 CASES: list[Case] = [
     ("opt", 4, "off", {"double_quant": True}),
     ("opt", 8, "off", {}),
@@ -59,7 +63,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def open_base(
-    world: dist.World, folder: str, bits: int, placement: str, checkpointing: str = "off", **quant: Any
+    world: dist.World,
+    folder: str,
+    bits: int,
+    placement: str,
+    checkpointing: str = "off",
+    **quant: Any,
 ) -> tuple[Any, Sharding]:
     """Load `folder` as a run does; returns the root module and what keeps its shards alive."""
     config = ModelConfig.model_validate({"base": folder, "base_bits": bits, "quant": quant})
@@ -79,7 +88,9 @@ def open_base(
 
 
 def train(root: Any) -> tuple[list[float], list[list[float]], list[int]]:
-    """Two accumulated backward passes, evaluation and generation between them: losses, gradients, tokens."""
+    """Two accumulated backward passes, evaluation and generation between them: losses, gradients,
+    tokens.
+    """
     spt = tiny_spt(root, dtype=torch.float32)
     batch = random_batch([(5, 3), (7, 2)])
     first = root(spt.micro_losses, batch, Counts(2, 5))
@@ -89,7 +100,10 @@ def train(root: Any) -> tuple[list[float], list[list[float]], list[int]]:
         prompt = torch.arange(3, 9)[None]
         tokens = root(
             lambda base: base.generate(
-                inputs_embeds=base.embed(prompt), max_new_tokens=2, do_sample=False, synced_gpus=dist_on(root)
+                inputs_embeds=base.embed(prompt),
+                max_new_tokens=2,
+                do_sample=False,
+                synced_gpus=dist_on(root),
             )
         )
     second = root(spt.micro_losses, random_batch([(4, 4), (6, 3)], seed=5), Counts(2, 7))
@@ -104,7 +118,9 @@ def dist_on(root: Any) -> bool:
     return any(hasattr(p, "ds_tensor") for p in root.parameters())
 
 
-def run_cases(world: dist.World, bases: dict[str, str], placement: str, cases: list[Case]) -> list[Any]:
+def run_cases(
+    world: dist.World, bases: dict[str, str], placement: str, cases: list[Case]
+) -> list[Any]:
     """Train each case on this rank."""
     out = []
     for arch, bits, checkpointing, quant in cases:
@@ -121,7 +137,9 @@ def alone(bases: dict[str, str]) -> list[Any]:
 
 
 def assert_same(got: list[Any], expected: list[Any]) -> None:
-    for (losses, grads, tokens), (their_losses, their_grads, their_tokens) in zip(got, expected, strict=True):
+    for (losses, grads, tokens), (their_losses, their_grads, their_tokens) in zip(
+        got, expected, strict=True
+    ):
         assert losses == their_losses
         assert tokens == their_tokens
         assert grads == their_grads
@@ -141,7 +159,9 @@ def test_the_same_with_recomputed_activations_and_shards_in_host_memory(
 ) -> None:
     cases = [
         (arch, bits, mode, quant)
-        for (arch, bits, _, quant), mode in zip(CASES, ["non_reentrant", "reentrant"] * 2, strict=True)
+        for (arch, bits, _, quant), mode in zip(
+            CASES, ["non_reentrant", "reentrant"] * 2, strict=True
+        )
     ]
     for result in run_ranks(2, run_cases, bases, "zero3_offload", cases):
         assert_same(result, alone)
@@ -178,10 +198,16 @@ def test_shards_on_a_disk_come_back_as_the_bytes_they_were(
         assert_same([got for _, got in result], alone)
 
 
-def test_k_prompts_folded_over_nf4_gather_ten_times_less_than_k_passes_over_bf16(tmp_path: Path) -> None:
+def test_k_prompts_folded_over_nf4_gather_ten_times_less_than_k_passes_over_bf16(
+    tmp_path: Path,
+) -> None:
     torch.manual_seed(0)
     base = LlamaConfig(
-        hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4, vocab_size=256
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        vocab_size=256,
     )
     LlamaForCausalLM(base).save_pretrained(tmp_path)
     rows = run_ranks(2, counted, str(tmp_path), [4], [16, 4])[0]
@@ -190,8 +216,12 @@ def test_k_prompts_folded_over_nf4_gather_ten_times_less_than_k_passes_over_bf16
         assert by[16, "K passes", recompute] >= 10 * by[4, "one pass", recompute]
 
 
-def bytes_of_a_step(world: dist.World, bases: dict[str, str]) -> dict[tuple[str, int], tuple[int, int]]:
-    """Per architecture and bits: bytes of weights that this rank owns, and bytes it gathers in one training pass."""
+def bytes_of_a_step(
+    world: dist.World, bases: dict[str, str]
+) -> dict[tuple[str, int], tuple[int, int]]:
+    """Per architecture and bits: bytes of weights that this rank owns, and bytes it gathers in one
+    training pass.
+    """
     from deepspeed.runtime.zero import partition_parameters
 
     gather, counted = partition_parameters._dist_allgather_fn, [0]
@@ -213,7 +243,9 @@ def bytes_of_a_step(world: dist.World, bases: dict[str, str]) -> dict[tuple[str,
 
 def test_a_rank_owns_and_gathers_the_packed_bytes(bases: dict[str, str]) -> None:
     for sizes, arch in itertools.product(run_ranks(2, bytes_of_a_step, bases), bases):
-        (owned, gathered), (owned_8, gathered_8), (owned_4, gathered_4) = (sizes[arch, bits] for bits in (16, 8, 4))
+        (owned, gathered), (owned_8, gathered_8), (owned_4, gathered_4) = (
+            sizes[arch, bits] for bits in (16, 8, 4)
+        )
         assert owned_4 <= 0.32 * owned
         assert owned_8 <= 0.55 * owned
         assert 3 * gathered_4 <= gathered
@@ -221,7 +253,9 @@ def test_a_rank_owns_and_gathers_the_packed_bytes(bases: dict[str, str]) -> None
 
 
 def damage(world: dist.World, folder: str) -> str:
-    """Flip one bit of one layer's shard on the last rank; the text with which the check refuses, on each rank."""
+    """Flip one bit of one layer's shard on the last rank; the text with which the check refuses, on
+    each rank.
+    """
     root, _ = open_base(world, folder, 4, "zero3")
     root(lambda base: base.check())
     layers = {name: m for name, m in root.lm.named_modules() if isinstance(m, QuantLinear)}
@@ -236,7 +270,9 @@ def damage(world: dist.World, folder: str) -> str:
 
 def test_self_check_names_the_layer_whose_shard_is_damaged(bases: dict[str, str]) -> None:
     for text in run_ranks(2, damage, bases["llama"]):
-        assert "model.layers.1.mlp.up_proj: its bytes are not those that were loaded (1 layers" in text
+        assert (
+            "model.layers.1.mlp.up_proj: its bytes are not those that were loaded (1 layers" in text
+        )
 
 
 def random_bytes(world: dist.World, folder: str, seed: int) -> list[tuple[int, int]]:
@@ -251,7 +287,9 @@ def random_bytes(world: dist.World, folder: str, seed: int) -> list[tuple[int, i
     return [m.fingerprint for m in lm.modules() if isinstance(m, QuantLinear)]
 
 
-def test_random_weights_are_the_same_on_every_rank_and_unlike_from_layer_to_layer(bases: dict[str, str]) -> None:
+def test_random_weights_are_the_same_on_every_rank_and_unlike_from_layer_to_layer(
+    bases: dict[str, str],
+) -> None:
     first, second = run_ranks(2, random_bytes, bases["opt"], 1)
     assert first == second
     assert len(set(first)) == len(first) > 0
@@ -259,10 +297,14 @@ def test_random_weights_are_the_same_on_every_rank_and_unlike_from_layer_to_laye
 
 @pytest.mark.slow
 def test_no_rank_ever_holds_the_whole_base_while_it_is_loaded(tmp_path: Path) -> None:
-    """A base of 850 MB: the limit (share + one layer + 200 MiB) is below the whole of it, at 4 bits as at 16."""
+    """A base of 850 MB: the limit (share + one layer + 200 MiB) is below the whole of it, at 4 bits
+    as at 16.
+    """
     script = Path(__file__).parents[2] / "benchmarks" / "load_memory.py"
     command = [sys.executable, str(script), "--layers", "32", "--bits", "4", "16", "--ranks", "2"]
-    found = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True, timeout=540)
+    found = subprocess.run(
+        [*command, "--folder", str(tmp_path)], capture_output=True, text=True, timeout=540
+    )
     result = json.loads(found.stdout.splitlines()[-1])
     base_mib = result["base_mb"] * 1e6 / 2**20
     whole = {4: 0.31 * base_mib, 16: base_mib}  # at 4 bits embeddings and head keep 16

@@ -1,4 +1,6 @@
-"""A run that goes on from a checkpoint ends as the uninterrupted one, on the same ranks to the last bit."""
+"""A run that goes on from a checkpoint ends as the uninterrupted one, on the same ranks to the last
+bit.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,21 @@ def train(world: dist.World, options: list[str], run_dir: Path, ds: str | None) 
 
 def overrides(scene: Scene, steps: int, *more: str) -> list[str]:
     return scene.overrides(
-        "llama", f"train.max_steps={steps}", f"checkpoint.every_steps={SAVED_AT}", "checkpoint.keep_last=9",
-        "optim.clip_norm=1", "optim.warmup_steps=2", "optim.prompts_lr=0.02", "train.eval_every_steps=2", *more,
-    )  # fmt: skip
+        "llama",
+        f"train.max_steps={steps}",
+        f"checkpoint.every_steps={SAVED_AT}",
+        "checkpoint.keep_last=9",
+        "optim.clip_norm=1",
+        "optim.warmup_steps=2",
+        "optim.prompts_lr=0.02",
+        "train.eval_every_steps=2",
+        *more,
+    )
 
 
-def finish(scene: Scene, place: Place, folder: Path, steps: int = STEPS, more: tuple[str, ...] = ()) -> Run:
+def finish(
+    scene: Scene, place: Place, folder: Path, steps: int = STEPS, more: tuple[str, ...] = ()
+) -> Run:
     """Train to the end in `folder`, from wherever the folder stands."""
     world, ds = place
     codes = run_ranks(world, train, overrides(scene, steps, *more), folder, ds and scene.ds(ds))
@@ -56,7 +67,11 @@ def finish(scene: Scene, place: Place, folder: Path, steps: int = STEPS, more: t
     rows = [line for line in lines if line["kind"] == "train"]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))  # each step once, in order
     found = checkpoint.load(folder / "checkpoints" / f"step-{steps:08d}")
-    return Run(folder, {row["step"]: row["loss"] for row in rows}, {k: v.numpy() for k, v in found.trainables.items()})
+    return Run(
+        folder,
+        {row["step"]: row["loss"] for row in rows},
+        {k: v.numpy() for k, v in found.trainables.items()},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +81,9 @@ def whole(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> object:
 
 
 def killed_copy(run: Run, folder: Path) -> Path:
-    """The run folder as a kill during step 5 would have left it: step 4 is in the metrics, not in a checkpoint."""
+    """The run folder as a kill during step 5 would have left it: step 4 is in the metrics, not in a
+    checkpoint.
+    """
     shutil.copytree(run.folder, folder)
     (folder / "DONE.json").unlink()
     for path in (folder / "checkpoints").iterdir():
@@ -75,12 +92,16 @@ def killed_copy(run: Run, folder: Path) -> Path:
     assert (folder / "checkpoints" / f"step-{SAVED_AT:08d}").is_dir()
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] <= SAVED_AT + 1]
-    (folder / "metrics.jsonl").write_text("".join(kept) + '{"step": 5, "ki')  # killed while it wrote a line
+    (folder / "metrics.jsonl").write_text(
+        "".join(kept) + '{"step": 5, "ki'
+    )  # killed while it wrote a line
     return folder
 
 
 @pytest.mark.parametrize("place", [ONE, TWO, THREE])
-def test_same_ranks_go_on_to_the_last_bit(scene: Scene, whole, tmp_path: Path, place: Place) -> None:  # type: ignore[no-untyped-def]
+def test_same_ranks_go_on_to_the_last_bit(
+    scene: Scene, whole, tmp_path: Path, place: Place
+) -> None:  # type: ignore[no-untyped-def]
     expected: Run = whole(place)
     again = finish(scene, place, killed_copy(expected, tmp_path / "run"))
     assert again.losses == expected.losses
@@ -109,7 +130,9 @@ def test_a_done_run_goes_on_to_a_new_length(scene: Scene, whole, tmp_path: Path)
     shutil.copytree(expected.folder, folder)
     again = finish(scene, ONE, folder, steps=STEPS + 1)
     assert json.loads((folder / "DONE.json").read_text())["step"] == STEPS + 1
-    assert {step: again.losses[step] for step in expected.losses} == expected.losses  # none was taken again
+    assert {
+        step: again.losses[step] for step in expected.losses
+    } == expected.losses  # none was taken again
 
 
 def stop_at(world: dist.World, options: list[str], run_dir: Path, step: int) -> int:
@@ -131,15 +154,26 @@ def test_a_stop_loses_no_validation(scene: Scene, whole, tmp_path: Path) -> None
         return {line["step"]: line["nll_selected"] for line in lines if line["kind"] == "valid"}
 
     assert valid(folder) == valid(expected.folder)
-    assert json.loads((folder / "DONE.json").read_text()) == json.loads((expected.folder / "DONE.json").read_text())
+    assert json.loads((folder / "DONE.json").read_text()) == json.loads(
+        (expected.folder / "DONE.json").read_text()
+    )
 
 
 @pytest.mark.parametrize(
     ("start", "end"),
-    [(ONE, TWO), (TWO, ONE), (TWO, THREE), (THREE, ONE), (THREE, (2, "zero2")), (ONE, (1, "zero3"))],
+    [
+        (ONE, TWO),
+        (TWO, ONE),
+        (TWO, THREE),
+        (THREE, ONE),
+        (THREE, (2, "zero2")),
+        (ONE, (1, "zero3")),
+    ],
     ids=str,
 )
-def test_other_ranks_and_placements_go_on(scene: Scene, whole, tmp_path: Path, start: Place, end: Place) -> None:  # type: ignore[no-untyped-def]
+def test_other_ranks_and_placements_go_on(
+    scene: Scene, whole, tmp_path: Path, start: Place, end: Place
+) -> None:  # type: ignore[no-untyped-def]
     expected: Run = whole(start)
     again = finish(scene, end, killed_copy(expected, tmp_path / "run"))
     for step, loss in expected.losses.items():
@@ -155,7 +189,11 @@ def test_the_comparison_sees_lost_moments(scene: Scene, whole, tmp_path: Path) -
     path = folder / "checkpoints" / f"step-{SAVED_AT:08d}"
     saved = checkpoint.load(path)
     shutil.rmtree(path)
-    checkpoint.save(folder / "checkpoints", checkpoint.Checkpoint(saved.trainables, {}, saved.state))
+    checkpoint.save(
+        folder / "checkpoints", checkpoint.Checkpoint(saved.trainables, {}, saved.state)
+    )
     again = finish(scene, ONE, folder)
-    assert again.losses[SAVED_AT + 1] == expected.losses[SAVED_AT + 1]  # the next loss still says nothing
+    assert (
+        again.losses[SAVED_AT + 1] == expected.losses[SAVED_AT + 1]
+    )  # the next loss still says nothing
     assert abs(again.losses[STEPS] - expected.losses[STEPS]) > 1e-5 * expected.losses[STEPS]

@@ -1,4 +1,6 @@
-"""Writes DeepSpeed files for tests, reads them back as plans or problems, and fixes what the machine answers."""
+"""Writes DeepSpeed files for tests, reads them back as plans or problems, and fixes what the
+machine answers.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from spt_ds.errors import ConfigError
 
 @pytest.fixture
 def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine where async_io builds and no CUDA device is: the answers differ from one machine to the next."""
+    """A machine where async_io builds and no CUDA device is: the answers differ from one machine to
+    the next.
+    """
     monkeypatch.setattr(ds_config, "_async_io_builds", lambda: True)
     monkeypatch.setattr(ds_config, "_cuda", lambda: False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

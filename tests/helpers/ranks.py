@@ -1,7 +1,9 @@
-"""Runs a function on N ranks that gloo connects, with a time-out that prints every rank's traceback.
+"""Runs a function on N ranks that gloo connects, with a time-out that prints every rank's
+traceback.
 
-The ranks are forked from a server process that has imported torch, transformers and DeepSpeed once: a start costs
-well under a second instead of ten. Functions and arguments must be importable by name; results are plain data.
+The ranks are forked from a server process that has imported torch, transformers and DeepSpeed once:
+a start costs well under a second instead of ten. Functions and arguments must be importable by
+name; results are plain data.
 """
 
 from __future__ import annotations
@@ -18,8 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "transformers", "transformers.models.llama.modeling_llama", "transformers.models.opt.modeling_opt",
-           "deepspeed", "datasets", "spt_ds.engine.trainer", "spt_ds.model.quant_load"]  # fmt: skip
+PRELOAD = [
+    "torch",
+    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.opt.modeling_opt",
+    "deepspeed",
+    "datasets",
+    "spt_ds.engine.trainer",
+    "spt_ds.model.quant_load",
+]
 MEMORY_LIMIT_BYTES = 16 * 2**30
 
 _context = multiprocessing.get_context("forkserver")
@@ -34,7 +44,9 @@ def free_port() -> int:
         return port
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 90) -> list[Any]:
+def run_ranks(
+    size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 90
+) -> list[Any]:
     """Call `function(world, *args)` on `size` ranks and return their results in rank order.
 
     Raises AssertionError with each rank's traceback when one fails or the time is up.
@@ -45,7 +57,9 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: fl
         for rank in range(size):
             receive, send = _context.Pipe(duplex=False)
             log = Path(folder) / f"rank-{rank}.txt"
-            process = _context.Process(target=_rank_main, args=(rank, size, port, log, timeout_s, send, function, args))
+            process = _context.Process(
+                target=_rank_main, args=(rank, size, port, log, timeout_s, send, function, args)
+            )
             process.start()
             send.close()
             pipes.append(receive)
@@ -57,7 +71,9 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: fl
                 process.kill()
                 process.join()
         if not all(ok for ok, _ in results):
-            logs = "\n".join(f"--- rank {rank}\n{log.read_text()}" for rank, (_, log) in enumerate(processes))
+            logs = "\n".join(
+                f"--- rank {rank}\n{log.read_text()}" for rank, (_, log) in enumerate(processes)
+            )
             raise AssertionError(f"{function.__name__} failed on {size} ranks\n{logs}")
     return [value for _, value in results]
 
@@ -70,7 +86,14 @@ def _result(pipe: Any, timeout_s: float) -> tuple[bool, Any]:
 
 
 def _rank_main(
-    rank: int, size: int, port: int, log: Path, timeout_s: float, send: Any, function: Any, args: tuple[Any, ...]
+    rank: int,
+    size: int,
+    port: int,
+    log: Path,
+    timeout_s: float,
+    send: Any,
+    function: Any,
+    args: tuple[Any, ...],
 ) -> None:
     with log.open("w", buffering=1) as stream:
         os.dup2(stream.fileno(), 1)
@@ -80,9 +103,13 @@ def _rank_main(
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=stream)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
         os.environ |= {
-            "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         import torch
 
         from spt_ds import dist

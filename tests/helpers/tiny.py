@@ -1,7 +1,8 @@
 """Tiny frozen bases with random weights, random micro-batches and the method on top of them.
 
-The weights are drawn wide enough that attention, positions and every layer matter: with the small default ranges a
-broken mask moves a loss by less than a rounding error. Legend: D embedding size, V vocabulary.
+The weights are drawn wide enough that attention, positions and every layer matter: with the small
+default ranges a broken mask moves a loss by less than a rounding error. Legend: D embedding size, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -32,9 +33,14 @@ from spt_ds.model.spt import Spt, Trainables
 
 VOCABULARY = 61
 EOS = 2
-_COMMON = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 96}
-# GELU, not OPT's ReLU: signs that bf16 rounding flips at its kink would need a tolerance that sees nothing. The golden
-# case has ReLU.
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 96,
+}
+# GELU, not OPT's ReLU: signs that bf16 rounding flips at its kink would need a tolerance that sees
+# nothing. The golden case has ReLU.
 _OPT = {
     **_COMMON,
     "activation_function": "gelu",
@@ -43,13 +49,26 @@ _OPT = {
     "word_embed_proj_dim": 16,
     "pad_token_id": 1,
 }
-_GATED = {**_COMMON, "intermediate_size": 24, "num_attention_heads": 4, "pad_token_id": None, "eos_token_id": EOS}
+_GATED = {
+    **_COMMON,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "pad_token_id": None,
+    "eos_token_id": EOS,
+}
 _GEMMA = {**_GATED, "num_key_value_heads": 1, "head_dim": 8}
-_GEMMA2 = {**_GEMMA, "sliding_window": 64, "attn_logit_softcapping": None, "final_logit_softcapping": None}
+_GEMMA2 = {
+    **_GEMMA,
+    "sliding_window": 64,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
 
 
 def tiny_config(arch: str, **overrides: Any) -> PretrainedConfig:
-    """Configuration of one tiny base. `opt_project` has D 12 but hidden size 16, `phi` a head with bias."""
+    """Configuration of one tiny base. `opt_project` has D 12 but hidden size 16, `phi` a head with
+    bias.
+    """
     makers: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
         "opt": (OPTConfig, _OPT),
         "opt_project": (OPTConfig, {**_OPT, "word_embed_proj_dim": 12}),
@@ -65,7 +84,9 @@ def tiny_config(arch: str, **overrides: Any) -> PretrainedConfig:
 
 def tiny_lm(arch: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any) -> Any:
     """A tiny causal LM with random weights: those of `dtype` are the fp32 ones rounded once."""
-    lm = AutoModelForCausalLM.from_config(tiny_config(arch, **overrides), attn_implementation=PACKED)
+    lm = AutoModelForCausalLM.from_config(
+        tiny_config(arch, **overrides), attn_implementation=PACKED
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in lm.named_parameters():
@@ -74,7 +95,9 @@ def tiny_lm(arch: str, dtype: torch.dtype = torch.float64, seed: int = 0, **over
                 spread = 0.3 if "embed" in name else 1.0 / math.sqrt(parameter.shape[1])
                 parameter.copy_(spread * noise)
             else:
-                parameter.add_(0.3 * noise)  # biases stand around 0, norm weights around 1 (Gemma's: 0)
+                parameter.add_(
+                    0.3 * noise
+                )  # biases stand around 0, norm weights around 1 (Gemma's: 0)
     lm.to(dtype).eval()
     if dtype == torch.float64:
         make_precise(lm)
@@ -82,7 +105,9 @@ def tiny_lm(arch: str, dtype: torch.dtype = torch.float64, seed: int = 0, **over
 
 
 class _PreciseNorm(nn.Module):
-    """RMS norm in the precision of its input: that of `transformers` computes in fp32 even for fp64."""
+    """RMS norm in the precision of its input: that of `transformers` computes in fp32 even for
+    fp64.
+    """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         super().__init__()
@@ -120,7 +145,9 @@ def tiny_backbone(
 
 
 def tiny_config_of_run(**sections: dict[str, Any]) -> Config:
-    """A run's configuration: loss weights and temperatures all differ, so that no two can be mixed up unseen."""
+    """A run's configuration: loss weights and temperatures all differ, so that no two can be mixed
+    up unseen.
+    """
     losses = {"selection": 1.7, "fusion": 1.3, "contrastive": 0.9, "tau_gold": 0.6, "tau_sim": 1.25}
     given = {name: dict(section) for name, section in sections.items()}
     given["losses"] = {**losses, **given.get("losses", {})}
@@ -150,7 +177,9 @@ def tiny_spt(
 
 
 def make_batch(
-    contexts: Sequence[torch.Tensor], responses: Sequence[torch.Tensor], weights: Sequence[float] | None = None
+    contexts: Sequence[torch.Tensor],
+    responses: Sequence[torch.Tensor],
+    weights: Sequence[float] | None = None,
 ) -> Batch:
     """A micro-batch of the given token rows."""
     return Batch(
@@ -163,8 +192,12 @@ def make_batch(
     )
 
 
-def random_batch(lens: Sequence[tuple[int, int]], seed: int = 2, vocabulary: int = VOCABULARY) -> Batch:
-    """Random tokens, (context, response) lengths as given; every response ends with EOS as real ones do."""
+def random_batch(
+    lens: Sequence[tuple[int, int]], seed: int = 2, vocabulary: int = VOCABULARY
+) -> Batch:
+    """Random tokens, (context, response) lengths as given; every response ends with EOS as real
+    ones do.
+    """
     generator = torch.Generator().manual_seed(seed)
     contexts = [torch.randint(3, vocabulary, (c,), generator=generator) for c, _ in lens]
     responses = [torch.randint(3, vocabulary, (r,), generator=generator) for _, r in lens]
@@ -183,12 +216,16 @@ def pick(batch: Batch, rows: Sequence[int]) -> Batch:
     """The given examples of a micro-batch, in the given order, with their weights."""
     every = examples_of(batch)
     return make_batch(
-        [every[b][0] for b in rows], [every[b][1] for b in rows], weights=[batch.weights[b] for b in rows]
+        [every[b][0] for b in rows],
+        [every[b][1] for b in rows],
+        weights=[batch.weights[b] for b in rows],
     )
 
 
 def all_pairs(size: int, dtype: torch.dtype = torch.float64) -> Contrast:
-    """Every pair of `size` examples of rank 0, one in three similar: unequal numbers, so that a swap of signs shows."""
+    """Every pair of `size` examples of rank 0, one in three similar: unequal numbers, so that a
+    swap of signs shows.
+    """
     pairs = torch.combinations(torch.arange(size))
     targets = torch.where(torch.arange(len(pairs)) % 3 == 0, 1.0, -1.0).to(dtype)
     return Contrast(tuple((0, b) for b in range(size)), pairs, targets, len(pairs))

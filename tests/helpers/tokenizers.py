@@ -6,7 +6,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 _SENTENCES = [
-    "given persona: i like dogs. i work at night.; context: Q: hi, how are you? R: i am fine, you? Q: good R: hello",
+    (
+        "given persona: i like dogs. i work at night.; context: Q: hi, how are you? R: i am fine,"
+        " you? Q: good R: hello"
+    ),
     "context: Q: what do you do for a living? R: i teach music. Q: that is nice",
 ]
 
@@ -15,7 +18,9 @@ def byte_tokenizer(bos: str | None = "<s>") -> PreTrainedTokenizerFast:
     """Byte-level BPE without merges: the id of a byte is its value, `<s>` is 256, `</s>` 257."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    letters = {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -34,13 +39,18 @@ def trained_byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def piece_tokenizer() -> PreTrainedTokenizerFast:
-    """SentencePiece-like BPE, as Llama-2 has: blanks are letters of the words, the text's first word gets one too."""
+    """SentencePiece-like BPE, as Llama-2 has: blanks are letters of the words, the text's first
+    word gets one too.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.train_from_iterator(
-        _SENTENCES, trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>"], show_progress=False)
+        _SENTENCES,
+        trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>"], show_progress=False),
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )
 
 
 def joining_tokenizer() -> PreTrainedTokenizerFast:

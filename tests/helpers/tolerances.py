@@ -1,8 +1,8 @@
 """One row of tolerances per dtype, and the comparison that uses them.
 
-`loss` bounds a difference relative to the larger of 1 and the twin's value, `grad` the norm of a gradient's
-difference relative to the norm of the twin's gradient. docs/numerics.md says what was measured and which deliberate
-faults each row sees.
+`loss` bounds a difference relative to the larger of 1 and the twin's value, `grad` the norm of a
+gradient's difference relative to the norm of the twin's gradient. docs/numerics.md says what was
+measured and which deliberate faults each row sees.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Tolerance:
     grad: float
 
 
-# Two to twelve times the largest differences measured (docs/numerics.md). fp64 losses would allow 1e-14, but torch's
-# cosine embedding loss adds 1e-12 to squared norms, which shows as 9e-13.
+# Two to twelve times the largest differences measured (docs/numerics.md). fp64 losses would allow
+# 1e-14, but torch's cosine embedding loss adds 1e-12 to squared norms, which shows as 9e-13.
 TOLERANCES = {
     torch.float64: Tolerance(loss=1e-11, grad=1e-10),
     torch.float32: Tolerance(loss=2e-6, grad=1e-5),
@@ -45,7 +45,9 @@ def value_gap(ours: torch.Tensor, twin: torch.Tensor) -> float:
 
 
 def grad_gap(ours: torch.Tensor, twin: torch.Tensor) -> float:
-    """Norm of the difference relative to the norm of the twin; a twin of zeros leaves the absolute norm."""
+    """Norm of the difference relative to the norm of the twin; a twin of zeros leaves the absolute
+    norm.
+    """
     if ours.shape != twin.shape:
         return float("inf")
     a, b = ours.double().cpu(), twin.double()
@@ -56,9 +58,16 @@ def grad_gap(ours: torch.Tensor, twin: torch.Tensor) -> float:
 def gaps(ours: Step, twin: Step) -> dict[str, tuple[float, str]]:
     """Every compared quantity with its difference and the column of the table that bounds it."""
     if ours.values.keys() != twin.values.keys() or ours.grads.keys() != twin.grads.keys():
-        raise AssertionError(f"different quantities: {sorted(ours.values)} and {sorted(twin.values)}")
-    out = {name: (value_gap(value, twin.values[name]), "loss") for name, value in ours.values.items()}
-    out |= {f"grad {name}": (grad_gap(grad, twin.grads[name]), "grad") for name, grad in ours.grads.items()}
+        raise AssertionError(
+            f"different quantities: {sorted(ours.values)} and {sorted(twin.values)}"
+        )
+    out = {
+        name: (value_gap(value, twin.values[name]), "loss") for name, value in ours.values.items()
+    }
+    out |= {
+        f"grad {name}": (grad_gap(grad, twin.grads[name]), "grad")
+        for name, grad in ours.grads.items()
+    }
     return out
 
 
@@ -67,5 +76,9 @@ def assert_steps_close(ours: Step, twin: Step, dtype: torch.dtype) -> None:
     row = TOLERANCES[dtype]
     limits = {"loss": row.loss, "grad": row.grad}
     found = gaps(ours, twin)
-    wrong = {name: f"{gap:.2e} > {limits[kind]:.0e}" for name, (gap, kind) in found.items() if not gap <= limits[kind]}
+    wrong = {
+        name: f"{gap:.2e} > {limits[kind]:.0e}"
+        for name, (gap, kind) in found.items()
+        if not gap <= limits[kind]
+    }
     assert not wrong, f"{dtype}: {wrong}"

@@ -1,8 +1,8 @@
 """Slow float64 twins of the method, written from the formulas with loops and independent of spt_ds.
 
-Nothing here imports the package. Every (prompt, example) pair is one unpadded forward of the base with full logits;
-the fusion mixes K rows of V logits; attention is the textbook formula. Legend: K prompts, P virtual tokens, B
-examples, D embedding size, V vocabulary.
+Nothing here imports the package. Every (prompt, example) pair is one unpadded forward of the base
+with full logits; the fusion mixes K rows of V logits; attention is the textbook formula. Legend: K
+prompts, P virtual tokens, B examples, D embedding size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ Tensor = torch.Tensor
 
 
 def twin_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **kwargs: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of one row, head by head; `transformers`' own eager softmax is fp32 at best."""
     heads, tokens = query.shape[1], query.shape[2]
@@ -40,7 +46,9 @@ AttentionMaskInterface.register(TWIN, lambda *args, **kwargs: None)
 
 @dataclass
 class TwinParts:
-    """The trainable tensors in float64, each requiring a gradient. `shared` retrievers pass W_c for W_p too."""
+    """The trainable tensors in float64, each requiring a gradient. `shared` retrievers pass W_c for
+    W_p too.
+    """
 
     prompts: Tensor  # [K, P, D]
     w_c: Tensor  # [D, D]
@@ -93,7 +101,9 @@ def score(parts: TwinParts, k: int, context: Tensor) -> Tensor:
     return softplus(cosine(v, c))
 
 
-def target_logits(lm: Any, prompt: Tensor, context: Tensor, response: Tensor, placement: str) -> list[Tensor]:
+def target_logits(
+    lm: Any, prompt: Tensor, context: Tensor, response: Tensor, placement: str
+) -> list[Tensor]:
     """Logits [V] that predict each response token, from one unpadded forward of the base."""
     table = lm.get_input_embeddings()
     around = [prompt, table(context)] if placement == "prefix" else [table(context), prompt]
@@ -103,8 +113,12 @@ def target_logits(lm: Any, prompt: Tensor, context: Tensor, response: Tensor, pl
     return [logits[first + i] for i in range(len(response))]
 
 
-def selection(nll: Sequence[Tensor], scores: Sequence[Tensor], tau_gold: float, tau_sim: float) -> Tensor:
-    """KL(softmax(-nll / tau_gold) || softmax(s / tau_sim)) of one example, gold detached: K numbers each -> []."""
+def selection(
+    nll: Sequence[Tensor], scores: Sequence[Tensor], tau_gold: float, tau_sim: float
+) -> Tensor:
+    """KL(softmax(-nll / tau_gold) || softmax(s / tau_sim)) of one example, gold detached: K numbers
+    each -> [].
+    """
     gold = [torch.exp(-value.detach() / tau_gold) for value in nll]
     similar = [torch.exp(value / tau_sim) for value in scores]
     p = [value / add(gold) for value in gold]
@@ -126,9 +140,11 @@ def twin_step(
     settings: TwinSettings,
     trained: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Tensor]:
-    """Every loss of one step over `examples` (context ids, response ids) and BLEU `pairs` (i, j, target).
+    """Every loss of one step over `examples` (context ids, response ids) and BLEU `pairs` (i, j,
+    target).
 
-    `trained[b]` lists the prompts of example b whose hidden states, here logits, keep their gradient; None: all.
+    `trained[b]` lists the prompts of example b whose hidden states, here logits, keep their
+    gradient; None: all.
     """
     count, size = len(parts.prompts), len(examples)
     embed = lm.get_input_embeddings()
@@ -143,23 +159,45 @@ def twin_step(
             if trained is not None and k not in trained[b]:
                 logits = [row.detach() for row in logits]
             rows.append(logits)
-            tokens = [cross_entropy(row, int(target)) for row, target in zip(logits, response, strict=True)]
+            tokens = [
+                cross_entropy(row, int(target))
+                for row, target in zip(logits, response, strict=True)
+            ]
             every_token += tokens
             nll[k].append(mean(tokens))
         scale = add([scores[k][b] for k in range(count)]) if settings.normalised else torch.ones(())
-        mixed = [add([scores[k][b] / scale * rows[k][i] for k in range(count)]) for i in range(len(response))]
-        fused.append(mean([cross_entropy(row, int(target)) for row, target in zip(mixed, response, strict=True)]))
+        mixed = [
+            add([scores[k][b] / scale * rows[k][i] for k in range(count)])
+            for i in range(len(response))
+        ]
+        fused.append(
+            mean(
+                [
+                    cross_entropy(row, int(target))
+                    for row, target in zip(mixed, response, strict=True)
+                ]
+            )
+        )
     columns = [[scores[k][b] for k in range(count)] for b in range(size)]
     replies = [[nll[k][b] for k in range(count)] for b in range(size)]
     out = {
         "nll_loss": mean(every_token),
         "selection": mean(
-            [selection(replies[b], columns[b], settings.tau_gold, settings.tau_sim) for b in range(size)]
+            [
+                selection(replies[b], columns[b], settings.tau_gold, settings.tau_sim)
+                for b in range(size)
+            ]
         ),
         "fusion": mean(fused),
-        "contrastive": mean([contrastive(columns[i], columns[j], target) for i, j, target in pairs]),
+        "contrastive": mean(
+            [contrastive(columns[i], columns[j], target) for i, j, target in pairs]
+        ),
     }
-    weights = {"selection": settings.selection, "fusion": settings.fusion, "contrastive": settings.contrastive}
+    weights = {
+        "selection": settings.selection,
+        "fusion": settings.fusion,
+        "contrastive": settings.contrastive,
+    }
     out["total"] = out["nll_loss"] + add([weight * out[name] for name, weight in weights.items()])
     out["nll"] = torch.stack([torch.stack(row) for row in nll])
     out["scores"] = torch.stack([torch.stack(row) for row in scores])

@@ -1,4 +1,6 @@
-"""`spt_ds.load`, its replies and the terminal conversation on tiny random bases, against evaluation's own decoding."""
+"""`spt_ds.load`, its replies and the terminal conversation on tiny random bases, against
+evaluation's own decoding.
+"""
 
 from __future__ import annotations
 
@@ -42,19 +44,27 @@ MESSAGES = ("hi, how are you today?", "what do you do for a living?", "nice", "a
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Bases and runs named ARCH-PLACEMENT; the process group of one and its variables end with the module."""
+    """Bases and runs named ARCH-PLACEMENT; the process group of one and its variables end with the
+    module.
+    """
     before = dict(os.environ)
     folder = tmp_path_factory.mktemp("runs")
     for arch in ARCHS:
         backbone = tiny_backbone(arch, torch.float32, vocab_size=258, max_position_embeddings=320)
-        tiny_lm(arch, torch.float32, vocab_size=258, max_position_embeddings=320).save_pretrained(folder / arch)
+        tiny_lm(arch, torch.float32, vocab_size=258, max_position_embeddings=320).save_pretrained(
+            folder / arch
+        )
         byte_tokenizer().save_pretrained(folder / arch)
         for placement in ("prefix", "suffix"):
             config = Config.model_validate(
                 {
                     "model": {"base": str(folder / arch), "base_bits": 32},
                     "prompts": {"count": 3, "tokens": PROMPT_TOKENS, "placement": placement},
-                    "data": {"max_tokens": WINDOW, "test": str(folder / "test.jsonl"), "cache_dir": str(folder / "c")},
+                    "data": {
+                        "max_tokens": WINDOW,
+                        "test": str(folder / "test.jsonl"),
+                        "cache_dir": str(folder / "c"),
+                    },
                     "generate": {"max_new_tokens": NEW_TOKENS, "batch_size": 3, "perplexity": True},
                 }
             )
@@ -80,7 +90,11 @@ class Reads:
         lm.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, _: object, args: object, kwargs: dict[str, Any]) -> None:
-        given = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        given = (
+            kwargs["inputs_embeds"]
+            if kwargs.get("inputs_embeds") is not None
+            else kwargs["input_ids"]
+        )
         self.calls.append(given.shape[1])
 
     def take(self) -> list[int]:
@@ -89,14 +103,18 @@ class Reads:
 
 
 def context_of(bot: Bot, persona: tuple[str, ...], history: list[str]) -> list[int]:
-    ids = encode_context(persona, history, bot._session.tokenizer, WINDOW, reserved=NEW_TOKENS).context_ids
+    ids = encode_context(
+        persona, history, bot._session.tokenizer, WINDOW, reserved=NEW_TOKENS
+    ).context_ids
     return list(ids)
 
 
 def fresh(bot: Bot, persona: tuple[str, ...], history: list[str], mode: str = "select") -> Decoded:
     """What evaluation decodes for this context, with nothing kept from before."""
     ids = context_of(bot, persona, history)
-    batch = Batch(torch.tensor(ids), torch.zeros(0, dtype=torch.long), (len(ids),), (0,), (0,), (1.0,))
+    batch = Batch(
+        torch.tensor(ids), torch.zeros(0, dtype=torch.long), (len(ids),), (0,), (0,), (1.0,)
+    )
     options = bot._session.config.generate.model_copy(update={"mode": mode, "perplexity": False})
     return decode_batch(bot._session, batch, options)
 
@@ -109,14 +127,18 @@ def same(reply: Reply, decoded: Decoded) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_conversation_reads_its_context_once(folder: Path, arch: str) -> None:
-    """Suffix: each turn reads what is new and the prompt; the tokens are those of a decode from nothing."""
+    """Suffix: each turn reads what is new and the prompt; the tokens are those of a decode from
+    nothing.
+    """
     bot = spt_ds.load(folder / f"{arch}-suffix")
     reads = Reads(bot)
     history: list[str] = []
     known: list[int] = []
     for turn, message in enumerate(MESSAGES):
         history.append(message)
-        prompt = None if turn != 2 else (bot.reply(PERSONA, history).prompt or 0) ^ 1  # another prompt than the best
+        prompt = (
+            None if turn != 2 else (bot.reply(PERSONA, history).prompt or 0) ^ 1
+        )  # another prompt than the best
         if turn == 2:
             known = context_of(bot, PERSONA, history)
         reads.take()
@@ -132,7 +154,10 @@ def test_conversation_reads_its_context_once(folder: Path, arch: str) -> None:
 
 
 def test_penalties_see_the_reply_and_not_the_kept_context(folder: Path) -> None:
-    options: dict[str, Any] = {"generate__repetition_penalty": 3.0, "generate__no_repeat_ngram_size": 2}
+    options: dict[str, Any] = {
+        "generate__repetition_penalty": 3.0,
+        "generate__no_repeat_ngram_size": 2,
+    }
     bot = spt_ds.load(folder / "llama-suffix", **options)
     plain = spt_ds.load(folder / "llama-suffix")
     history: list[str] = []
@@ -186,7 +211,9 @@ def test_failure_forgets_the_context(folder: Path) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
-    hook = lm.base_model.layers[1].register_forward_pre_hook(fail)  # the first layer has its new keys by then
+    hook = lm.base_model.layers[1].register_forward_pre_hook(
+        fail
+    )  # the first layer has its new keys by then
     with pytest.raises(MemoryError):
         bot.reply(PERSONA, ["hi", "hello", "you?"])
     with pytest.raises(MemoryError):
@@ -199,19 +226,32 @@ def test_failure_forgets_the_context(folder: Path) -> None:
 def test_replies_are_those_of_generate(folder: Path, run: str, tmp_path: Path) -> None:
     histories = [MESSAGES[:1] * (2 * n + 1) for n in range(3)]
     histories += [("so " * 40, "fine", "no " * 30, "ok", "bye")] * 2  # the oldest turns do not fit
-    rows = [{"persona": PERSONA[:n % 3], "history": history, "response": "ok " * (1 + 20 * (n == 4))}
-            for n, history in enumerate(histories)]  # fmt: skip
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = [
+        {"persona": PERSONA[: n % 3], "history": history, "response": "ok " * (1 + 20 * (n == 4))}
+        for n, history in enumerate(histories)
+    ]
+    (folder / "test.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     bot = spt_ds.load(folder / run)
     assert not bot._session.config.generate.perplexity, "a conversation has no reference reply"
     store = open_split(bot._session, "test")
-    lines = Generator(bot._session, store, tmp_path, "test", "step-7").run().read_text(encoding="utf-8").splitlines()
+    lines = (
+        Generator(bot._session, store, tmp_path, "test", "step-7")
+        .run()
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     for line in map(json.loads, lines):
         reply = bot.reply(line["persona"], line["history"])
         assert (reply.text, reply.prompt, len(reply.tokens)) == (
-            line["reply"].strip(), line["prompt"], line["new_tokens"],
-        )  # fmt: skip
-        assert [round(score, 6) for score in reply.scores] == pytest.approx(line["scores"], abs=2e-6)
+            line["reply"].strip(),
+            line["prompt"],
+            line["new_tokens"],
+        )
+        assert [round(score, 6) for score in reply.scores] == pytest.approx(
+            line["scores"], abs=2e-6
+        )
     assert len(lines) == 5
 
 
@@ -221,11 +261,15 @@ def test_a_reference_reply_beyond_the_positions_is_refused(folder: Path) -> None
     bot = spt_ds.load(folder / "opt-prefix")
     config = load_config(str(folder / "opt-prefix" / "config.yaml"))
     assert config.generate.perplexity
-    with pytest.raises(ConfigError, match=r"context and reference reply: .* the base has 320 positions"):
+    with pytest.raises(
+        ConfigError, match=r"context and reference reply: .* the base has 320 positions"
+    ):
         open_split(replace(bot._session, config=config), "test")
 
 
-@pytest.mark.parametrize("options", [{}, {"generate__mode": "fuse"}, {"generate__num_beams": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"generate__mode": "fuse"}, {"generate__num_beams": 2}], ids=str
+)
 def test_stream_is_the_reply(folder: Path, options: dict[str, Any]) -> None:
     bot = spt_ds.load(folder / "opt-suffix", checkpoint=7, generate__max_new_tokens=24, **options)
     for message in MESSAGES:
@@ -262,7 +306,9 @@ def test_pieces_are_whole_words_and_end_where_the_reply_is_cut(
 
     def scripted(session: object, batch: object, options: object, live: Any) -> Decoded:
         if live.streamer is not None:
-            live.streamer.put(torch.zeros(1, 0, dtype=torch.long))  # as transformers does, the context's ids: none
+            live.streamer.put(
+                torch.zeros(1, 0, dtype=torch.long)
+            )  # as transformers does, the context's ids: none
             for token in tokens:
                 live.streamer.put(torch.tensor([token]))
             live.streamer.end()
@@ -279,7 +325,9 @@ def test_pieces_are_whole_words_and_end_where_the_reply_is_cut(
 def test_stopped_reply_ends_early_and_leaves_the_context_right(folder: Path) -> None:
     bot = spt_ds.load(folder / "llama-suffix")
     ids = context_of(bot, PERSONA, ["hi"])
-    batch = Batch(torch.tensor(ids), torch.zeros(0, dtype=torch.long), (len(ids),), (0,), (0,), (1.0,))
+    batch = Batch(
+        torch.tensor(ids), torch.zeros(0, dtype=torch.long), (len(ids),), (0,), (0,), (1.0,)
+    )
     options = bot._session.config.generate.model_copy(update={"perplexity": False})
 
     class StopAtThird(BaseStreamer):
@@ -296,7 +344,8 @@ def test_stopped_reply_ends_early_and_leaves_the_context_right(folder: Path) -> 
     live = Live(bot._context, StopAtThird())
     stopped = decode_batch(bot._session, batch, options, live).tokens[0]
     whole = fresh(bot, PERSONA, ["hi"])
-    # Versions of transformers differ in whether the stop is looked for before or after a token is streamed.
+    # Versions of transformers differ in whether the stop is looked for before or after a token is
+    # streamed.
     assert stopped in (whole.tokens[0][:3], whole.tokens[0][:4])
     same(bot.reply(PERSONA, ["hi"]), whole)
 
@@ -308,7 +357,9 @@ def test_terminal_from_pipe_with_ctrl_c(
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
-    """Ctrl-C in the middle of a long reply comes back to the input; the same question is then answered whole."""
+    """Ctrl-C in the middle of a long reply comes back to the input; the same question is then
+    answered whole.
+    """
     persona, saved = tmp_path / "persona.txt", tmp_path / "talk.jsonl"
     persona.write_text("\n".join(PERSONA), encoding="utf-8")
     calls = 0
@@ -334,7 +385,13 @@ def test_terminal_from_pipe_with_ctrl_c(
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(api, "open_bot", watched)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"hi\n/retry\nmore\n/save {saved}\n"))
-    argv = [str(folder / "opt-suffix"), "--persona", str(persona), "--set", "generate.max_new_tokens=60"]
+    argv = [
+        str(folder / "opt-suffix"),
+        "--persona",
+        str(persona),
+        "--set",
+        "generate.max_new_tokens=60",
+    ]
     assert chat.main(argv) == 0
     out = capsys.readouterr().out
     assert out.count("[stopped") == 1
@@ -348,7 +405,10 @@ def test_terminal_from_pipe_with_ctrl_c(
 
 
 def test_what_a_user_can_get_wrong(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = folder / "opt-prefix"
     with pytest.raises(ConfigError, match=r"no config\.yaml"):

@@ -14,12 +14,16 @@ from tests.helpers.ranks import run_ranks
 
 
 def run(run_dir: Path, *overrides: str, deepspeed_config: str | None = None) -> tuple[int, str]:
-    """Train in a rank of its own, so that process groups and signal handlers do not leak between tests."""
+    """Train in a rank of its own, so that process groups and signal handlers do not leak between
+    tests.
+    """
     code, text = run_ranks(1, _train, str(run_dir), overrides, deepspeed_config, timeout_s=60)[0]
     return code, text
 
 
-def _train(world: object, run_dir: str, overrides: tuple[str, ...], deepspeed_config: str | None) -> tuple[int, str]:
+def _train(
+    world: object, run_dir: str, overrides: tuple[str, ...], deepspeed_config: str | None
+) -> tuple[int, str]:
     import contextlib
     import io
 
@@ -93,9 +97,15 @@ def test_base_folder_without_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "part"),
-    [(None, "cannot read the DeepSpeed file"), (b"{\xff}", "not UTF-8 text"), (b'{"zero": 1}', "problem(s)")],
+    [
+        (None, "cannot read the DeepSpeed file"),
+        (b"{\xff}", "not UTF-8 text"),
+        (b'{"zero": 1}', "problem(s)"),
+    ],
 )
-def test_a_bad_deepspeed_file_leaves_no_folder(content: bytes | None, part: str, tmp_path: Path) -> None:
+def test_a_bad_deepspeed_file_leaves_no_folder(
+    content: bytes | None, part: str, tmp_path: Path
+) -> None:
     path = tmp_path / "ds.json"
     if content is not None:
         path.write_bytes(content)
@@ -116,11 +126,15 @@ def test_the_mended_command_starts_and_another_one_is_refused_when_done(tmp_path
 
 
 @pytest.mark.parametrize(("local_rank", "speaks"), [("0", True), ("1", False)])
-def test_a_host_without_the_configuration_says_so_once(tmp_path: Path, local_rank: str, speaks: bool) -> None:
+def test_a_host_without_the_configuration_says_so_once(
+    tmp_path: Path, local_rank: str, speaks: bool
+) -> None:
     """Ranks 2 and 3 of a second host on which the file is not mounted."""
     place = {"RANK": str(2 + int(local_rank)), "WORLD_SIZE": "4", "LOCAL_RANK": local_rank}
     command = [sys.executable, "-m", "spt_ds.train", "--config", str(tmp_path / "none.yaml")]
-    done = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env={**os.environ, **place}, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2
     assert ("none.yaml" in done.stderr) is speaks
 
@@ -145,7 +159,9 @@ def _speaks_twice(world: object, run_dir: str) -> list[int]:
 
 
 def test_each_start_speaks_once(tmp_path: Path) -> None:
-    """A claim of the first start stayed, and silenced every later one with the same port and parent."""
+    """A claim of the first start stayed, and silenced every later one with the same port and
+    parent.
+    """
     first, second = run_ranks(2, _speaks_twice, str(tmp_path))
     assert [a + b for a, b in zip(first, second, strict=True)] == [1, 1]
 
@@ -153,7 +169,9 @@ def test_each_start_speaks_once(tmp_path: Path) -> None:
 def test_a_lost_peer_is_told_once_on_each_host_unless_a_rank_told_the_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The hosts see different things when a link is cut; a rank's own fault explains what the others see."""
+    """The hosts see different things when a link is cut; a rank's own fault explains what the
+    others see.
+    """
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(train, "_started", ["here"])
     for host in ("a", "a", "b"):
@@ -181,4 +199,7 @@ def _two_files(world: object, folder: str) -> str:
 def test_ranks_that_see_different_files_all_say_so(tmp_path: Path) -> None:
     messages = run_ranks(2, _two_files, str(tmp_path))
     assert messages[0] == messages[1]
-    assert "data.train differs between ranks: ranks [0]: hash of rank 0; ranks [1]: hash of rank 1" in messages[0]
+    assert (
+        "data.train differs between ranks: ranks [0]: hash of rank 0; ranks [1]: hash of rank 1"
+        in messages[0]
+    )

@@ -1,4 +1,6 @@
-"""Every baseline from training to the tables; replies of trained weights against transformers' own generate."""
+"""Every baseline from training to the tables; replies of trained weights against transformers' own
+generate.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A short run of each recipe, as it is shipped but for its length."""
     folder = tmp_path_factory.mktemp("recipes")
     short = [
-        "train.max_steps=2", "train.global_batch=4", "data.max_train_examples=40", "data.max_valid_examples=4",
-        "data.max_test_examples=3", "data.workers=0", "generate.max_new_tokens=8", f"data.cache_dir={folder / 'cache'}",
-    ]  # fmt: skip
+        "train.max_steps=2",
+        "train.global_batch=4",
+        "data.max_train_examples=40",
+        "data.max_valid_examples=4",
+        "data.max_test_examples=3",
+        "data.workers=0",
+        "generate.max_new_tokens=8",
+        f"data.cache_dir={folder / 'cache'}",
+    ]
     found = {name: folder / name for name in BASELINES}
     jobs = [(name, short, run) for name, run in found.items()]
     (codes,) = run_ranks(1, train_and_generate, jobs, timeout_s=400)
@@ -63,10 +71,14 @@ def test_each_recipe_trains_what_it_says(runs: dict[str, Path]) -> None:
     retriever = 2 * (size * size + size)
     adapters = 6 * 2 * 8 * (size + size)  # layers, projections, rank, ends
     expected = {
-        "baseline-full": base, "baseline-lora": adapters, "baseline-zero-shot": 0, "baseline-few-shot": 0,
-        "baseline-pt": 8 * size + retriever, "baseline-pt-same-size": 32 * size + retriever,
+        "baseline-full": base,
+        "baseline-lora": adapters,
+        "baseline-zero-shot": 0,
+        "baseline-few-shot": 0,
+        "baseline-pt": 8 * size + retriever,
+        "baseline-pt-same-size": 32 * size + retriever,
         "baseline-no-persona": 32 * size + retriever,
-    }  # fmt: skip
+    }
     found = {name: json.loads((run / "DONE.json").read_text()) for name, run in runs.items()}
     assert {name: done["trained_parameters"] for name, done in found.items()} == expected
     assert {name: done["step"] for name, done in found.items()} == {
@@ -82,19 +94,33 @@ def test_each_recipe_trains_what_it_says(runs: dict[str, Path]) -> None:
 
 def test_all_answer_the_same_examples(runs: dict[str, Path], tmp_path: Path) -> None:
     lines = {
-        name: [json.loads(line) for line in (run / "generate" / "predictions.jsonl").read_text().splitlines()]
+        name: [
+            json.loads(line)
+            for line in (run / "generate" / "predictions.jsonl").read_text().splitlines()
+        ]
         for name, run in runs.items()
     }
     keys = ("id", "persona", "history", "reference")
     asked = {name: [[line[key] for key in keys] for line in found] for name, found in lines.items()}
     assert all(found == asked["baseline-pt"] and len(found) == 3 for found in asked.values())
     tokens = {name: [line["context_tokens"] for line in found] for name, found in lines.items()}
-    worked = {few - zero for few, zero in zip(tokens["baseline-few-shot"], tokens["baseline-zero-shot"], strict=True)}
+    worked = {
+        few - zero
+        for few, zero in zip(tokens["baseline-few-shot"], tokens["baseline-zero-shot"], strict=True)
+    }
     assert len(worked) == 1  # the same examples before each context
     assert 0 < worked.pop() <= 256
-    assert all(a < b for a, b in zip(tokens["baseline-no-persona"], tokens["baseline-zero-shot"], strict=True))
+    assert all(
+        a < b
+        for a, b in zip(tokens["baseline-no-persona"], tokens["baseline-zero-shot"], strict=True)
+    )
     others = [str(run) for run in runs.values()]
-    assert compare.main([*others, "--baseline", str(runs["baseline-zero-shot"]), "--out", str(tmp_path)]) == 0
+    assert (
+        compare.main(
+            [*others, "--baseline", str(runs["baseline-zero-shot"]), "--out", str(tmp_path)]
+        )
+        == 0
+    )
     table = json.loads((tmp_path / "compare.json").read_text())
     assert {row["name"] for row in table["recipes"]} == set(BASELINES)
 
@@ -122,18 +148,32 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("arch", ["opt", "llama"])
-def test_replies_are_those_of_the_merged_model(scene: Scene, tmp_path: Path, arch: str, kind: str) -> None:
-    more = ["train.max_steps=4", f"data.test={scene.folder / 'valid.jsonl'}", f"generate.max_new_tokens={NEW_TOKENS}",
-            f"optim.lr={0.05 if kind == 'lora' else 0.01}", "generate.batch_size=4"]  # fmt: skip
+def test_replies_are_those_of_the_merged_model(
+    scene: Scene, tmp_path: Path, arch: str, kind: str
+) -> None:
+    more = [
+        "train.max_steps=4",
+        f"data.test={scene.folder / 'valid.jsonl'}",
+        f"generate.max_new_tokens={NEW_TOKENS}",
+        f"optim.lr={0.05 if kind == 'lora' else 0.01}",
+        "generate.batch_size=4",
+    ]
     overrides = scene.overrides(arch, *(LORA if kind == "lora" else FULL), *more)
     run = tmp_path / "run"
-    assert run_ranks(1, train_and_generate, [(CONFIG, overrides, run)], timeout_s=200) == [[EXIT_DONE]]
-    found = [json.loads(line) for line in (run / "generate" / "predictions.jsonl").read_text().splitlines()]
+    assert run_ranks(1, train_and_generate, [(CONFIG, overrides, run)], timeout_s=200) == [
+        [EXIT_DONE]
+    ]
+    found = [
+        json.loads(line)
+        for line in (run / "generate" / "predictions.jsonl").read_text().splitlines()
+    ]
     ours = [(line["raw"], line["new_tokens"]) for line in found]
     saved = checkpoint.load(run / "checkpoints" / "step-00000004").trainables
     assert replies(scene.folder / arch, merged(saved), found) == ours
     plain = replies(scene.folder / arch, {}, found)
-    assert sum(a != b for a, b in zip(plain, ours, strict=True)) > len(ours) / 2  # training changed what it says
+    assert (
+        sum(a != b for a, b in zip(plain, ours, strict=True)) > len(ours) / 2
+    )  # training changed what it says
 
 
 def merged(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -142,11 +182,16 @@ def merged(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if not pairs:
         return saved
     return {
-        f"{p}.weight": 16 / 3 * saved[f"{p}.lora_B.default.weight"] @ saved[f"{p}.lora_A.default.weight"] for p in pairs
+        f"{p}.weight": (
+            16 / 3 * saved[f"{p}.lora_B.default.weight"] @ saved[f"{p}.lora_A.default.weight"]
+        )
+        for p in pairs
     }
 
 
-def replies(base: Path, changes: dict[str, torch.Tensor], lines: list[dict[str, Any]]) -> list[tuple[str, int]]:
+def replies(
+    base: Path, changes: dict[str, torch.Tensor], lines: list[dict[str, Any]]
+) -> list[tuple[str, int]]:
     """Greedy replies of the base with its weights changed, each example alone, from token ids."""
     lm: Any = AutoModelForCausalLM.from_pretrained(base)
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
@@ -160,8 +205,11 @@ def replies(base: Path, changes: dict[str, torch.Tensor], lines: list[dict[str, 
     for line in lines:
         ids = encode_context(line["persona"], line["history"], tokenizer, 120).context_ids
         tokens = lm.generate(
-            torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+            torch.tensor([ids]),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
-        )[0, len(ids) :].tolist()  # fmt: skip
+        )[0, len(ids) :].tolist()
         out.append((tokenizer.decode(tokens, skip_special_tokens=True), len(tokens)))
     return out

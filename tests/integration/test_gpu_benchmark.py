@@ -38,7 +38,9 @@ def run(name: str, *options: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_shapes_are_drawn_and_quantised_layer_by_layer(bits: int) -> None:
-    backbone, _ = build("tiny", load_config("demo", [f"model.base_bits={bits}"]), torch.device("cpu"))
+    backbone, _ = build(
+        "tiny", load_config("demo", [f"model.base_bits={bits}"]), torch.device("cpu")
+    )
     layers = [module for module in backbone.lm.modules() if isinstance(module, QuantLinear)]
     assert len(layers) == 2 * 7
     assert {layer.packing.bits for layer in layers} == {bits}
@@ -50,7 +52,15 @@ def test_shapes_are_drawn_and_quantised_layer_by_layer(bits: int) -> None:
 @pytest.mark.timeout(900)  # a dozen processes, one after another
 def test_every_check_passes_and_every_step_is_timed() -> None:
     code, report = run(
-        "gpu", "--timings", "tiny:16,tiny:8,tiny:4", "--batch", "2", "--steps", "1", "--max-tokens", "128"
+        "gpu",
+        "--timings",
+        "tiny:16,tiny:8,tiny:4",
+        "--batch",
+        "2",
+        "--steps",
+        "1",
+        "--max-tokens",
+        "128",
     )
     assert code == 0
     assert report["passed"]
@@ -107,8 +117,15 @@ def test_quality_is_judged_seed_by_seed() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_quality_runs_every_width() -> None:
-    small = ["train.max_steps=1", "train.global_batch=2", "data.max_train_examples=8", "data.max_valid_examples=4"]
-    code, report = run("quality_bits", "--seeds", "3", *[word for one in small for word in ("--set", one)])
+    small = [
+        "train.max_steps=1",
+        "train.global_batch=2",
+        "data.max_train_examples=8",
+        "data.max_valid_examples=4",
+    ]
+    code, report = run(
+        "quality_bits", "--seeds", "3", *[word for one in small for word in ("--set", one)]
+    )
     assert [row["bits"] for row in report["rows"]] == [16, 8, 4]
     assert all(row["loss_before"] > 0 and row["steps"] == 1 for row in report["rows"])
     assert code == (0 if report["passed"] else 1)

@@ -1,4 +1,6 @@
-"""`kill -9` of a rank at any moment, again and again: the run that goes on ends as the undisturbed one, bit for bit."""
+"""`kill -9` of a rank at any moment, again and again: the run that goes on ends as the undisturbed
+one, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +41,18 @@ class Case:
 
 
 def train(world: dist.World, options: list[str], run_dir: Path, ds: str, die_at: int | None) -> int:
-    """One attempt; with `die_at` the first rank kills itself at that operation on the disk, counted over its saves."""
+    """One attempt; with `die_at` the first rank kills itself at that operation on the disk, counted
+    over its saves.
+    """
     if die_at is not None and world.rank == 0:
         kill_in_save(die_at)
     return Trainer(load_config(CONFIG, options), run_dir, ds, world).run()
 
 
 def kill_in_save(die_at: int) -> None:
-    """Make the n-th flush, rename or removal within saves the last thing this process does; a save makes some ten."""
+    """Make the n-th flush, rename or removal within saves the last thing this process does; a save
+    makes some ten.
+    """
     calls, saving = 0, False
 
     def deadly(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,8 +82,12 @@ def kill_in_save(die_at: int) -> None:
         setattr(checkpoint, name, watched(getattr(checkpoint, name)))
 
 
-def attempt(case: Case | tuple[Scene, list[str]], run_dir: Path, kill: Any = None, die_at: int | None = None) -> bool:
-    """Start the ranks; `kill` (processes) may end one. Returns whether the run was done; waits for every rank."""
+def attempt(
+    case: Case | tuple[Scene, list[str]], run_dir: Path, kill: Any = None, die_at: int | None = None
+) -> bool:
+    """Start the ranks; `kill` (processes) may end one. Returns whether the run was done; waits for
+    every rank.
+    """
     scene, options = (case.scene, case.options) if isinstance(case, Case) else case
     port = free_port()
     with tempfile.TemporaryDirectory() as logs:
@@ -95,10 +105,16 @@ def attempt(case: Case | tuple[Scene, list[str]], run_dir: Path, kill: Any = Non
         end = time.monotonic() + PATIENCE_S
         for rank, (process, _) in enumerate(processes):
             process.join(max(0.1, end - time.monotonic()))
-            text = (Path(logs) / f"{rank}.txt").read_text() if (Path(logs) / f"{rank}.txt").exists() else ""
+            text = (
+                (Path(logs) / f"{rank}.txt").read_text()
+                if (Path(logs) / f"{rank}.txt").exists()
+                else ""
+            )
             if process.is_alive():
                 process.kill()
-                raise AssertionError(f"rank {rank} did not end after another one was killed\n{text}")
+                raise AssertionError(
+                    f"rank {rank} did not end after another one was killed\n{text}"
+                )
     return (run_dir / "DONE.json").exists()
 
 
@@ -119,9 +135,13 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("kill")
     scene = make_scene(folder)
     options = scene.overrides(
-        "opt", f"train.max_steps={STEPS}", f"checkpoint.every_steps={SAVE_EVERY}", "checkpoint.keep_last=1",
-        "train.eval_every_steps=3", "engine.collective_timeout_s=60",
-    )  # fmt: skip
+        "opt",
+        f"train.max_steps={STEPS}",
+        f"checkpoint.every_steps={SAVE_EVERY}",
+        "checkpoint.keep_last=1",
+        "train.eval_every_steps=3",
+        "engine.collective_timeout_s=60",
+    )
     run_ranks(1, nothing)  # starts the server that ranks are forked from
     started = time.monotonic()
     assert attempt((scene, options), folder / "whole")
@@ -130,7 +150,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def assert_nothing_half(run_dir: Path) -> int:
-    """Every checkpoint that lies there loads whole or is refused; return the step that a new start goes on from."""
+    """Every checkpoint that lies there loads whole or is refused; return the step that a new start
+    goes on from.
+    """
     folder = run_dir / "checkpoints"
     good = []
     for path in sorted(folder.glob("*")):
@@ -141,10 +163,14 @@ def assert_nothing_half(run_dir: Path) -> int:
             assert not whole, f"{path} has its marker and is damaged"
             continue
         if whole:
-            assert found.state["step"] == found.state["run"]["step"] == int(path.name.removeprefix("step-"))
-            assert {float(value) for key, value in found.optimizer.items() if key.endswith(".step")} == {
-                float(found.state["step"])
-            }
+            assert (
+                found.state["step"]
+                == found.state["run"]["step"]
+                == int(path.name.removeprefix("step-"))
+            )
+            assert {
+                float(value) for key, value in found.optimizer.items() if key.endswith(".step")
+            } == {float(found.state["step"])}
             good.append(found.state["step"])
     newest = checkpoint.load_newest(folder)
     assert (newest[1].state["step"] if newest else 0) == max(good, default=0)
@@ -155,11 +181,15 @@ def assert_same_end(case: Case, run_dir: Path) -> None:
     losses, trained = results(run_dir)
     assert losses == case.losses
     assert all(np.array_equal(trained[name], tensor) for name, tensor in case.trained.items())
-    assert [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert [
+        path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")
+    ] == []
 
 
 def kill_and_finish(case: Case, folder: Path, kills: int, seed: int) -> list[int]:
-    """Kill `kills` times at random moments, over as many runs as that takes; return the steps gone on from."""
+    """Kill `kills` times at random moments, over as many runs as that takes; return the steps gone
+    on from.
+    """
     draw = random.Random(seed)
     resumed: list[int] = []
     number = 0
@@ -168,13 +198,17 @@ def kill_and_finish(case: Case, folder: Path, kills: int, seed: int) -> list[int
         number += 1
         step, done = 0, False
         while len(resumed) < kills and not done:
-            if draw.random() < 0.5:  # in a save: any operation of the first two or three may be the last
+            if (
+                draw.random() < 0.5
+            ):  # in a save: any operation of the first two or three may be the last
                 done = attempt(case, run_dir, die_at=draw.randint(1, 24))
             else:
                 moment = draw.uniform(0.3, 1.0) * case.seconds
                 victim = draw.randrange(RANKS)
 
-                def kill(processes: list[Any], moment: float = moment, victim: int = victim) -> None:
+                def kill(
+                    processes: list[Any], moment: float = moment, victim: int = victim
+                ) -> None:
                     processes[victim].join(moment)
                     processes[victim].kill()
 

@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "spt_ds.cli", "sweep", *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 @pytest.mark.timeout(300)
@@ -60,7 +62,9 @@ def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
     assert sorted(table["failed"]) == ["broken.seed-0", "broken.seed-1"]
     assert all(str(tmp_path / "none") in why for why in table["failed"].values())
 
-    before = {path: path.stat().st_mtime_ns for path in (out / "tiny.seed-0").rglob("*") if path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns for path in (out / "tiny.seed-0").rglob("*") if path.is_file()
+    }
     sweep = start(*arguments, "--task", "0")
     told, errors = sweep.communicate(timeout=60)
     assert (sweep.returncode, told) == (0, "tiny.seed-0: finished before\n"), errors

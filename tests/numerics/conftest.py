@@ -1,4 +1,6 @@
-"""Numerics tests are single-threaded: the order of additions, and so every last bit, is then the same on each run."""
+"""Numerics tests are single-threaded: the order of additions, and so every last bit, is then the
+same on each run.
+"""
 
 from __future__ import annotations
 

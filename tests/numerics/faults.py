@@ -1,7 +1,7 @@
 """Deliberate faults: each replaces one function of the package by a broken variant.
 
-A tolerance is worth what it can see: `test_sees_faults.py` applies each of these and demands that the comparison
-with the twin fails, in every dtype that is named.
+A tolerance is worth what it can see: `test_sees_faults.py` applies each of these and demands that
+the comparison with the twin fails, in every dtype that is named.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ ALL = (torch.float64, torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Fault:
-    """`break_it` patches the package; `where` are the fields of the Case in which the fault can show."""
+    """`break_it` patches the package; `where` are the fields of the Case in which the fault can
+    show.
+    """
 
     name: str
     break_it: Callable[[pytest.MonkeyPatch], None]
@@ -53,7 +55,9 @@ def last_target_dropped(patch: pytest.MonkeyPatch) -> None:
 def fusion_without_bias_scale(patch: pytest.MonkeyPatch) -> None:
     right = FrozenHead.forward
 
-    def broken(self: Any, hidden: Tensor, targets: Any = None, bias_scale: Any = None, chunk_mib: int = 128) -> Tensor:
+    def broken(
+        self: Any, hidden: Tensor, targets: Any = None, bias_scale: Any = None, chunk_mib: int = 128
+    ) -> Tensor:
         return right(self, hidden, targets, None, chunk_mib)
 
     patch.setattr(FrozenHead, "forward", broken)
@@ -73,8 +77,12 @@ def branches_at_position_zero(patch: pytest.MonkeyPatch) -> None:
     """Suffix branches that count from 0 instead of from the end of their context."""
     right = Branches.__init__
 
-    def broken(self: Any, lens: Any, count: int, context: Layout, positions: Tensor, device: Any) -> None:
-        starts = torch.repeat_interleave(torch.tensor(context.lens), torch.tensor([count * n for n in lens]))
+    def broken(
+        self: Any, lens: Any, count: int, context: Layout, positions: Tensor, device: Any
+    ) -> None:
+        starts = torch.repeat_interleave(
+            torch.tensor(context.lens), torch.tensor([count * n for n in lens])
+        )
         right(self, lens, count, context, positions - starts, device)
 
     patch.setattr(Branches, "__init__", broken)
@@ -92,7 +100,9 @@ def packed_without_a_mask(patch: pytest.MonkeyPatch) -> None:
 
 def no_causal_mask(patch: pytest.MonkeyPatch) -> None:
     right = F.scaled_dot_product_attention
-    patch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: right(*a, **{**k, "is_causal": False}))
+    patch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: right(*a, **{**k, "is_causal": False})
+    )
 
 
 def a_context_token_is_hidden(patch: pytest.MonkeyPatch) -> None:
@@ -111,8 +121,12 @@ def branches_read_their_neighbour(patch: pytest.MonkeyPatch) -> None:
     """The keys and values of one branch are read by the next."""
     right = Branches.attend_row
 
-    def broken(self: Any, row: int, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        k, v = (tensor.unflatten(2, (self.count, -1)).roll(1, dims=2).flatten(2, 3) for tensor in (k, v))
+    def broken(
+        self: Any, row: int, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Tensor:
+        k, v = (
+            tensor.unflatten(2, (self.count, -1)).roll(1, dims=2).flatten(2, 3) for tensor in (k, v)
+        )
         return right(self, row, layer, q, k, v, scale)
 
     patch.setattr(Branches, "attend_row", broken)
@@ -141,7 +155,9 @@ def key_heads_in_the_wrong_order(patch: pytest.MonkeyPatch) -> None:
 def branch_heads_in_the_wrong_order(patch: pytest.MonkeyPatch) -> None:
     right = Branches.attend_row
 
-    def broken(self: Any, row: int, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def broken(
+        self: Any, row: int, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Tensor:
         groups = k.shape[1]
         mixed = q.unflatten(1, (-1, groups)).transpose(1, 2).flatten(1, 2)
         out = right(self, row, layer, mixed, k, v, scale)
@@ -174,7 +190,9 @@ def swapped_temperatures(patch: pytest.MonkeyPatch) -> None:
 
 def softmax_over_examples(patch: pytest.MonkeyPatch) -> None:
     right = losses.selection
-    patch.setattr(losses, "selection", lambda nll, scores, *taus: right(nll.T, scores.T, *taus)[:1].expand(4))
+    patch.setattr(
+        losses, "selection", lambda nll, scores, *taus: right(nll.T, scores.T, *taus)[:1].expand(4)
+    )
 
 
 def pad_token_in_pool(patch: pytest.MonkeyPatch) -> None:
@@ -220,14 +238,18 @@ def contrastive_sign(patch: pytest.MonkeyPatch) -> None:
 
 def projections_swapped(patch: pytest.MonkeyPatch) -> None:
     def broken(self: Any, bank: Tensor, pooled: Tensor) -> Tensor:
-        return F.cosine_similarity(self.context(bank.mean(1))[:, None], self.prompt(pooled.to(bank.dtype))[None], -1)
+        return F.cosine_similarity(
+            self.context(bank.mean(1))[:, None], self.prompt(pooled.to(bank.dtype))[None], -1
+        )
 
     patch.setattr(Retriever, "cosines", broken)
 
 
 def bank_detached_in_retriever(patch: pytest.MonkeyPatch) -> None:
     right = Retriever.cosines
-    patch.setattr(Retriever, "cosines", lambda self, bank, pooled: right(self, bank.detach(), pooled))
+    patch.setattr(
+        Retriever, "cosines", lambda self, bank, pooled: right(self, bank.detach(), pooled)
+    )
 
 
 def losses_under_another_prompt(patch: pytest.MonkeyPatch) -> None:
@@ -282,7 +304,11 @@ FAULTS = [
     Fault("mean_of_means", mean_of_means, {}),
     Fault("fusion_by_softmax", fusion_by_softmax, {}),
     Fault("fusion_not_normalised", fusion_not_normalised, {"fusion_weights": "normalised"}),
-    Fault("fusion_normalised_over_examples", fusion_normalised_over_examples, {"fusion_weights": "normalised"}),
+    Fault(
+        "fusion_normalised_over_examples",
+        fusion_normalised_over_examples,
+        {"fusion_weights": "normalised"},
+    ),
     Fault("fusion_without_gradient_to_scores", fusion_without_gradient_to_scores, {}),
     Fault("contrastive_sign", contrastive_sign, {}),
     Fault("projections_swapped", projections_swapped, {}),

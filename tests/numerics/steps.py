@@ -10,7 +10,14 @@ import torch
 from spt_ds.batch import Batch, Contrast
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.spt import Counts, Spt
-from tests.helpers.tiny import all_pairs, examples_of, make_precise, tiny_backbone, tiny_lm, tiny_spt
+from tests.helpers.tiny import (
+    all_pairs,
+    examples_of,
+    make_precise,
+    tiny_backbone,
+    tiny_lm,
+    tiny_spt,
+)
 from tests.helpers.tolerances import Step
 from tests.helpers.twins import TWIN, TwinParts, TwinSettings, twin_step
 
@@ -26,7 +33,9 @@ TWIN_GRADS = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed; `dtype` is that of the base, the trainables are fp64 under an fp64 base and fp32 otherwise."""
+    """What is computed; `dtype` is that of the base, the trainables are fp64 under an fp64 base and
+    fp32 otherwise.
+    """
 
     arch: str
     dtype: torch.dtype = torch.float64
@@ -47,7 +56,9 @@ def build(case: Case, **options: float | int) -> tuple[Backbone, Spt]:
     backbone = tiny_backbone(case.arch, case.dtype, case.backend, case.checkpointing)
     prompts = {"placement": case.placement}
     losses = {"fusion_weights": case.fusion_weights, **options}
-    return backbone, tiny_spt(backbone, case.count, case.tokens, case.precise, prompts=prompts, losses=losses)
+    return backbone, tiny_spt(
+        backbone, case.count, case.tokens, case.precise, prompts=prompts, losses=losses
+    )
 
 
 def counts_of(batch: Batch) -> Counts:
@@ -65,7 +76,8 @@ def our_step(
 ) -> Step:
     """Losses and gradients of a window of micro-batches, summed as a training step sums them."""
     total_counts = counts or Counts(
-        sum(counts_of(batch).examples for batch in micro), sum(counts_of(batch).target_tokens for batch in micro)
+        sum(counts_of(batch).examples for batch in micro),
+        sum(counts_of(batch).target_tokens for batch in micro),
     )
     for parameter in spt.trainables.parameters():
         parameter.grad = None
@@ -79,7 +91,9 @@ def our_step(
     values["contrastive"] = torch.zeros_like(total)
     if contrast is not None:
         scores = torch.cat([out.scores for out in outs], dim=1)
-        loss, share = spt.contrastive(torch.cat([out.pooled for out in outs]), scores[None], contrast, 0)
+        loss, share = spt.contrastive(
+            torch.cat([out.pooled for out in outs]), scores[None], contrast, 0
+        )
         (spt.config.losses.contrastive * loss).backward()
         total = total + spt.config.losses.contrastive * loss.detach()
         values["contrastive"] = share
@@ -91,31 +105,51 @@ def our_step(
 def grads_of(spt: Spt) -> dict[str, torch.Tensor]:
     """Gradient of every trainable by name, zeros where none arrived."""
     named = spt.trainables.named_parameters()
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in named}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+        for name, p in named
+    }
 
 
 def twin_parts(spt: Spt) -> TwinParts:
     """The trainables' values as float64 leaves."""
     retriever = spt.trainables.retriever
     linears = (retriever.context, retriever.prompt)
-    sources = [spt.trainables.bank.weight, *(p for linear in linears for p in (linear.weight, linear.bias))]
+    sources = [
+        spt.trainables.bank.weight,
+        *(p for linear in linears for p in (linear.weight, linear.bias)),
+    ]
     return TwinParts(*(p.detach().double().clone().requires_grad_() for p in sources))
 
 
 def twin_of(
-    case: Case, spt: Spt, batch: Batch, contrast: Contrast | None, trained: Sequence[Sequence[int]] | None = None
+    case: Case,
+    spt: Spt,
+    batch: Batch,
+    contrast: Contrast | None,
+    trained: Sequence[Sequence[int]] | None = None,
 ) -> Step:
-    """The same step by the twin: the base's weights as `case.dtype` rounds them, everything else in float64."""
+    """The same step by the twin: the base's weights as `case.dtype` rounds them, everything else in
+    float64.
+    """
     lm = twin_lm(case.arch, case.dtype)
     losses = spt.config.losses
     settings = TwinSettings(
-        case.placement, losses.selection, losses.fusion, losses.contrastive, losses.tau_gold, losses.tau_sim,
+        case.placement,
+        losses.selection,
+        losses.fusion,
+        losses.contrastive,
+        losses.tau_gold,
+        losses.tau_sim,
         losses.fusion_weights == "normalised",
-    )  # fmt: skip
+    )
     parts = twin_parts(spt)
     pairs: list[tuple[int, int, float]] = []
     if contrast is not None:
-        pairs = [(int(i), int(j), float(t)) for (i, j), t in zip(contrast.pairs, contrast.targets, strict=True)]
+        pairs = [
+            (int(i), int(j), float(t))
+            for (i, j), t in zip(contrast.pairs, contrast.targets, strict=True)
+        ]
     out = twin_step(lm, parts, examples_of(batch), pairs, settings, trained)
     leaves = {name: getattr(parts, field) for name, field in TWIN_GRADS.items()}
     grads = torch.autograd.grad(out["total"], list(leaves.values()), allow_unused=True)

@@ -1,4 +1,6 @@
-"""LoRA and full fine-tuning: losses and gradients against plain autograd through transformers' own forward pass."""
+"""LoRA and full fine-tuning: losses and gradients against plain autograd through transformers' own
+forward pass.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,21 @@ from tests.helpers.tolerances import TOLERANCES, Step, assert_steps_close, gaps
 
 LENS = [(7, 4), (3, 6), (11, 2)]
 RANK, ALPHA = 3, 5.0
-TARGETS = {"opt": ["q_proj", "fc2"], "opt_project": ["project_in", "v_proj"], "llama": ["q_proj", "down_proj"]}
+TARGETS = {
+    "opt": ["q_proj", "fc2"],
+    "opt_project": ["project_in", "v_proj"],
+    "llama": ["q_proj", "down_proj"],
+}
 
 
 def config_of(kind: str, **sections: dict[str, Any]) -> Config:
     return Config.model_validate(
         {
             "model": {"base_bits": 32, **sections.pop("model", {})},
-            "method": {"type": kind, "lora": {"rank": RANK, "alpha": ALPHA, **sections.pop("lora", {})}},
+            "method": {
+                "type": kind,
+                "lora": {"rank": RANK, "alpha": ALPHA, **sections.pop("lora", {})},
+            },
             "prompts": {"count": 1, "tokens": 0},
             "losses": {"selection": 0, "fusion": 0, "contrastive": 0},
             **sections,
@@ -39,7 +48,9 @@ def config_of(kind: str, **sections: dict[str, Any]) -> Config:
 
 
 def build(kind: str, backbone: Backbone, targets: list[str], dtype: torch.dtype) -> Spt:
-    """A baseline over `backbone`; adapters in `dtype`, none of them zero, so that each has a gradient."""
+    """A baseline over `backbone`; adapters in `dtype`, none of them zero, so that each has a
+    gradient.
+    """
     config = config_of(kind, lora={"targets": targets})
     trainables = build_base_trainables(config, backbone, seed=3)
     generator = torch.Generator().manual_seed(4)
@@ -53,23 +64,38 @@ def ours(backbone: Backbone, spt: Spt, batch: Batch) -> Step:
     out = backbone(spt.micro_losses, batch, Counts(len(batch), sum(batch.response_lens)))
     out.total.backward()
     grads = {name: parameter.grad for name, parameter in spt.trainables.named_parameters()}
-    return Step({"total": out.total.detach(), "nll": out.nll}, {n: g for n, g in grads.items() if g is not None})
+    return Step(
+        {"total": out.total.detach(), "nll": out.nll},
+        {n: g for n, g in grads.items() if g is not None},
+    )
 
 
 def twin(arch: str, spt: Spt, batch: Batch, dtype: torch.dtype, **overrides: Any) -> Step:
-    """Each example for itself through the base's own forward, adapters added to its weights by hand."""
+    """Each example for itself through the base's own forward, adapters added to its weights by
+    hand.
+    """
     lm = tiny_lm(arch, dtype, **overrides)
     lm.set_attn_implementation("sdpa")
-    trained = {name: p.detach().clone().requires_grad_() for name, p in spt.trainables.named_parameters()}
+    trained = {
+        name: p.detach().clone().requires_grad_() for name, p in spt.trainables.named_parameters()
+    }
     weights = dict(trained)
     if any("lora_" in name for name in trained):
         pairs = {name.partition(".lora_")[0] for name in trained}
-        added = {p: trained[f"{p}.lora_B.default.weight"] @ trained[f"{p}.lora_A.default.weight"] for p in pairs}
-        weights = {f"{p}.weight": lm.get_submodule(p).weight.detach() + ALPHA / RANK * a for p, a in added.items()}
+        added = {
+            p: trained[f"{p}.lora_B.default.weight"] @ trained[f"{p}.lora_A.default.weight"]
+            for p in pairs
+        }
+        weights = {
+            f"{p}.weight": lm.get_submodule(p).weight.detach() + ALPHA / RANK * a
+            for p, a in added.items()
+        }
     sums, means = [], []
     for context, response in examples_of(batch):
         ids = torch.cat([context, response])[None]
-        logits = functional_call(lm, weights, (), {"input_ids": ids}).logits[0, len(context) - 1 : -1]
+        logits = functional_call(lm, weights, (), {"input_ids": ids}).logits[
+            0, len(context) - 1 : -1
+        ]
         losses = F.cross_entropy(logits, response, reduction="none")
         sums.append(losses.sum())
         means.append(losses.mean().detach())
@@ -77,7 +103,8 @@ def twin(arch: str, spt: Spt, batch: Batch, dtype: torch.dtype, **overrides: Any
     total.backward()
     grads = {name: p.grad for name, p in trained.items()}
     return Step(
-        {"total": total.detach(), "nll": torch.stack(means)[None]}, {n: g for n, g in grads.items() if g is not None}
+        {"total": total.detach(), "nll": torch.stack(means)[None]},
+        {n: g for n, g in grads.items() if g is not None},
     )
 
 
@@ -88,7 +115,9 @@ def twin(arch: str, spt: Spt, batch: Batch, dtype: torch.dtype, **overrides: Any
 def test_gradients_are_those_of_plain_autograd(
     kind: str, arch: str, checkpointing: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head_module, "MIB", VOCABULARY * 8)  # 14 to 28 rows a chunk of the head: several chunks
+    monkeypatch.setattr(
+        head_module, "MIB", VOCABULARY * 8
+    )  # 14 to 28 rows a chunk of the head: several chunks
     backbone = tiny_backbone(arch, dtype, checkpointing=checkpointing)
     spt = build(kind, backbone, TARGETS[arch], dtype)
     batch = random_batch(LENS)
@@ -99,9 +128,13 @@ def test_gradients_are_those_of_plain_autograd(
         assert names == [name for name, _ in tiny_lm(arch).named_parameters()]
     else:
         assert len(names) == {"opt": 8, "llama": 8, "opt_project": 6}[arch]
-    # A key bias shifts all scores of a query alike: its gradient is rounding, and has no relative error.
+    # A key bias shifts all scores of a query alike: its gradient is rounding, and has no relative
+    # error.
     drop = {name for name in names if name.endswith("k_proj.bias")}
-    keep = [Step(s.values, {n: g for n, g in s.grads.items() if n not in drop}) for s in (found, expected)]
+    keep = [
+        Step(s.values, {n: g for n, g in s.grads.items() if n not in drop})
+        for s in (found, expected)
+    ]
     assert_steps_close(keep[0], keep[1], dtype)
 
 
@@ -113,7 +146,11 @@ def test_gradients_through_relu(kind: str) -> None:
     spt, batch = build(kind, backbone, ["fc1", "fc2"], torch.float64), random_batch(LENS)
     found, expected = ours(backbone, spt, batch), twin("opt", spt, batch, torch.float64, **relu)
     bound = TOLERANCES[torch.float64].grad
-    wide = {name: gap for name, (gap, _) in gaps(found, expected).items() if not name.endswith("k_proj.bias")}
+    wide = {
+        name: gap
+        for name, (gap, _) in gaps(found, expected).items()
+        if not name.endswith("k_proj.bias")
+    }
     assert max(wide.values()) <= bound, wide
 
 
@@ -128,15 +165,23 @@ def test_full_trains_every_parameter_once(arch: str) -> None:
 def test_a_head_that_keeps_its_gradient_to_itself_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The frozen head's shortcut on a head that trains: the tied table loses half of its gradient."""
 
-    def frozen(self: FrozenHead, hidden: Any, targets: Any, scale: Any, rows: int, precise: torch.dtype) -> Any:
-        return head_module._HeadLoss.apply(hidden, targets, self.weight, self.bias, scale, rows, precise)
+    def frozen(
+        self: FrozenHead, hidden: Any, targets: Any, scale: Any, rows: int, precise: torch.dtype
+    ) -> Any:
+        return head_module._HeadLoss.apply(
+            hidden, targets, self.weight, self.bias, scale, rows, precise
+        )
 
     monkeypatch.setattr(FrozenHead, "_trained", frozen)
     assert_seen("full", "model.decoder.embed_tokens.weight")
 
 
-def test_a_table_that_is_looked_up_without_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Backbone, "embed", lambda self, ids: self.lm.get_input_embeddings()(ids).detach())
+def test_a_table_that_is_looked_up_without_gradient_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        Backbone, "embed", lambda self, ids: self.lm.get_input_embeddings()(ids).detach()
+    )
     assert_seen("full", "model.decoder.embed_tokens.weight")
 
 
@@ -144,7 +189,9 @@ def assert_seen(kind: str, name: str) -> None:
     backbone = tiny_backbone("opt")
     spt = build(kind, backbone, ["q_proj"], torch.float64)
     batch = random_batch(LENS)
-    gap, _ = gaps(ours(backbone, spt, batch), twin("opt", spt, batch, torch.float64))[f"grad {name}"]
+    gap, _ = gaps(ours(backbone, spt, batch), twin("opt", spt, batch, torch.float64))[
+        f"grad {name}"
+    ]
     assert gap > 1e-2
 
 
@@ -172,9 +219,13 @@ def test_fresh_adapters_change_nothing_and_are_the_same_for_a_seed(arch: str) ->
     for seed in (0, 0, 1):
         torch.manual_seed(len(drawn))  # peft's own draws come from here; ours do not
         backbone = tiny_backbone(arch, torch.float32)
-        spt = Spt(config_of("lora"), build_base_trainables(config_of("lora"), backbone, seed), pad_id=1)
+        spt = Spt(
+            config_of("lora"), build_base_trainables(config_of("lora"), backbone, seed), pad_id=1
+        )
         assert torch.equal(backbone(spt.micro_losses, batch, Counts(1, 1)).nll, expected.nll)
-        drawn.append([p.detach().clone() for n, p in spt.trainables.named_parameters() if "lora_A" in n])
+        drawn.append(
+            [p.detach().clone() for n, p in spt.trainables.named_parameters() if "lora_A" in n]
+        )
     assert len(drawn[0]) == 4  # peft's choice: query and value projections of two layers
     assert all(torch.equal(a, b) for a, b in zip(drawn[0], drawn[1], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(drawn[0], drawn[2], strict=True))

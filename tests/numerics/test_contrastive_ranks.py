@@ -1,4 +1,6 @@
-"""The contrastive loss over several ranks: gradients and reported shares add up to those of one rank."""
+"""The contrastive loss over several ranks: gradients and reported shares add up to those of one
+rank.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,18 @@ ONE_RANK = [[0, 1, 2, 3, 4]]
 SPLITS = [ONE_RANK, [[0, 2, 4], [1, 3]], [[3], [0, 1], [4, 2]], [[4], [3], [2], [1], [0]]]
 
 
-def run(spt: Spt, pooled: torch.Tensor, split: list[list[int]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum over ranks of the reported share and of the gradient; rank r holds the examples `split[r]`, then fillers."""
+def run(
+    spt: Spt, pooled: torch.Tensor, split: list[list[int]]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum over ranks of the reported share and of the gradient; rank r holds the examples
+    `split[r]`, then fillers.
+    """
     for parameter in spt.trainables.parameters():
         parameter.grad = None
     slots = max(len(part) for part in split)
-    held = [torch.stack([pooled[g] for g in part] + [pooled[0]] * (slots - len(part))) for part in split]
+    held = [
+        torch.stack([pooled[g] for g in part] + [pooled[0]] * (slots - len(part))) for part in split
+    ]
     with torch.no_grad():
         everyone = torch.stack([spt.trainables.scores(one) for one in held])
     owner = {g: (rank, slot) for rank, part in enumerate(split) for slot, g in enumerate(part)}
@@ -31,7 +39,10 @@ def run(spt: Spt, pooled: torch.Tensor, split: list[list[int]]) -> tuple[torch.T
     for rank, part in enumerate(split):
         here = torch.tensor([i in part or j in part for i, j in whole.pairs.tolist()])
         contrast = Contrast(
-            tuple(owner[g] for g in range(len(pooled))), whole.pairs[here], whole.targets[here], whole.pair_count
+            tuple(owner[g] for g in range(len(pooled))),
+            whole.pairs[here],
+            whole.targets[here],
+            whole.pair_count,
         )
         loss, share = spt.contrastive(held[rank], everyone, contrast, rank)
         loss.backward()

@@ -1,4 +1,6 @@
-"""Decoding: each example once with its own prompt, the same alone, in a batch, on any split; every mode."""
+"""Decoding: each example once with its own prompt, the same alone, in a batch, on any split; every
+mode.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,12 @@ def alone(batch: Batch, place: int) -> Batch:
     return replace(pick(batch, [place]), indices=(batch.indices[place],))
 
 
-def direct(backbone: Backbone, spt: Spt, batch: Batch, place: int, weights: torch.Tensor, steps: int) -> list[int]:
-    """Greedy decoding of one example without a cache: the packed path, one whole pass per prompt and token."""
+def direct(
+    backbone: Backbone, spt: Spt, batch: Batch, place: int, weights: torch.Tensor, steps: int
+) -> list[int]:
+    """Greedy decoding of one example without a cache: the packed path, one whole pass per prompt
+    and token.
+    """
     context = batch.context_ids.split(batch.context_lens)[place]
     suffix = spt.config.prompts.placement == "suffix"
     tokens: list[int] = []
@@ -69,7 +75,10 @@ def test_replies_equal_direct_decoding_alone_and_in_a_batch(arch: str, placement
         assert k is not None
         one_hot = torch.nn.functional.one_hot(torch.tensor(k), 3).double()
         assert together.tokens[place] == direct(backbone, spt, batch, place, one_hot, 6)
-        assert run(backbone, spt, alone(batch, place), mode="random").tokens[0] == together.tokens[place]
+        assert (
+            run(backbone, spt, alone(batch, place), mode="random").tokens[0]
+            == together.tokens[place]
+        )
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -79,14 +88,18 @@ def test_fuse_mixes_all_prompts_logits(placement: str) -> None:
     out = run(backbone, spt, batch, mode="fuse")
     assert out.chosen == [None] * 4
     for place in range(4):
-        assert out.tokens[place] == direct(backbone, spt, batch, place, out.scores[:, place].double(), 6)
+        assert out.tokens[place] == direct(
+            backbone, spt, batch, place, out.scores[:, place].double(), 6
+        )
 
 
 def test_fuse_mixes_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy decoding cannot tell: the weights differ by one factor for all prompts. Sampling can."""
     mixed: list[torch.Tensor] = []
     right = FuseRows.__init__
-    monkeypatch.setattr(FuseRows, "__init__", lambda self, weights: (mixed.append(weights), right(self, weights))[1])
+    monkeypatch.setattr(
+        FuseRows, "__init__", lambda self, weights: (mixed.append(weights), right(self, weights))[1]
+    )
     backbone, _, batch = tiny("llama", "prefix")
     spt = tiny_spt(backbone, losses={"fusion_weights": "normalised"})
     scores = run(backbone, spt, batch, mode="fuse").scores
@@ -95,7 +108,9 @@ def test_fuse_mixes_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("pool", ["context", "padded_text"])
 def test_the_reference_reply_has_no_part_in_the_choice(pool: str) -> None:
-    """`padded_text` pools over the whole text in training, as the public reference does; at test there is no reply."""
+    """`padded_text` pools over the whole text in training, as the public reference does; at test
+    there is no reply.
+    """
     backbone, _, batch = tiny("llama", "prefix")
     spt = tiny_spt(backbone, retriever={"pool": pool, "pool_length_tokens": 24})
     known, unknown = run(backbone, spt, batch), run(backbone, spt, batch.contexts())
@@ -103,14 +118,18 @@ def test_the_reference_reply_has_no_part_in_the_choice(pool: str) -> None:
     assert known.tokens == unknown.tokens
     with torch.no_grad():
         trained = backbone(spt.scores, batch)
-    assert torch.equal(trained, known.scores) is (pool == "context"), "the case must tell the two apart"
+    assert torch.equal(trained, known.scores) is (pool == "context"), (
+        "the case must tell the two apart"
+    )
 
 
 def test_each_example_is_decoded_once_whatever_the_prompts() -> None:
     backbone, spt, batch = tiny("opt", "prefix")
     rows: list[int] = []
     backbone.lm.base_model.decoder.layers[0].register_forward_hook(
-        lambda module, inputs, out: rows.append((out[0] if isinstance(out, tuple) else out).shape[0])
+        lambda module, inputs, out: rows.append(
+            (out[0] if isinstance(out, tuple) else out).shape[0]
+        )
     )
     run(backbone, spt, batch)
     assert sum(rows) == len(batch) * 6  # row-steps = examples x tokens
@@ -128,7 +147,9 @@ def test_sampling_does_not_depend_on_the_batch() -> None:
     backbone, spt, batch = tiny("llama", "prefix")
     options = {"do_sample": True, "temperature": 3.0, "top_p": 0.95}
     together = run(backbone, spt, batch, **options).tokens
-    assert together == [run(backbone, spt, alone(batch, place), **options).tokens[0] for place in range(4)]
+    assert together == [
+        run(backbone, spt, alone(batch, place), **options).tokens[0] for place in range(4)
+    ]
     assert together != run(backbone, spt, batch).tokens
 
 
@@ -146,12 +167,16 @@ def test_perplexity_is_the_loss_under_the_chosen_prompt() -> None:
 
 
 @torch.no_grad()
-def likelihood(backbone: Backbone, spt: Spt, batch: Batch, place: int, k: int, tokens: list[int]) -> float:
+def likelihood(
+    backbone: Backbone, spt: Spt, batch: Batch, place: int, k: int, tokens: list[int]
+) -> float:
     """Log-likelihood of a reply after its context and prompt k, in one pass."""
     context = batch.context_ids.split(batch.context_lens)[place]
     ids = torch.cat([context, torch.tensor(tokens)])
     row = torch.cat([spt.trainables.bank.weight[k], backbone.embed(ids)])
-    logits = backbone.head(backbone.run(row, Layout([len(row)], torch.arange(len(row)), "sdpa", row.device)))
+    logits = backbone.head(
+        backbone.run(row, Layout([len(row)], torch.arange(len(row)), "sdpa", row.device))
+    )
     told = logits.log_softmax(-1)[-len(tokens) - 1 : -1]
     return float(told[torch.arange(len(tokens)), torch.tensor(tokens)].sum())
 
@@ -162,18 +187,24 @@ def test_beams_find_replies_of_higher_likelihood() -> None:
     gains = []
     for place, k in enumerate(found[1].chosen):
         assert k is not None
-        one, four = (likelihood(backbone, spt, batch, place, k, out.tokens[place]) for out in found.values())
+        one, four = (
+            likelihood(backbone, spt, batch, place, k, out.tokens[place]) for out in found.values()
+        )
         gains.append(four - one)
     assert min(gains) > -1e-9
     assert max(gains) > 1e-3, "the case must have a reply that greedy decoding misses"
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"mode": "fuse"}, {"mode": "noise:0.5"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"mode": "fuse"}, {"mode": "noise:0.5"}], ids=str
+)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_reply_is_the_same_alone(placement: str, options: dict[str, Any]) -> None:
     backbone, spt, batch = tiny("opt", placement)
     together = run(backbone, spt, batch, **options).tokens
-    assert together == [run(backbone, spt, alone(batch, place), **options).tokens[0] for place in range(4)]
+    assert together == [
+        run(backbone, spt, alone(batch, place), **options).tokens[0] for place in range(4)
+    ]
 
 
 def test_a_nucleus_holds_the_likeliest_tokens_only() -> None:
@@ -181,21 +212,28 @@ def test_a_nucleus_holds_the_likeliest_tokens_only() -> None:
     backbone, spt, batch = tiny("llama", "prefix")
     hot = {"do_sample": True, "temperature": 3.0}
     assert run(backbone, spt, batch, **hot, top_p=1e-6).tokens == run(backbone, spt, batch).tokens
-    assert run(backbone, spt, batch, **hot, top_p=0.2).tokens != run(backbone, spt, batch, **hot).tokens
+    assert (
+        run(backbone, spt, batch, **hot, top_p=0.2).tokens
+        != run(backbone, spt, batch, **hot).tokens
+    )
 
 
 def test_prompt_choice_by_mode() -> None:
     scores = torch.tensor([[0.9, 0.1], [0.5, 0.7]])
     assert choose_prompts("select", scores, (4, 5), 0) == [0, 1]
     assert choose_prompts("fixed:1", scores, (4, 5), 0) == [1, 1]
-    alone_each = choose_prompts("random", scores[:, :1], (4,), 0) + choose_prompts("random", scores[:, 1:], (5,), 0)
+    alone_each = choose_prompts("random", scores[:, :1], (4,), 0) + choose_prompts(
+        "random", scores[:, 1:], (5,), 0
+    )
     assert choose_prompts("random", scores, (4, 5), 0) == alone_each
     many = [choose_prompts("random", scores[:, :1], (index,), 0)[0] for index in range(50)]
     assert set(many) == {0, 1}
 
 
 def test_fault_08_noise_is_added_to_scores_and_never_to_a_probability() -> None:
-    """Noise on a probability can leave [0, 1] and turn the KL loss into NaN; on scores any noise is harmless."""
+    """Noise on a probability can leave [0, 1] and turn the KL loss into NaN; on scores any noise is
+    harmless.
+    """
     scores = torch.tensor([[0.69], [0.31]])
     picks = [choose_prompts("noise:50", scores, (index,), 0)[0] for index in range(200)]
     assert 60 < sum(k == 0 for k in picks if k is not None) < 140

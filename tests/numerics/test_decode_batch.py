@@ -1,4 +1,6 @@
-"""A reply is the same alone and among 32, with any padding, cached or not; beside PEFT's prompt tuning, and golden."""
+"""A reply is the same alone and among 32, with any padding, cached or not; beside PEFT's prompt
+tuning, and golden.
+"""
 
 from __future__ import annotations
 
@@ -33,28 +35,41 @@ def replies(backbone: Backbone, spt: Spt, batch: Batch, **options: Any) -> list[
 
 
 def one_by_one(backbone: Backbone, spt: Spt, batch: Batch, **options: Any) -> list[list[int]]:
-    single = (replace(pick(batch, [place]), indices=(batch.indices[place],)) for place in range(len(batch)))
+    single = (
+        replace(pick(batch, [place]), indices=(batch.indices[place],))
+        for place in range(len(batch))
+    )
     return [replies(backbone, spt, one, **options)[0] for one in single]
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 @pytest.mark.parametrize("arch", ["opt", "llama"])
-def test_alone_among_32_padded_or_not_cached_or_not(arch: str, placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alone_among_32_padded_or_not_cached_or_not(
+    arch: str, placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone = tiny_backbone(arch)
     for parameter in backbone.lm.parameters():
-        parameter.data.mul_(3.0)  # at the usual small weights OPT says nearly the same to everything
+        parameter.data.mul_(
+            3.0
+        )  # at the usual small weights OPT says nearly the same to everything
     spt = tiny_spt(backbone, tokens=VIRTUAL, prompts={"placement": placement})
     batch = random_batch(LENS)
     together = replies(backbone, spt, batch, mode="random")
-    assert len({tuple(tokens) for tokens in together}) > SIZE // 4, "rows must differ, or a mix-up would not show"
+    assert len({tuple(tokens) for tokens in together}) > SIZE // 4, (
+        "rows must differ, or a mix-up would not show"
+    )
     assert together == one_by_one(backbone, spt, batch, mode="random")
 
     pad = decoding.left_pad
 
     def wider(pieces: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         embeddings, mask = pad(pieces)
-        more = embeddings.new_full((len(pieces), 7, embeddings.shape[2]), 3.0)  # what stands there must not matter
-        return torch.cat([more, embeddings], dim=1), torch.cat([mask.new_zeros(len(pieces), 7), mask], dim=1)
+        more = embeddings.new_full(
+            (len(pieces), 7, embeddings.shape[2]), 3.0
+        )  # what stands there must not matter
+        return torch.cat([more, embeddings], dim=1), torch.cat(
+            [mask.new_zeros(len(pieces), 7), mask], dim=1
+        )
 
     monkeypatch.setattr(decoding, "left_pad", wider)
     assert replies(backbone, spt, batch, mode="random") == together
@@ -65,15 +80,24 @@ def test_alone_among_32_padded_or_not_cached_or_not(arch: str, placement: str, m
 
 
 def read_anew(
-    lm: Any, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, generation_config: Any, **_: Any
+    lm: Any,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor,
+    generation_config: Any,
+    **_: Any,
 ) -> torch.Tensor:
-    """Greedy decoding that reads everything for every token; `generate` always caches where it is given embeddings."""
+    """Greedy decoding that reads everything for every token; `generate` always caches where it is
+    given embeddings.
+    """
     tokens = []
     for _step in range(generation_config.max_new_tokens):
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         out = lm(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=positions, use_cache=False
-        )  # fmt: skip
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            use_cache=False,
+        )
         tokens.append(out.logits[:, -1].argmax(dim=-1))
         more = lm.get_input_embeddings()(tokens[-1])[:, None]
         inputs_embeds = torch.cat([inputs_embeds, more], dim=1)
@@ -82,7 +106,9 @@ def read_anew(
 
 
 def peft_replies(lm: Any, prompt: torch.Tensor, contexts: list[torch.Tensor]) -> list[list[int]]:
-    """Replies of PEFT's own prompt tuning with the given virtual tokens, left-padded as its users do."""
+    """Replies of PEFT's own prompt tuning with the given virtual tokens, left-padded as its users
+    do.
+    """
     peft = pytest.importorskip("peft", reason="peft is not installed: nothing to compare with")
     settings = peft.PromptTuningConfig(
         task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=len(prompt), token_dim=prompt.shape[1]
@@ -96,16 +122,22 @@ def peft_replies(lm: Any, prompt: torch.Tensor, contexts: list[torch.Tensor]) ->
         ids[row, longest - len(context) :] = context
         mask[row, longest - len(context) :] = 1
     out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None,
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
         pad_token_id=PAD,
-    )  # fmt: skip
+    )
     found: list[list[int]] = out[:, longest:].tolist()
     return found
 
 
 @pytest.mark.parametrize("arch", ["opt", "llama"])
 def test_side_by_side_with_peft(arch: str) -> None:
-    """PEFT 0.21.2 drops the positions of a left-padded batch: on Llama most replies then change with the padding."""
+    """PEFT 0.21.2 drops the positions of a left-padded batch: on Llama most replies then change
+    with the padding.
+    """
     backbone = tiny_backbone(arch)
     spt = tiny_spt(backbone, tokens=VIRTUAL)
     batch = random_batch(LENS)
@@ -132,17 +164,28 @@ def test_side_by_side_with_peft(arch: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_golden_replies(dtype: torch.dtype) -> None:
-    """Scores, choices and tokens that the public reference generated from its own left-padded contexts."""
+    """Scores, choices and tokens that the public reference generated from its own left-padded
+    contexts.
+    """
     backbone, spt, _, arrays = golden.load_case(GOLDEN, dtype)
     real = arrays["infer_attention_mask"].astype(bool)
-    contexts = [torch.from_numpy(ids[mask]) for ids, mask in zip(arrays["infer_input_ids"], real, strict=True)]
+    contexts = [
+        torch.from_numpy(ids[mask])
+        for ids, mask in zip(arrays["infer_input_ids"], real, strict=True)
+    ]
     count = len(contexts)
     batch = Batch(
-        torch.cat(contexts), torch.zeros(0, dtype=torch.long), tuple(map(len, contexts)), (0,) * count,
-        tuple(range(count)), (1.0,) * count,
-    )  # fmt: skip
+        torch.cat(contexts),
+        torch.zeros(0, dtype=torch.long),
+        tuple(map(len, contexts)),
+        (0,) * count,
+        tuple(range(count)),
+        (1.0,) * count,
+    )
     width = {"pool_length_tokens": real.shape[1]}  # the reference pools over the padding too
-    config = spt.config.model_copy(update={"retriever": spt.config.retriever.model_copy(update=width)})
+    config = spt.config.model_copy(
+        update={"retriever": spt.config.retriever.model_copy(update=width)}
+    )
     spt = Spt(config, spt.trainables, spt.pad_id)
     with torch.no_grad():
         out = backbone(decode, spt, batch, GenerateConfig(max_new_tokens=8), (NEVER, PAD), False)

@@ -30,7 +30,9 @@ def scene() -> tuple[Backbone, Spt, Batch]:
     return backbone, tiny_spt(backbone), random_batch([(3, 2), (19, 3), (5, 2), (12, 4)])
 
 
-def run(backbone: Backbone, spt: Spt, batch: Batch, end: int = NEVER, **options: Any) -> list[list[int]]:
+def run(
+    backbone: Backbone, spt: Spt, batch: Batch, end: int = NEVER, **options: Any
+) -> list[list[int]]:
     settings = GenerateConfig(**{"max_new_tokens": NEW_TOKENS, "mode": "fixed:1", **options})
     with torch.no_grad():
         tokens: list[list[int]] = backbone(decode, spt, batch, settings, (end, 0), False).tokens
@@ -39,7 +41,9 @@ def run(backbone: Backbone, spt: Spt, batch: Batch, end: int = NEVER, **options:
 
 @torch.no_grad()
 def greedy(backbone: Backbone, spt: Spt, batch: Batch, change: Change) -> list[list[int]]:
-    """Each example for itself, everything read anew for each token; `change` edits the logits [V] in place."""
+    """Each example for itself, everything read anew for each token; `change` edits the logits [V]
+    in place.
+    """
     replies = []
     for context in batch.context_ids.split(batch.context_lens):
         tokens: list[int] = []
@@ -81,7 +85,9 @@ def test_what_a_reply_said_counts_alike_in_any_batch(
 def test_the_way_of_generate_itself_depends_on_the_padding(
     scene: tuple[Backbone, Spt, Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Why the penalty is a processor of ours: in a padded batch of embeddings transformers 5.17 spares new tokens."""
+    """Why the penalty is a processor of ours: in a padded batch of embeddings transformers 5.17
+    spares new tokens.
+    """
     backbone, *_ = scene
     real = backbone.lm.generate
 
@@ -103,7 +109,10 @@ def test_a_reply_is_not_shorter_than_asked(scene: tuple[Backbone, Spt, Batch]) -
         if len(tokens) < 5:
             logits[end] = -torch.inf
 
-    expected = [reply[: reply.index(end) + 1] if end in reply else reply for reply in greedy(*scene, not_before)]
+    expected = [
+        reply[: reply.index(end) + 1] if end in reply else reply
+        for reply in greedy(*scene, not_before)
+    ]
     assert run(*scene, end=end, min_new_tokens=5) == expected
     assert min(map(len, expected)) >= 5
 
@@ -118,15 +127,22 @@ def test_top_k(scene: tuple[Backbone, Spt, Batch]) -> None:
 def test_beams_weigh_their_length(scene: tuple[Backbone, Spt, Batch]) -> None:
     """Of two beams, one of which ends early, the power of the length decides."""
     end = run(*scene)[0][1]
-    short, long = (run(*scene, end=end, num_beams=4, length_penalty=power, min_new_tokens=1) for power in (-20.0, 20.0))
+    short, long = (
+        run(*scene, end=end, num_beams=4, length_penalty=power, min_new_tokens=1)
+        for power in (-20.0, 20.0)
+    )
     assert sum(map(len, short)) < sum(map(len, long))
 
 
 def test_the_bases_own_file_has_no_say(scene: tuple[Backbone, Spt, Batch]) -> None:
-    """A base's generation_config.json may bring penalties and ends; a run's replies follow its `generate` alone."""
+    """A base's generation_config.json may bring penalties and ends; a run's replies follow its
+    `generate` alone.
+    """
     _, spt, batch = scene
     plain = run(*scene)
     lm = tiny_lm("llama", torch.float64)
-    lm.generation_config = own = GenerationConfig(repetition_penalty=5.0, eos_token_id=plain[0][1], suppress_tokens=[3])
+    lm.generation_config = own = GenerationConfig(
+        repetition_penalty=5.0, eos_token_id=plain[0][1], suppress_tokens=[3]
+    )
     assert run(Backbone(lm, "sdpa"), spt, batch) == plain
     assert lm.generation_config is own

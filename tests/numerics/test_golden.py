@@ -1,4 +1,6 @@
-"""The `reference` recipe meets the numbers measured from the public reference, and only with all its options on."""
+"""The `reference` recipe meets the numbers measured from the public reference, and only with all
+its options on.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def test_golden(dtype: torch.dtype, backend: str) -> None:
 def test_golden_compares_every_loss_and_gradient() -> None:
     computed = golden.compute(*golden.load_case(FOLDER, torch.float64))
     names = {"nll", "kl", "fusion", "ctr", "total"}
-    expected = {f"loss_{name}" for name in names} | {f"g_{p}_{name}" for name in names for p in ("prompt", "W", "b")}
+    expected = {f"loss_{name}" for name in names} | {
+        f"g_{p}_{name}" for name in names for p in ("prompt", "W", "b")
+    }
     assert set(computed) == expected | {"nll_per_prompt", "sim_scores"}
     assert all(float(computed[f"g_prompt_{name}"].abs().max()) > 1e-6 for name in names)
 
@@ -57,7 +61,9 @@ def activation(spt: Spt) -> None:
 
 
 def projections(spt: Spt) -> None:
-    """Two projections, even when both start from the reference's weights: the gradient is then split."""
+    """Two projections, even when both start from the reference's weights: the gradient is then
+    split.
+    """
     shared = spt.trainables.retriever.context
     apart = torch.nn.Linear(shared.in_features, shared.out_features).to(shared.weight.dtype)
     apart.load_state_dict(shared.state_dict())
@@ -85,7 +91,9 @@ SWITCHES = {
 
 @pytest.mark.parametrize("dtype", golden.LIMITS, ids=str)
 @pytest.mark.parametrize("name", SWITCHES)
-def test_golden_sees_each_option_switched_off(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_golden_sees_each_option_switched_off(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = golden.load_case
 
     def switched(*args: Any) -> Any:
@@ -98,7 +106,9 @@ def test_golden_sees_each_option_switched_off(name: str, dtype: torch.dtype, mon
 
 
 def test_golden_cannot_tell_the_masks_apart() -> None:
-    """No target of the case has a loss of exactly 0, so `mask` is tested in test_reference_faults.py instead."""
+    """No target of the case has a loss of exactly 0, so `mask` is tested in
+    test_reference_faults.py instead.
+    """
     backbone, spt, batch, arrays = golden.load_case(FOLDER, torch.float64)
     option("losses", mask="target")(spt)
     out = golden.compute(backbone, spt, batch, arrays)

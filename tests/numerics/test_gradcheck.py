@@ -29,7 +29,9 @@ def rows_per_chunk(monkeypatch: pytest.MonkeyPatch, module: FrozenHead, rows: in
 
 
 def head(bias: bool) -> FrozenHead:
-    return FrozenHead(random(V, D, seed=1, grad=False), random(V, seed=2, grad=False) if bias else None)
+    return FrozenHead(
+        random(V, D, seed=1, grad=False), random(V, seed=2, grad=False) if bias else None
+    )
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, N, 100])
@@ -78,7 +80,10 @@ def test_fuse() -> None:
 
 @pytest.mark.parametrize("target", [1.0, -1.0])
 def test_contrastive(target: float) -> None:
-    left, right = random(4, 6).detach().abs().requires_grad_(), random(4, 6, seed=1).detach().abs().requires_grad_()
+    left, right = (
+        random(4, 6).detach().abs().requires_grad_(),
+        random(4, 6, seed=1).detach().abs().requires_grad_(),
+    )
     targets = torch.full((6,), target, dtype=torch.float64)
     assert gradcheck(lambda a, b: losses.contrastive(a, b, targets), (left, right))
 
@@ -102,11 +107,15 @@ def test_a_text_longer_than_the_padding_is_refused() -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_retriever(shared: bool) -> None:
-    retriever = Retriever(D, shared=shared, activation="softplus", generator=torch.Generator().manual_seed(0)).double()
+    retriever = Retriever(
+        D, shared=shared, activation="softplus", generator=torch.Generator().manual_seed(0)
+    ).double()
 
     def scores(bank: torch.Tensor, pooled: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         names = [name for name, _ in retriever.named_parameters()]
-        out = torch.func.functional_call(retriever, dict(zip(names, weights, strict=True)), (bank, pooled))
+        out = torch.func.functional_call(
+            retriever, dict(zip(names, weights, strict=True)), (bank, pooled)
+        )
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -130,7 +139,9 @@ def attend_branches(backend: str) -> Callable[..., torch.Tensor]:
     """Two examples with contexts of 4 and 2 tokens, two branches of 2 and 3 tokens each."""
     cpu = torch.device("cpu")
     context = Layout((4, 2), torch.arange(6), backend, cpu, record=True)
-    context.recorded = {0: (random(1, 2, 6, 4, seed=8, grad=False), random(1, 2, 6, 4, seed=9, grad=False))}
+    context.recorded = {
+        0: (random(1, 2, 6, 4, seed=8, grad=False), random(1, 2, 6, 4, seed=9, grad=False))
+    }
     branches = Branches([2, 3], 2, context, torch.arange(10), cpu)
     return lambda q, k, v: branches.attend(0, q, k, v, 0.6)
 
@@ -138,6 +149,12 @@ def attend_branches(backend: str) -> Callable[..., torch.Tensor]:
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize(("layout", "tokens"), [(attend_rows, 9), (attend_branches, 10)])
 @pytest.mark.parametrize("heads", [2, 4], ids=["mha", "gqa"])
-def test_attention(layout: Callable[[str], Callable[..., torch.Tensor]], tokens: int, heads: int, backend: str) -> None:
-    inputs = (random(1, heads, tokens, 4), random(1, 2, tokens, 4, seed=1), random(1, 2, tokens, 4, seed=2))
+def test_attention(
+    layout: Callable[[str], Callable[..., torch.Tensor]], tokens: int, heads: int, backend: str
+) -> None:
+    inputs = (
+        random(1, heads, tokens, 4),
+        random(1, 2, tokens, 4, seed=1),
+        random(1, 2, tokens, 4, seed=2),
+    )
     assert gradcheck(layout(backend), inputs)

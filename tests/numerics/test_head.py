@@ -38,12 +38,18 @@ class LogitMeter(TorchDispatchMode):
         return out
 
 
-def measure(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch, bias: bool) -> tuple[LogitMeter, int]:
-    """Forward and backward of ROWS rows where one `MiB` of the setting holds `rows` rows; the meter and that limit."""
+def measure(
+    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch, bias: bool
+) -> tuple[LogitMeter, int]:
+    """Forward and backward of ROWS rows where one `MiB` of the setting holds `rows` rows; the meter
+    and that limit.
+    """
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype)
-    head = FrozenHead(weight, torch.randn(VOCABULARY, generator=generator).to(dtype) if bias else None)
+    head = FrozenHead(
+        weight, torch.randn(VOCABULARY, generator=generator).to(dtype) if bias else None
+    )
     limit = head.copies(precise) * VOCABULARY * precise.itemsize * rows
     monkeypatch.setattr(head_module, "MIB", limit)
     hidden = torch.randn(ROWS, WIDTH, generator=generator).to(dtype).requires_grad_()
@@ -77,14 +83,20 @@ def test_chunks_fill_the_mebibytes_given(mib: int, monkeypatch: pytest.MonkeyPat
     """At OPT's vocabulary: 1 MiB holds five rows of fp32 logits, 128 MiB hold 667."""
     seen: list[int] = []
     monkeypatch.setattr(
-        head_module._HeadLoss, "apply", lambda hidden, targets, weight, bias, scale, rows, precise: seen.append(rows)
+        head_module._HeadLoss,
+        "apply",
+        lambda hidden, targets, weight, bias, scale, rows, precise: seen.append(rows),
     )
-    FrozenHead(torch.zeros(50272, 1), None)(torch.zeros(3, 1), torch.zeros(3, dtype=torch.long), None, mib)
+    FrozenHead(torch.zeros(50272, 1), None)(
+        torch.zeros(3, 1), torch.zeros(3, dtype=torch.long), None, mib
+    )
     assert seen == [{1: 5, 128: 667}[mib]]
     assert seen[0] * 50272 * 4 <= mib * 2**20
 
 
-def test_nothing_of_the_vocabulary_is_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_the_vocabulary_is_kept_for_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(head_module, "MIB", VOCABULARY * 4 * 5)
     weight = torch.randn(VOCABULARY, WIDTH)
     saved: list[torch.Size] = []

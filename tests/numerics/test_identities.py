@@ -24,7 +24,9 @@ COUNT, TOKENS = 4, 2
 
 @dataclass
 class Meter:
-    """What passed through the base: calls of the whole base, and per call of the last layer and of the head, rows."""
+    """What passed through the base: calls of the whole base, and per call of the last layer and of
+    the head, rows.
+    """
 
     base_calls: int = 0
     layer_tokens: list[int] = field(default_factory=list)
@@ -89,7 +91,9 @@ def test_identity_2_only_response_positions_reach_the_head(placement: str) -> No
 
 @pytest.mark.parametrize("arch", ["llama", "phi"])
 def test_identity_3_fusion_is_one_head_row(arch: str) -> None:
-    """(K + 1) * n rows in all, and the loss is that of K x V mixed logits, for a head with bias too."""
+    """(K + 1) * n rows in all, and the loss is that of K x V mixed logits, for a head with bias
+    too.
+    """
     backbone, spt, batch, case = step(arch=arch)
     assert (backbone.lm.get_output_embeddings().bias is not None) == (arch == "phi")
     with metered(backbone) as meter:
@@ -109,7 +113,9 @@ def test_identity_4_no_weight_gradients(placement: str, checkpointing: str) -> N
     for name, parameter in backbone.named_parameters():
         assert not parameter.requires_grad, name
         assert parameter.grad is None, name
-    assert all(torch.equal(before[name], weight) for name, weight in backbone.lm.state_dict().items())
+    assert all(
+        torch.equal(before[name], weight) for name, weight in backbone.lm.state_dict().items()
+    )
     assert all(float(grad.abs().max()) > 0 for grad in found.grads.values())
     assert not embed(backbone, batch).context.requires_grad
 
@@ -141,7 +147,9 @@ def test_identity_6_suffix_reads_each_context_once() -> None:
 
 
 def test_identity_6_selective_backward_reads_each_context_once_too() -> None:
-    backbone, spt = build(Case("llama", placement="suffix", count=COUNT, tokens=TOKENS), train_top_m=1)
+    backbone, spt = build(
+        Case("llama", placement="suffix", count=COUNT, tokens=TOKENS), train_top_m=1
+    )
     with metered(backbone) as meter:
         forward(backbone, spt, random_batch(LENS)).total.backward()
     branch = EXAMPLES * TOKENS + TARGETS - EXAMPLES
@@ -161,7 +169,9 @@ def test_identity_6_suffix_context_tokens_do_not_grow_with_prompts() -> None:
 
 
 def test_a_base_of_one_example_counts_the_same() -> None:
-    """The smallest case: one example, one prompt, a reply of EOS alone reads prompt and context and nothing else."""
+    """The smallest case: one example, one prompt, a reply of EOS alone reads prompt and context and
+    nothing else.
+    """
     backbone, spt = build(Case("llama", count=1, tokens=TOKENS))
     with metered(backbone) as meter:
         forward(backbone, spt, pick(random_batch(LENS), [1]))

@@ -1,4 +1,6 @@
-"""A result depends on its own example alone: not on companions, order, the split into micro-batches or fillers."""
+"""A result depends on its own example alone: not on companions, order, the split into micro-batches
+or fillers.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,13 @@ from tests.numerics.steps import Case, build, counts_of, our_step
 LENS = ((5, 3), (12, 1), (1, 6), (7, 4), (3, 2))
 CASES = [
     Case(arch, backend=backend, placement=placement)
-    for arch, placement, backend in itertools.product(["opt", "llama"], ["prefix", "suffix"], ["sdpa", "eager"])
+    for arch, placement, backend in itertools.product(
+        ["opt", "llama"], ["prefix", "suffix"], ["sdpa", "eager"]
+    )
 ]
-each_case = pytest.mark.parametrize("case", CASES, ids=[f"{c.arch}-{c.placement}-{c.backend}" for c in CASES])
+each_case = pytest.mark.parametrize(
+    "case", CASES, ids=[f"{c.arch}-{c.placement}-{c.backend}" for c in CASES]
+)
 
 
 def micro(backbone: Backbone, spt: Spt, batch: Batch) -> MicroLosses:
@@ -51,21 +57,29 @@ def test_alone_and_in_a_batch(case: Case) -> None:
 def test_order_of_the_batch(case: Case) -> None:
     backbone, spt = build(case)
     batch, order = random_batch(LENS), [3, 0, 4, 2, 1]
-    straight, shuffled = our_step(backbone, spt, [batch]), our_step(backbone, spt, [pick(batch, order)])
+    straight, shuffled = (
+        our_step(backbone, spt, [batch]),
+        our_step(backbone, spt, [pick(batch, order)]),
+    )
     permuted = {name: straight.values[name][:, order] for name in ("nll", "scores")}
     assert_steps_close(shuffled, Step({**straight.values, **permuted}, straight.grads), case.dtype)
 
 
 @each_case
 @pytest.mark.parametrize(
-    "split", [[[0, 1, 2, 3, 4]], [[0, 1], [2, 3, 4]], [[0], [1], [2], [3], [4]], [[0, 1, 2, 3], [4]]]
+    "split",
+    [[[0, 1, 2, 3, 4]], [[0, 1], [2, 3, 4]], [[0], [1], [2], [3], [4]], [[0, 1, 2, 3], [4]]],
 )
 def test_split_into_micro_batches(case: Case, split: list[list[int]]) -> None:
-    """Sums of totals over a split are the unsplit total, contrastive pairs across micro-batches included."""
+    """Sums of totals over a split are the unsplit total, contrastive pairs across micro-batches
+    included.
+    """
     backbone, spt = build(case)
     batch, contrast = random_batch(LENS), all_pairs(len(LENS))
     whole = our_step(backbone, spt, [batch], contrast)
-    assert_steps_close(our_step(backbone, spt, [pick(batch, part) for part in split], contrast), whole, case.dtype)
+    assert_steps_close(
+        our_step(backbone, spt, [pick(batch, part) for part in split], contrast), whole, case.dtype
+    )
 
 
 def test_a_mean_of_micro_batch_means_would_differ() -> None:
@@ -86,7 +100,10 @@ def test_filler_rows_change_nothing(case: Case) -> None:
     counts = counts_of(batch)
     filled = pick(batch, [0, 1, 2, 3, 4, 1, 2])
     filled = replace(filled, weights=(1.0,) * 5 + (0.0,) * 2)
-    plain, padded = our_step(backbone, spt, [batch]), our_step(backbone, spt, [filled], counts=counts)
+    plain, padded = (
+        our_step(backbone, spt, [batch]),
+        our_step(backbone, spt, [filled], counts=counts),
+    )
     kept = {name: padded.values[name][:, :5] for name in ("nll", "scores")}
     assert_steps_close(Step({**padded.values, **kept}, padded.grads), plain, case.dtype)
     assert counts_of(filled) == counts
@@ -96,7 +113,10 @@ def test_a_filler_that_counts_is_seen() -> None:
     backbone, spt = build(CASES[0])
     batch = random_batch(LENS)
     filled = pick(batch, [0, 1, 2, 3, 4, 1])  # weight 1.0
-    one, other = our_step(backbone, spt, [batch]), our_step(backbone, spt, [filled], counts=counts_of(batch))
+    one, other = (
+        our_step(backbone, spt, [batch]),
+        our_step(backbone, spt, [filled], counts=counts_of(batch)),
+    )
     assert abs(float(one.values["total"] - other.values["total"])) > 1e-3
 
 
@@ -126,19 +146,25 @@ def test_no_token_attends_across_examples(case: Case, victim: int, poison: float
         return list(zip(hidden.split(lens, dim=1), losses.split(lens, dim=1), strict=True))
 
     before, after = per_example(clean), per_example(poisoned(clean, batch, victim, poison))
-    for b, ((hidden, loss), (dirty_hidden, dirty_loss)) in enumerate(zip(before, after, strict=True)):
+    for b, ((hidden, loss), (dirty_hidden, dirty_loss)) in enumerate(
+        zip(before, after, strict=True)
+    ):
         assert torch.equal(hidden, dirty_hidden) == (b != victim)
         assert torch.equal(loss, dirty_loss) == (b != victim)
 
 
 @each_case
-def test_nll_of_companions_survives_a_huge_example(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nll_of_companions_survives_a_huge_example(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same through the whole micro-step, for a poison that stays finite."""
     backbone, spt = build(case)
     batch, victim = random_batch(LENS), 2
     clean = micro(backbone, spt, batch)
     right = rows.embed
-    monkeypatch.setattr("spt_ds.model.spt.embed", lambda *args: poisoned(right(*args), batch, victim, 1e4))
+    monkeypatch.setattr(
+        "spt_ds.model.spt.embed", lambda *args: poisoned(right(*args), batch, victim, 1e4)
+    )
     dirty = micro(backbone, spt, batch)
     others = [b for b in range(len(batch)) if b != victim]
     assert torch.equal(clean.nll[:, others], dirty.nll[:, others])
@@ -149,5 +175,8 @@ def test_nll_of_companions_survives_a_huge_example(case: Case, monkeypatch: pyte
 def test_counts_are_those_of_the_window_not_of_the_micro_batch() -> None:
     backbone, spt = build(CASES[0])
     batch = random_batch(LENS)
-    small, large = backbone(spt.micro_losses, batch, Counts(5, 16)), backbone(spt.micro_losses, batch, Counts(10, 64))
+    small, large = (
+        backbone(spt.micro_losses, batch, Counts(5, 16)),
+        backbone(spt.micro_losses, batch, Counts(10, 64)),
+    )
     assert_same(large.parts, small.parts / torch.tensor([4.0, 2.0, 2.0], dtype=torch.float64))

@@ -1,4 +1,6 @@
-"""The GPU kernels against the float64 twin. Head sizes here are 8, the smallest that the fused kernels take."""
+"""The GPU kernels against the float64 twin. Head sizes here are 8, the smallest that the fused
+kernels take.
+"""
 
 from __future__ import annotations
 

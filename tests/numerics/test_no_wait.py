@@ -1,4 +1,6 @@
-"""A micro-batch asks the device for no number: the host runs ahead, and waits once a step (engine.train_window)."""
+"""A micro-batch asks the device for no number: the host runs ahead, and waits once a step
+(engine.train_window).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spt_ds.batch import Batch
@@ -23,7 +29,9 @@ WAITS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def without_numbers(case: Case, **options: int) -> None:
-    """Forward and backward pass on tensors that have shapes and no values: whoever reads a value gets an error."""
+    """Forward and backward pass on tensors that have shapes and no values: whoever reads a value
+    gets an error.
+    """
     backbone, spt = build(case, **options)
     batch = random_batch(LENS)
     contrast = contrast_of(batch, case.precise)
@@ -41,19 +49,25 @@ def without_numbers(case: Case, **options: int) -> None:
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("arch", ["opt", "llama"])
-def test_no_value_is_read(arch: str, backend: str, placement: str, checkpointing: str, top_m: int) -> None:
+def test_no_value_is_read(
+    arch: str, backend: str, placement: str, checkpointing: str, top_m: int
+) -> None:
     case = Case(arch, torch.float32, backend, placement=placement, checkpointing=checkpointing)
     without_numbers(case, train_top_m=top_m)
 
 
 class Reads(TorchDispatchMode):
-    """Names of the operations that gave the host a number: transformers keeps its own from tensors without values."""
+    """Names of the operations that gave the host a number: transformers keeps its own from tensors
+    without values.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
 
-    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
@@ -74,11 +88,18 @@ def test_the_base_reads_no_value(arch: str, placement: str) -> None:
 
 @pytest.mark.parametrize(
     "reading",
-    [lambda nll: nll.sum().item(), lambda nll: torch.repeat_interleave(nll[0], torch.ones(nll.shape[1]).long())],
+    [
+        lambda nll: nll.sum().item(),
+        lambda nll: torch.repeat_interleave(nll[0], torch.ones(nll.shape[1]).long()),
+    ],
 )
-def test_the_test_sees_who_reads(reading: Callable[[torch.Tensor], object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_sees_who_reads(
+    reading: Callable[[torch.Tensor], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = losses.selection
-    monkeypatch.setattr(losses, "selection", lambda nll, *more: (reading(nll.detach()), right(nll, *more))[1])
+    monkeypatch.setattr(
+        losses, "selection", lambda nll, *more: (reading(nll.detach()), right(nll, *more))[1]
+    )
     with pytest.raises(WAITS):
         without_numbers(Case("opt", torch.float32))
 

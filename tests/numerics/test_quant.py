@@ -42,7 +42,8 @@ PACKINGS = [
         ("int8", 256, False),
     ]
 ]
-# Largest relative error of normal weights in the 2-norm, and the smallest: a smaller one would be another format.
+# Largest relative error of normal weights in the 2-norm, and the smallest: a smaller one would be
+# another format.
 ERRORS = {"nf4": (0.085, 0.106), "fp4": (0.115, 0.145), "int8": (0.008, 0.012)}
 
 
@@ -50,16 +51,25 @@ def weight_of(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> tor
     return (0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
 
 
-def layer_of(shape: tuple[int, int], packing: Packing, bias: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+def layer_of(
+    shape: tuple[int, int], packing: Packing, bias: bool = True, dtype: torch.dtype = torch.float32
+) -> Any:
     packed, _ = quant.quantise(weight_of(shape), packing, CPU)
     values = torch.linspace(-1, 1, shape[0], dtype=dtype)
-    return QuantLinear(shape, packing, packed, torch.nn.Parameter(values, requires_grad=False) if bias else None)
+    return QuantLinear(
+        shape, packing, packed, torch.nn.Parameter(values, requires_grad=False) if bias else None
+    )
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
-# bitsandbytes' own call for such shapes is wrong where rows are not whole blocks: (16, 16), (64, 96), (128, 320).
-@pytest.mark.parametrize("shape", [(128, 512), (16, 16), (64, 96), (128, 320), (33, 31), (7, 9), (1, 1)], ids=str)
-def test_dequantised_weights_are_code_book_times_scale(shape: tuple[int, int], packing: Packing) -> None:
+# bitsandbytes' own call for such shapes is wrong where rows are not whole blocks: (16, 16), (64,
+# 96), (128, 320).
+@pytest.mark.parametrize(
+    "shape", [(128, 512), (16, 16), (64, 96), (128, 320), (33, 31), (7, 9), (1, 1)], ids=str
+)
+def test_dequantised_weights_are_code_book_times_scale(
+    shape: tuple[int, int], packing: Packing
+) -> None:
     packed, _ = quant.quantise(weight_of(shape), packing, CPU)
     for dtype in (torch.float32, torch.bfloat16):
         expected = quant_check.reference(packed, shape, packing, dtype)
@@ -134,7 +144,9 @@ def test_nothing_is_saved_between_forward_and_backward() -> None:
 def base(tmp_path: Path) -> Callable[..., ModelConfig]:
     """Store a tiny base and configure a run on it."""
 
-    def make(arch: str = "llama", bits: int = 8, dtype: torch.dtype = torch.bfloat16, **quant: Any) -> ModelConfig:
+    def make(
+        arch: str = "llama", bits: int = 8, dtype: torch.dtype = torch.bfloat16, **quant: Any
+    ) -> ModelConfig:
         folder = tmp_path / "base"
         tiny_lm(arch, dtype).save_pretrained(folder)
         return ModelConfig.model_validate({"base": str(folder), "base_bits": bits, "quant": quant})
@@ -173,7 +185,9 @@ def with_plain_layers(lm: Any, weights: dict[str, torch.Tensor]) -> Any:
     return lm
 
 
-@pytest.mark.parametrize(("arch", "bits"), [("opt", 4), ("opt", 8), ("opt_project", 8), ("llama", 4), ("llama", 8)])
+@pytest.mark.parametrize(
+    ("arch", "bits"), [("opt", 4), ("opt", 8), ("opt_project", 8), ("llama", 4), ("llama", 8)]
+)
 def test_losses_and_gradients_are_those_of_the_dequantised_weights(
     arch: str, bits: int, base: Callable[..., ModelConfig]
 ) -> None:
@@ -191,10 +205,14 @@ def test_losses_and_gradients_are_those_of_the_dequantised_weights(
     name = next(iter(weights))
     weights[name] = load_file(Path(config.base) / "model.safetensors")[f"{name}.weight"]
     other = losses_and_gradients(with_plain_layers(fresh(), weights))
-    assert not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(got, other, strict=True))
+    assert not all(
+        torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(got, other, strict=True)
+    )
 
 
-def test_all_linear_layers_but_head_and_skipped_ones_are_quantised(base: Callable[..., ModelConfig]) -> None:
+def test_all_linear_layers_but_head_and_skipped_ones_are_quantised(
+    base: Callable[..., ModelConfig],
+) -> None:
     lm = load(base("llama", skip_modules=["down_proj", "q_proj"]))
     kinds = {name.rsplit(".")[-1] for name in quantised(lm)}
     assert kinds == {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
@@ -203,9 +221,13 @@ def test_all_linear_layers_but_head_and_skipped_ones_are_quantised(base: Callabl
 
 
 def test_a_skipped_name_that_no_layer_has_is_refused(base: Callable[..., ModelConfig]) -> None:
-    with pytest.raises(ModelError, match=r"skip_modules: 'q_pro' is no linear layer .* did you mean 'q_proj'"):
+    with pytest.raises(
+        ModelError, match=r"skip_modules: 'q_pro' is no linear layer .* did you mean 'q_proj'"
+    ):
         load(base("llama", skip_modules=["lm_head", "q_pro"]))
-    lm = load(base("opt", skip_modules=["lm_head", "0.fc1"]))  # a tied head; a layer by the end of its name
+    lm = load(
+        base("opt", skip_modules=["lm_head", "0.fc1"])
+    )  # a tied head; a layer by the end of its name
     assert not any(name.endswith(".0.fc1") for name in quantised(lm))
     assert any(name.endswith(".1.fc1") for name in quantised(lm))
 
@@ -225,7 +247,9 @@ def test_embeddings_norms_biases_and_generation_settings_are_those_of_the_base(
 
 
 @pytest.mark.parametrize("layout", ["sharded", "bin", "bare", "stored"])
-def test_every_layout_of_a_checkpoint_gives_the_same_bytes(layout: str, base: Callable[..., ModelConfig]) -> None:
+def test_every_layout_of_a_checkpoint_gives_the_same_bytes(
+    layout: str, base: Callable[..., ModelConfig]
+) -> None:
     config = base("opt", 4)
     folder = Path(config.base)
     expected = fingerprints(load(config))
@@ -261,12 +285,16 @@ class FakeTokenizer:
         assert folder.is_dir()
 
 
-def test_quantize_command_stores_the_embedded_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantize_command_stores_the_embedded_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "stored"
     assert quantize.main(["embedded", str(out), "--bits", "8", "--block-size", "256"]) == 0
     settings = {"base": "embedded", "base_bits": 8, "quant": {"block_size": 256}}
     direct = load(ModelConfig.model_validate(settings))
-    assert fingerprints(load(ModelConfig.model_validate({**settings, "base": str(out)}))) == fingerprints(direct)
+    assert fingerprints(
+        load(ModelConfig.model_validate({**settings, "base": str(out)}))
+    ) == fingerprints(direct)
     assert (out / "tokenizer.json").exists()
     assert quantize.main(["embedded", str(out)]) == 2
     assert "is already there" in capsys.readouterr().err
@@ -294,14 +322,21 @@ def test_unusable_checkpoints_are_refused_with_the_reason(base: Callable[..., Mo
     whole = (folder / "model.safetensors").read_bytes()
     fc1 = "model.decoder.layers.0.fc1.weight"
     rewrite(folder, lambda weights: weights.pop(fc1))
-    with pytest.raises(ModelError, match=f"1 weights of OPTForCausalLM are not in the checkpoint, the first is {fc1}"):
+    with pytest.raises(
+        ModelError,
+        match=f"1 weights of OPTForCausalLM are not in the checkpoint, the first is {fc1}",
+    ):
         load(config)
     rewrite(folder, lambda weights: weights.update({fc1: torch.zeros(3, 3)}))
-    with pytest.raises(ModelError, match=r"fc1.weight has shape \[3, 3\], its config.json asks for \[24, 16\]"):
+    with pytest.raises(
+        ModelError, match=r"fc1.weight has shape \[3, 3\], its config.json asks for \[24, 16\]"
+    ):
         load(config)
     (folder / "model.safetensors").write_bytes(whole)
     rewrite(folder, lambda weights: weights.update({"lm_head.weight": torch.zeros(61, 16)}))
-    with pytest.raises(ModelError, match=r"ties .* hold different values for them; set tie_word_embeddings: false"):
+    with pytest.raises(
+        ModelError, match=r"ties .* hold different values for them; set tie_word_embeddings: false"
+    ):
         load(config)
     (folder / "model.safetensors").write_bytes(whole[:1000])
     with pytest.raises(ModelError, match="no weights can be loaded"):
@@ -311,7 +346,9 @@ def test_unusable_checkpoints_are_refused_with_the_reason(base: Callable[..., Mo
         load(config)
     configure(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     for bits in (4, 16):
-        with pytest.raises(ModelError, match=r"already quantised \(bitsandbytes\).*Take the 16-bit checkpoint"):
+        with pytest.raises(
+            ModelError, match=r"already quantised \(bitsandbytes\).*Take the 16-bit checkpoint"
+        ):
             load(config.model_copy(update={"base_bits": bits}))
 
 
@@ -321,9 +358,14 @@ def test_what_bitsandbytes_stored_is_refused_with_the_reason(
 ) -> None:
     config = base("llama", 4)
     theirs = BitsAndBytesConfig(**{width: True})
-    lm = AutoModelForCausalLM.from_pretrained(config.base, quantization_config=theirs, dtype=torch.bfloat16)
+    lm = AutoModelForCausalLM.from_pretrained(
+        config.base, quantization_config=theirs, dtype=torch.bfloat16
+    )
     lm.save_pretrained(tmp_path / "theirs")
-    reason = r"theirs: its weights are already quantised \(bitsandbytes\); under ZeRO-3 .* Take the 16-bit checkpoint"
+    reason = (
+        r"theirs: its weights are already quantised \(bitsandbytes\); under ZeRO-3 .* Take the"
+        r" 16-bit checkpoint"
+    )
     for bits in (4, 8, 16, 32):
         found = config.model_copy(update={"base": str(tmp_path / "theirs"), "base_bits": bits})
         with pytest.raises(ModelError, match=reason):
@@ -334,14 +376,25 @@ def test_what_bitsandbytes_stored_is_refused_with_the_reason(
 
 
 def test_architectures_that_cannot_be_streamed_are_refused(tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+    }
     experts = MixtralConfig(
-        **sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1
+        **sizes,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        num_experts_per_tok=1,
     )
     MixtralForCausalLM(experts).save_pretrained(tmp_path / "experts")
     with pytest.raises(ModelError, match=r"must be merged or split .* set model.base_bits: 16"):
         load(ModelConfig(base=str(tmp_path / "experts"), base_bits=4))
-    GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "gpt2"
+    )
     with pytest.raises(ModelError, match="GPT2LMHeadModel has no plain linear layer to quantise"):
         load(ModelConfig(base=str(tmp_path / "gpt2"), base_bits=4))
 
@@ -356,7 +409,9 @@ def test_self_check_passes_and_finds_each_fault(
     layer = quantised(backbone.lm)[name]
     true = layer.dequantised
     layer.dequantised = lambda dtype: true(dtype) * 1.05  # type: ignore[method-assign]
-    with pytest.raises(ModelError, match=rf"{name}: a dequantised weight is .* units .* \(1 layers"):
+    with pytest.raises(
+        ModelError, match=rf"{name}: a dequantised weight is .* units .* \(1 layers"
+    ):
         backbone.check()
     del layer.dequantised
     layer.packed.data[0] ^= 1

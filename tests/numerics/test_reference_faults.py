@@ -1,4 +1,5 @@
-"""Faults of the public reference that the model layer does not repeat; numbers as in docs/numerics.md.
+"""Faults of the public reference that the model layer does not repeat; numbers as in
+docs/numerics.md.
 
 Fault 8 (noise on a probability instead of on logits) belongs to generation and is tested there.
 """
@@ -16,7 +17,15 @@ from spt_ds.model import losses
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.retriever import reference_scores, softplus_scores
 from spt_ds.model.spt import MicroLosses, Spt
-from tests.helpers.tiny import EOS, examples_of, make_batch, pick, random_batch, tiny_backbone, tiny_spt
+from tests.helpers.tiny import (
+    EOS,
+    examples_of,
+    make_batch,
+    pick,
+    random_batch,
+    tiny_backbone,
+    tiny_spt,
+)
 from tests.numerics.steps import Case, build, counts_of
 
 LENS = ((5, 3), (9, 1), (7, 4))
@@ -30,7 +39,10 @@ def micro(backbone: Backbone, spt: Spt, batch: Batch) -> MicroLosses:
 
 def with_other_responses(batch: Batch) -> Batch:
     contexts = [context for context, _ in examples_of(batch)]
-    return make_batch(contexts, [response + 1 for _, response in examples_of(random_batch(((1, 6), (1, 2), (1, 2))))])
+    return make_batch(
+        contexts,
+        [response + 1 for _, response in examples_of(random_batch(((1, 6), (1, 2), (1, 2))))],
+    )
 
 
 def test_fault_01_the_response_is_not_pooled() -> None:
@@ -48,7 +60,10 @@ def test_fault_01_the_reference_pool_leaks_the_response() -> None:
     backbone = tiny_backbone("opt")
     spt = tiny_spt(backbone, retriever={"pool": "padded_text", "pool_length_tokens": 20})
     batch = random_batch(LENS)
-    leaked = micro(backbone, spt, batch).scores - micro(backbone, spt, with_other_responses(batch)).scores
+    leaked = (
+        micro(backbone, spt, batch).scores
+        - micro(backbone, spt, with_other_responses(batch)).scores
+    )
     assert float(leaked.abs().max()) > 1e-3
 
 
@@ -73,13 +88,19 @@ def test_fault_03_the_activation_is_monotone() -> None:
     theirs = reference_scores(cos)
     assert float(theirs.diff().min()) < -0.03
     jump = reference_scores(torch.tensor([0.1, 0.1 + 1e-9], dtype=torch.float64))
-    torch.testing.assert_close(jump, torch.tensor([0.1313, 0.1], dtype=torch.float64), rtol=0, atol=5e-5)
+    torch.testing.assert_close(
+        jump, torch.tensor([0.1313, 0.1], dtype=torch.float64), rtol=0, atol=5e-5
+    )
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "non_reentrant", "reentrant"])
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
-def test_fault_04_identical_prompts_give_identical_losses(placement: str, checkpointing: str) -> None:
-    """With a base whose configuration asks for dropout, also when a trainer calls `train()` on the whole module."""
+def test_fault_04_identical_prompts_give_identical_losses(
+    placement: str, checkpointing: str
+) -> None:
+    """With a base whose configuration asks for dropout, also when a trainer calls `train()` on the
+    whole module.
+    """
     rates: dict[str, Any] = {"dropout": 0.3, "attention_dropout": 0.3, "layerdrop": 0.3}
     backbone = tiny_backbone("opt", checkpointing=checkpointing, **rates)
     spt = tiny_spt(backbone, count=4, prompts={"placement": placement})
@@ -113,13 +134,19 @@ def test_fault_04_dropout_would_be_seen() -> None:
 def test_fault_05_a_target_with_loss_zero_counts() -> None:
     values = torch.tensor([[2.0, 0.0, 4.0, 0.0, 0.0]])
     member = losses.membership((2, 3), torch.device("cpu"), torch.float32)
-    assert torch.equal(losses.mean_per_example(values, member, "target"), torch.tensor([[1.0, 4 / 3]]))
-    assert torch.equal(losses.mean_per_example(values, member, "nonzero"), torch.tensor([[2.0, 4.0]]))
+    assert torch.equal(
+        losses.mean_per_example(values, member, "target"), torch.tensor([[1.0, 4 / 3]])
+    )
+    assert torch.equal(
+        losses.mean_per_example(values, member, "nonzero"), torch.tensor([[2.0, 4.0]])
+    )
 
 
 @pytest.mark.parametrize(("mask", "counted"), [("target", 3), ("nonzero", 1)])
 def test_fault_05_through_the_whole_step(mask: str, counted: int) -> None:
-    """A head so sure of one token that its loss is exactly 0 in fp32: our mean is over all 3 targets, not over 1."""
+    """A head so sure of one token that its loss is exactly 0 in fp32: our mean is over all 3
+    targets, not over 1.
+    """
     backbone = tiny_backbone("phi", torch.float32)
     sure, other = 20, 21
     head = backbone.lm.get_output_embeddings()
@@ -149,7 +176,9 @@ def test_fault_07_eos_is_a_target() -> None:
 
 
 def test_fault_07_a_model_that_never_stops_has_a_higher_loss() -> None:
-    """Making EOS unlikely raises exactly the loss of the EOS positions; pad = EOS as with Llama changes nothing."""
+    """Making EOS unlikely raises exactly the loss of the EOS positions; pad = EOS as with Llama
+    changes nothing.
+    """
     backbone, spt = build(Case("phi"))
     batch = pick(random_batch(LENS), [1])  # a reply of EOS alone
     before = micro(backbone, spt, batch).nll

@@ -1,4 +1,6 @@
-"""The comparison with the twin sees every deliberate fault in every dtype: no tolerance is wide enough to hide one."""
+"""The comparison with the twin sees every deliberate fault in every dtype: no tolerance is wide
+enough to hide one.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,16 @@ def case_of(fault: Fault, dtype: torch.dtype) -> Case:
 
 
 @pytest.mark.parametrize(("fault", "dtype"), EACH, ids=[f"{f.name}-{d}" for f, d in EACH])
-def test_the_comparison_sees(fault: Fault, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_sees(
+    fault: Fault, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = case_of(fault, dtype)
     expected = twin(case.arch, dtype, case.placement, case.count, case.fusion_weights)
     fault.break_it(monkeypatch)
     broken = ours(case, random_batch(LENS))
-    with pytest.raises(AssertionError, match=r"grad|loss|nll|total|scores|selection|fusion|contrastive"):
+    with pytest.raises(
+        AssertionError, match=r"grad|loss|nll|total|scores|selection|fusion|contrastive"
+    ):
         assert_steps_close(broken, expected, dtype)
 
 
@@ -32,10 +38,15 @@ def test_the_comparison_sees(fault: Fault, dtype: torch.dtype, monkeypatch: pyte
 def test_the_comparison_sees_a_difference_just_above_each_limit(dtype: torch.dtype) -> None:
     """The comparison itself: both columns, both sides of the limit, and NaN."""
     row = TOLERANCES[dtype]
-    value, grad = torch.tensor([3.0, 0.5], dtype=torch.float64), torch.tensor([2.0, -4.0], dtype=torch.float64)
+    value, grad = (
+        torch.tensor([3.0, 0.5], dtype=torch.float64),
+        torch.tensor([2.0, -4.0], dtype=torch.float64),
+    )
     twin_step = Step({"nll": value}, {"w": grad})
     assert_steps_close(
-        Step({"nll": value * (1 + 0.9 * row.loss)}, {"w": grad * (1 + 0.9 * row.grad)}), twin_step, dtype
+        Step({"nll": value * (1 + 0.9 * row.loss)}, {"w": grad * (1 + 0.9 * row.grad)}),
+        twin_step,
+        dtype,
     )
     wrong = [
         Step({"nll": value + torch.tensor([0.0, 1.1 * row.loss])}, {"w": grad}),
@@ -51,7 +62,9 @@ def test_the_comparison_sees_a_difference_just_above_each_limit(dtype: torch.dty
 
 
 def margin(fault: Fault, dtype: torch.dtype) -> float:
-    """How many times its limit the fault's largest difference is; for the table in docs/numerics.md."""
+    """How many times its limit the fault's largest difference is; for the table in
+    docs/numerics.md.
+    """
     case, row = case_of(fault, dtype), TOLERANCES[dtype]
     with pytest.MonkeyPatch.context() as patch:
         expected = twin(case.arch, dtype, case.placement, case.count, case.fusion_weights)

@@ -1,4 +1,6 @@
-"""`losses.train_top_m`: the value is that of all K prompts, the gradient goes through the m best of each example."""
+"""`losses.train_top_m`: the value is that of all K prompts, the gradient goes through the m best of
+each example.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from tests.numerics.steps import Case, build, contrast_of, counts_of, our_step, 
 
 LENS = ((5, 3), (9, 1), (1, 6), (7, 4))
 COUNT = 4
-CASES = [Case(arch, placement=p, count=COUNT) for arch, p in itertools.product(["opt", "llama"], ["prefix", "suffix"])]
+CASES = [
+    Case(arch, placement=p, count=COUNT)
+    for arch, p in itertools.product(["opt", "llama"], ["prefix", "suffix"])
+]
 each_case = pytest.mark.parametrize("case", CASES, ids=[f"{c.arch}-{c.placement}" for c in CASES])
 
 
@@ -36,10 +41,14 @@ def twin(case: Case, trained: list[list[int]]) -> Step:
 
 @each_case
 @pytest.mark.parametrize("best", [1, 2, 3])
-def test_values_are_those_of_all_prompts_and_gradients_those_of_the_best(case: Case, best: int) -> None:
+def test_values_are_those_of_all_prompts_and_gradients_those_of_the_best(
+    case: Case, best: int
+) -> None:
     full = step(case, 0)
     trained = best_prompts(full, best)
-    assert len({tuple(one) for one in trained}) > 1  # examples choose differently: a choice per batch would fail
+    assert (
+        len({tuple(one) for one in trained}) > 1
+    )  # examples choose differently: a choice per batch would fail
     ours = step(case, best)
     assert_steps_close(Step(ours.values, {}), Step(full.values, {}), case.dtype)
     assert_steps_close(ours, twin(case, trained), case.dtype)
@@ -71,7 +80,9 @@ def test_evaluation_reads_each_prompt_once() -> None:
     """Without gradient there is nothing to select: the second pass over the base is left out."""
     backbone, spt = build(CASES[0], train_top_m=1)
     batch, calls = random_batch(LENS), []
-    backbone.lm.base_model.register_forward_pre_hook(lambda *args: calls.append(torch.is_grad_enabled()))
+    backbone.lm.base_model.register_forward_pre_hook(
+        lambda *args: calls.append(torch.is_grad_enabled())
+    )
     our_step(backbone, spt, [batch])
     assert calls == [False, True]
     calls.clear()

@@ -1,4 +1,6 @@
-"""Losses and gradients of a whole step equal those of the slow float64 twin, within one row of tolerances per dtype."""
+"""Losses and gradients of a whole step equal those of the slow float64 twin, within one row of
+tolerances per dtype.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,20 @@ from tests.helpers.tiny import random_batch
 from tests.helpers.tolerances import Step, assert_steps_close
 from tests.numerics.steps import Case, build, contrast_of, our_step, twin_of
 
-LENS = ((5, 3), (9, 1), (1, 6), (7, 4))  # (context, response): a reply of EOS alone and a context of one token too
+LENS = (
+    (5, 3),
+    (9, 1),
+    (1, 6),
+    (7, 4),
+)  # (context, response): a reply of EOS alone and a context of one token too
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 MODES = ("off", "non_reentrant", "reentrant")
 
 
 @functools.cache
-def twin(arch: str, dtype: torch.dtype, placement: str, count: int, fusion_weights: str = "scores") -> Step:
+def twin(
+    arch: str, dtype: torch.dtype, placement: str, count: int, fusion_weights: str = "scores"
+) -> Step:
     """The twin neither knows backends nor checkpointing: one run serves them all."""
     case = Case(arch, dtype, placement=placement, count=count, fusion_weights=fusion_weights)
     batch = random_batch(LENS)
@@ -38,10 +47,14 @@ def ours(case: Case, batch: Batch) -> Step:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 @pytest.mark.parametrize("arch", ["opt", "llama"])
-def test_step_equals_the_twin(arch: str, placement: str, dtype: torch.dtype, backend: str, checkpointing: str) -> None:
+def test_step_equals_the_twin(
+    arch: str, placement: str, dtype: torch.dtype, backend: str, checkpointing: str
+) -> None:
     for count in (1, 2, 3, 4, 5):
         case = Case(arch, dtype, backend, checkpointing, placement, count)
-        assert_steps_close(ours(case, random_batch(LENS)), twin(arch, dtype, placement, count), dtype)
+        assert_steps_close(
+            ours(case, random_batch(LENS)), twin(arch, dtype, placement, count), dtype
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -58,7 +71,9 @@ def test_other_architectures_equal_the_twin(arch: str, placement: str, dtype: to
 def test_a_normalised_fusion_equals_the_twin(arch: str, dtype: torch.dtype) -> None:
     """Phi's head has a bias, whose scale is 1 then."""
     case = Case(arch, dtype, fusion_weights="normalised")
-    assert_steps_close(ours(case, random_batch(LENS)), twin(arch, dtype, "prefix", 3, "normalised"), dtype)
+    assert_steps_close(
+        ours(case, random_batch(LENS)), twin(arch, dtype, "prefix", 3, "normalised"), dtype
+    )
 
 
 def test_virtual_tokens_of_any_number_equal_the_twin() -> None:
@@ -75,8 +90,15 @@ lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6)), min_size=1, 
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
-@given(lens=lengths, placement=st.sampled_from(["prefix", "suffix"]), count=st.integers(1, 3), seed=st.integers(0, 99))
-def test_any_shape_equals_the_twin(lens: list[tuple[int, int]], placement: str, count: int, seed: int) -> None:
+@given(
+    lens=lengths,
+    placement=st.sampled_from(["prefix", "suffix"]),
+    count=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_equals_the_twin(
+    lens: list[tuple[int, int]], placement: str, count: int, seed: int
+) -> None:
     case = Case("llama", placement=placement, count=count)
     batch = random_batch(lens, seed=seed)
     backbone, spt = build(case)

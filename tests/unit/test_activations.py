@@ -1,4 +1,6 @@
-"""The ReLU that keeps a mask: the values and gradients of torch's own, and nothing but a byte per element kept."""
+"""The ReLU that keeps a mask: the values and gradients of torch's own, and nothing but a byte per
+element kept.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def test_values_and_gradients_are_those_of_relu() -> None:
 
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     expected = torch.relu(leaves[0] * 2)
-    doubled = leaves[1] * 2  # a product with a number keeps nothing: all that is noted is the activation's
+    doubled = (
+        leaves[1] * 2
+    )  # a product with a number keeps nothing: all that is noted is the activation's
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         found = MaskedRelu()(doubled)
     assert torch.equal(found, expected)

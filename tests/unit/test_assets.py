@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import spt_ds
 from spt_ds.data.encode import encode
@@ -22,8 +27,14 @@ BASE = ASSETS / "base"
 
 @pytest.fixture(scope="module")
 def dialogues() -> dict[str, list[dict]]:
-    files = {name: (ASSETS / "dialogues" / f"{name}.jsonl").read_text(encoding="utf-8") for name in SPLITS}
-    return {name: [json.loads(line) for line in text.rstrip("\n").split("\n")] for name, text in files.items()}
+    files = {
+        name: (ASSETS / "dialogues" / f"{name}.jsonl").read_text(encoding="utf-8")
+        for name in SPLITS
+    }
+    return {
+        name: [json.loads(line) for line in text.rstrip("\n").split("\n")]
+        for name, text in files.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +44,17 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(BASE, local_files_only=True, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        BASE, local_files_only=True, dtype=torch.float32
+    ).eval()
 
 
 def test_dialogues_have_the_documented_form(dialogues: dict[str, list[dict]]) -> None:
-    assert {name: len(part) for name, part in dialogues.items()} == {"train": 240, "valid": 30, "test": 30}
+    assert {name: len(part) for name, part in dialogues.items()} == {
+        "train": 240,
+        "valid": 30,
+        "test": 30,
+    }
     for record in (record for part in dialogues.values() for record in part):
         assert list(record) == ["id", "persona", "turns", "first_speaker"]
         assert record["first_speaker"] in ("partner", "self")
@@ -56,14 +73,20 @@ def test_both_users_are_shown(dialogues: dict[str, list[dict]]) -> None:
 
 
 def test_no_persona_sentence_is_on_two_sides(dialogues: dict[str, list[dict]]) -> None:
-    people = {name: {sentence_key(s) for record in part for s in record["persona"]} for name, part in dialogues.items()}
+    people = {
+        name: {sentence_key(s) for record in part for s in record["persona"]}
+        for name, part in dialogues.items()
+    }
     for one, other in combinations(SPLITS, 2):
         assert not people[one] & people[other]
 
 
 def test_sources_and_licences_are_named() -> None:
     dialogues = (ASSETS / "dialogues" / "ATTRIBUTION.md").read_text(encoding="utf-8")
-    assert all(part in dialogues for part in ("Synthetic-Persona-Chat", "Google", "CC BY 4.0", "What was changed"))
+    assert all(
+        part in dialogues
+        for part in ("Synthetic-Persona-Chat", "Google", "CC BY 4.0", "What was changed")
+    )
     card = (BASE / "README.md").read_text(encoding="utf-8")
     for part in (
         "CC BY 4.0",
@@ -120,7 +143,10 @@ def test_base_knows_dialogue(model: PreTrainedModel, tokenizer: PreTrainedTokeni
     right, shuffled = [], []
     for one in encoded:
         right.append(nats_per_token(model, one.context_ids, one.response_ids))
-        jumbled = rng.sample(one.context_ids, len(one.context_ids)), rng.sample(one.response_ids, len(one.response_ids))
+        jumbled = (
+            rng.sample(one.context_ids, len(one.context_ids)),
+            rng.sample(one.response_ids, len(one.response_ids)),
+        )
         shuffled.append(nats_per_token(model, *jumbled))
     mean, control = float(torch.cat(right).mean()), float(torch.cat(shuffled).mean())
     assert mean < 4.0

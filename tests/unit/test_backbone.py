@@ -48,11 +48,24 @@ from spt_ds.model import backbone as backbone_module
 from spt_ds.model.attention import PACKED, Layout, choose_backend
 from spt_ds.model.backbone import Backbone, build_backbone, load_tokenizer
 from spt_ds.model.rows import embed, target_states
-from tests.helpers.tiny import VOCABULARY, examples_of, random_batch, tiny_backbone, tiny_config, tiny_lm, tiny_spt
+from tests.helpers.tiny import (
+    VOCABULARY,
+    examples_of,
+    random_batch,
+    tiny_backbone,
+    tiny_config,
+    tiny_lm,
+    tiny_spt,
+)
 from tests.numerics.steps import counts_of
 
 CPU = torch.device("cpu")
-SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 GATED: dict[str, Any] = {
     **SIZES,
     "num_key_value_heads": 2,
@@ -61,7 +74,13 @@ GATED: dict[str, Any] = {
     "eos_token_id": 2,
 }
 BLOOM: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 4}
-GPTJ: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
+GPTJ: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 4,
+    "rotary_dim": 4,
+}
 MPT: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 16, "n_layers": 2, "n_heads": 4}
 NEO: dict[str, Any] = {
     **{"vocab_size": VOCABULARY, "hidden_size": 16, "num_layers": 2, "num_heads": 4},
@@ -106,7 +125,9 @@ class TestCheck:
     def test_sees_capped_logits_however_small_the_logits_are(self, dtype: torch.dtype) -> None:
         """Gemma 2 at initialisation: its cap of 30 moves these logits by less than bf16 rounds."""
         backbone = tiny_backbone("gemma2", dtype, final_logit_softcapping=30.0)
-        logits = backbone.lm(input_ids=torch.arange(5)[None], use_cache=False, layout=rows((5,))).logits
+        logits = backbone.lm(
+            input_ids=torch.arange(5)[None], use_cache=False, layout=rows((5,))
+        ).logits
         assert float(logits.abs().max()) < 15
         with pytest.raises(ModelError, match=r"Gemma2ForCausalLM.*other logits"):
             check(backbone)
@@ -121,17 +142,27 @@ class TestCheck:
             CohereConfig(**GATED, pad_token_id=0, logit_scale=0.25),
             GraniteConfig(**GATED, logits_scaling=8.0),
             BloomConfig(**BLOOM),
-            MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, eos_token_id=2, bos_token_id=1),
+            MambaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=16,
+                num_hidden_layers=2,
+                eos_token_id=2,
+                bos_token_id=1,
+            ),
         ],
         ids=lambda config: config.model_type,
     )
     def test_sees_what_packed_rows_cannot_do(self, config: PretrainedConfig) -> None:
-        """Logits scaled behind the head (Cohere, Granite), no attention interface (Bloom), no attention (Mamba)."""
+        """Logits scaled behind the head (Cohere, Granite), no attention interface (Bloom), no
+        attention (Mamba).
+        """
         with pytest.raises(ModelError, match=r"other logits.*attention interface"):
             check(backbone_of(config))
 
     @pytest.mark.parametrize("factor", [1.01, 0.99])
-    def test_sees_logits_scaled_by_a_percent(self, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_sees_logits_scaled_by_a_percent(
+        self, factor: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         backbone = tiny_backbone("llama", torch.float32)
         right = backbone.lm.forward
 
@@ -144,7 +175,9 @@ class TestCheck:
         with pytest.raises(ModelError, match=r"difference 0\.(0099|01)"):
             check(backbone)
 
-    def test_sees_embeddings_scaled_outside_the_embedding(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_sees_embeddings_scaled_outside_the_embedding(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A base that reads ids in another way than embeddings."""
         backbone = tiny_backbone("llama", torch.float32)
         right = backbone.lm.model.forward
@@ -159,7 +192,9 @@ class TestCheck:
             check(backbone)
 
     @pytest.mark.parametrize("arch", ["opt", "llama"])
-    def test_sees_positions_that_are_not_handed_on(self, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_sees_positions_that_are_not_handed_on(
+        self, arch: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         backbone = tiny_backbone(arch, torch.float32)
         right = backbone.run
         wrong = torch.arange(8)[None]
@@ -185,7 +220,9 @@ class TestCheck:
             check(backbone_of(config))
 
     def test_says_that_the_base_cannot_read_packed_rows(self) -> None:
-        with pytest.raises(ModelError, match=r"MptForCausalLM cannot read packed rows .*OPT, Llama"):
+        with pytest.raises(
+            ModelError, match=r"MptForCausalLM cannot read packed rows .*OPT, Llama"
+        ):
             check(backbone_of(MptConfig(**MPT)))
 
 
@@ -200,7 +237,9 @@ FAMILIES: list[PretrainedConfig] = [
     Qwen3Config(**SMALL, head_dim=8),
     Gemma3TextConfig(**SMALL, head_dim=8),
     Phi3Config(**SMALL),
-    GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
+    GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    ),
     GPTNeoXConfig(**SIZES, intermediate_size=24),
     Olmo2Config(**SMALL),
     Starcoder2Config(**SMALL),
@@ -220,9 +259,13 @@ def test_families_that_have_been_run(config: PretrainedConfig) -> None:
         with torch.no_grad():
             ours = backbone(spt.micro_losses, batch, counts_of(batch)).nll[1, 0]
             pieces = [spt.trainables.bank.weight[1], backbone.embed(context)]
-            row = torch.cat([*(pieces if placement == "prefix" else pieces[::-1]), backbone.embed(response)])
+            row = torch.cat(
+                [*(pieces if placement == "prefix" else pieces[::-1]), backbone.embed(response)]
+            )
             backbone.lm.set_attn_implementation("eager")
-            logits = backbone.lm(inputs_embeds=row[None], use_cache=False).logits[0, len(row) - 4 : -1]
+            logits = backbone.lm(inputs_embeds=row[None], use_cache=False).logits[
+                0, len(row) - 4 : -1
+            ]
             backbone.lm.set_attn_implementation(PACKED)
         own = torch.nn.functional.cross_entropy(logits, response)
         torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-5)
@@ -233,13 +276,17 @@ class TestSlidingWindow:
 
     @pytest.mark.parametrize("placement", ["prefix", "suffix"])
     def test_a_row_longer_than_the_window_is_refused(self, placement: str) -> None:
-        """In suffix placement a row is a context and one of its branches: 2 + 8 + 3 - 1 = 12 fit, 13 do not."""
+        """In suffix placement a row is a context and one of its branches: 2 + 8 + 3 - 1 = 12 fit,
+        13 do not.
+        """
         backbone = backbone_of(self.CONFIG)
         spt = tiny_spt(backbone, count=6, dtype=torch.float32, prompts={"placement": placement})
         fits = random_batch(((8, 3), (2, 2)))
         backbone(spt.micro_losses, fits, counts_of(fits))
         longer = random_batch(((9, 3), (2, 2)))
-        with pytest.raises(ModelError, match=r"rows of 13 tokens exceed.*window of 12; lower data\.max_tokens"):
+        with pytest.raises(
+            ModelError, match=r"rows of 13 tokens exceed.*window of 12; lower data\.max_tokens"
+        ):
             backbone(spt.micro_losses, longer, counts_of(longer))
 
 
@@ -252,7 +299,9 @@ class TestLoading:
         assert backbone.lm.config.pad_token_id == 1
 
     @pytest.mark.parametrize(("bits", "dtype"), [(32, torch.float32), (16, torch.bfloat16)])
-    def test_weights_are_read_in_the_dtype_of_base_bits(self, bits: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    def test_weights_are_read_in_the_dtype_of_base_bits(
+        self, bits: int, dtype: torch.dtype, tmp_path: Path
+    ) -> None:
         source = tiny_lm("llama", torch.float32)
         source.save_pretrained(tmp_path)
         backbone = build(str(tmp_path), base_bits=bits, random_init=False)
@@ -261,22 +310,40 @@ class TestLoading:
 
     def test_no_rate_of_dropout_is_left(self, tmp_path: Path) -> None:
         """Not only in `eval()`: a layer that recomputes its activations has its training flag set."""
-        rates = {"dropout": 0.2, "attention_dropout": 0.2, "layerdrop": 0.2, "activation_dropout": 0.2}
+        rates = {
+            "dropout": 0.2,
+            "attention_dropout": 0.2,
+            "layerdrop": 0.2,
+            "activation_dropout": 0.2,
+        }
         backbone = build(saved(tiny_config("opt", **rates), tmp_path))
-        left = [name for m in backbone.lm.modules() for name, value in vars(m).items() if "drop" in name and value]
+        left = [
+            name
+            for m in backbone.lm.modules()
+            for name, value in vars(m).items()
+            if "drop" in name and value
+        ]
         assert left == []
 
     def test_a_head_that_is_not_linear_is_refused(self) -> None:
         lm = tiny_lm("opt", torch.float32)
         lm.set_output_embeddings(torch.nn.Sequential(torch.nn.Linear(16, VOCABULARY)))
-        with pytest.raises(ModelError, match="head of OPTForCausalLM is Sequential; a plain linear head"):
+        with pytest.raises(
+            ModelError, match="head of OPTForCausalLM is Sequential; a plain linear head"
+        ):
             Backbone(lm, "sdpa")
 
     @pytest.mark.parametrize(
-        "config", [GPTJConfig(**GPTJ), FalconConfig(**SIZES), GPTNeoConfig(**NEO)], ids=lambda config: config.model_type
+        "config",
+        [GPTJConfig(**GPTJ), FalconConfig(**SIZES), GPTNeoConfig(**NEO)],
+        ids=lambda config: config.model_type,
     )
-    def test_bases_with_attention_classes_of_their_own(self, config: PretrainedConfig, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match=rf"{config.model_type} picks its attention from a list.*OPT, Llama"):
+    def test_bases_with_attention_classes_of_their_own(
+        self, config: PretrainedConfig, tmp_path: Path
+    ) -> None:
+        with pytest.raises(
+            ModelError, match=rf"{config.model_type} picks its attention from a list.*OPT, Llama"
+        ):
             build(saved(config, tmp_path))
 
     def test_an_encoder_decoder_is_refused(self, tmp_path: Path) -> None:
@@ -285,7 +352,9 @@ class TestLoading:
 
     @pytest.mark.parametrize("name", ["/nowhere/base", "./nowhere", "a/b/c"])
     def test_a_missing_folder(self, name: str) -> None:
-        with pytest.raises(ModelError, match=rf"no folder {name}; give a folder with config.json and weights"):
+        with pytest.raises(
+            ModelError, match=rf"no folder {name}; give a folder with config.json and weights"
+        ):
             build(name)
 
     def test_a_folder_without_a_configuration(self, tmp_path: Path) -> None:
@@ -299,7 +368,9 @@ class TestLoading:
 
     def test_a_folder_without_weights(self, tmp_path: Path) -> None:
         folder = saved(tiny_config("llama"), tmp_path)
-        with pytest.raises(ModelError, match=rf"no weights can be loaded from {folder}: .*safetensors"):
+        with pytest.raises(
+            ModelError, match=rf"no weights can be loaded from {folder}: .*safetensors"
+        ):
             build(folder, random_init=False)
 
     def test_a_folder_without_a_tokenizer(self, tmp_path: Path) -> None:
@@ -308,7 +379,9 @@ class TestLoading:
             load_tokenizer(ModelConfig(base=folder))
 
     @pytest.mark.parametrize("eos", [None, "</s>"])
-    def test_a_tokenizer_needs_an_end_of_sequence_token(self, eos: str | None, tmp_path: Path) -> None:
+    def test_a_tokenizer_needs_an_end_of_sequence_token(
+        self, eos: str | None, tmp_path: Path
+    ) -> None:
         words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
         PreTrainedTokenizerFast(tokenizer_object=words, eos_token=eos).save_pretrained(tmp_path)
         config = ModelConfig(base=str(tmp_path))
@@ -327,27 +400,59 @@ class TestBackend:
         assert choose_backend("eager", CPU, torch.float32, strict=True) == "eager"
 
     @pytest.mark.parametrize("knows_groups", [False, True])
-    def test_varlen_of_either_signature(self, knows_groups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_varlen_of_either_signature(
+        self, knows_groups: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """torch 2.11 has no `enable_gqa`: there the key heads are repeated."""
         lens, scale = (3, 5), 0.25
         edges = torch.tensor([0, 3, 8], dtype=torch.int32)
 
         def rows(q: Any, k: Any, v: Any, edges: Any, enable_gqa: bool) -> torch.Tensor:
             assert enable_gqa or q.shape[1] == k.shape[1]
-            pieces = zip(*(part.transpose(0, 1)[None].split(lens, dim=2) for part in (q, k, v)), strict=True)
-            out = [F.scaled_dot_product_attention(*row, is_causal=True, scale=scale, enable_gqa=True) for row in pieces]
+            pieces = zip(
+                *(part.transpose(0, 1)[None].split(lens, dim=2) for part in (q, k, v)), strict=True
+            )
+            out = [
+                F.scaled_dot_product_attention(*row, is_causal=True, scale=scale, enable_gqa=True)
+                for row in pieces
+            ]
             return torch.cat(out, dim=2)[0].transpose(0, 1)
 
-        def older(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, q_max: int, k_max: int, *, scale: float,
-                  window_size: tuple[int, int]) -> torch.Tensor:  # fmt: skip
+        def older(
+            q: Any,
+            k: Any,
+            v: Any,
+            cu_q: Any,
+            cu_k: Any,
+            q_max: int,
+            k_max: int,
+            *,
+            scale: float,
+            window_size: tuple[int, int],
+        ) -> torch.Tensor:
             return rows(q, k, v, cu_q, False)
 
-        def newer(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, q_max: int, k_max: int, *, scale: float,
-                  window_size: tuple[int, int], enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
+        def newer(
+            q: Any,
+            k: Any,
+            v: Any,
+            cu_q: Any,
+            cu_k: Any,
+            q_max: int,
+            k_max: int,
+            *,
+            scale: float,
+            window_size: tuple[int, int],
+            enable_gqa: bool = False,
+        ) -> torch.Tensor:
             return rows(q, k, v, cu_q, enable_gqa)
 
-        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", newer if knows_groups else older)
-        monkeypatch.setattr(attention, "_varlen_options", attention._varlen_options.__wrapped__)  # without its cache
+        monkeypatch.setattr(
+            "torch.nn.attention.varlen.varlen_attn", newer if knows_groups else older
+        )
+        monkeypatch.setattr(
+            attention, "_varlen_options", attention._varlen_options.__wrapped__
+        )  # without its cache
         q, k, v = (torch.randn(1, heads, sum(lens), 8) for heads in (4, 2, 2))
         positions = torch.cat([torch.arange(n) for n in lens])
         layout = Layout(lens, positions, "varlen", CPU)
@@ -355,9 +460,15 @@ class TestBackend:
         right = Layout(lens, positions, "eager", CPU).attend(0, q, k, v, scale)
         torch.testing.assert_close(layout.attend(0, q, k, v, scale), right)
 
-    @pytest.mark.parametrize(("asked", "need"), [("flash", "flash-attn package"), ("varlen", "torch >= 2.11")])
-    def test_a_kernel_that_cannot_run_here(self, asked: str, need: str, caplog: pytest.LogCaptureFixture) -> None:
-        with pytest.raises(ModelError, match=rf"model\.attention: {asked}, using sdpa: .*{need}.*strict"):
+    @pytest.mark.parametrize(
+        ("asked", "need"), [("flash", "flash-attn package"), ("varlen", "torch >= 2.11")]
+    )
+    def test_a_kernel_that_cannot_run_here(
+        self, asked: str, need: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with pytest.raises(
+            ModelError, match=rf"model\.attention: {asked}, using sdpa: .*{need}.*strict"
+        ):
             choose_backend(asked, CPU, torch.float32, strict=True)
         logger = get_logger()
         logger.addHandler(caplog.handler)
@@ -365,20 +476,32 @@ class TestBackend:
             assert choose_backend(asked, CPU, torch.float32, strict=False) == "sdpa"
         finally:
             logger.removeHandler(caplog.handler)
-        said = [record for record in caplog.records if f"model.attention: {asked}" in record.message]
+        said = [
+            record for record in caplog.records if f"model.attention: {asked}" in record.message
+        ]
         assert [record.levelno for record in said] == [logging.WARNING]
 
 
 class TestFlashPackages:
-    """Two distributions share the name flash_attn; neither is installed here, so modules stand in for them."""
+    """Two distributions share the name flash_attn; neither is installed here, so modules stand in
+    for them.
+    """
 
     @pytest.mark.parametrize(
         ("installed", "card", "package"),
         [
             ({"flash_attn": True}, (8, 0), "flash-attn 2"),
             ({"flash_attn": True, "flash_attn.cute": True}, (9, 0), "flash-attn 4"),
-            ({"flash_attn": True, "flash_attn.cute": True}, (8, 0), "flash-attn 2"),  # 4 is made for later cards
-            ({"flash_attn": False, "flash_attn.cute": True}, (10, 0), "flash-attn 4"),  # flash_attn: a namespace
+            (
+                {"flash_attn": True, "flash_attn.cute": True},
+                (8, 0),
+                "flash-attn 2",
+            ),  # 4 is made for later cards
+            (
+                {"flash_attn": False, "flash_attn.cute": True},
+                (10, 0),
+                "flash-attn 4",
+            ),  # flash_attn: a namespace
             ({"flash_attn": False, "flash_attn.cute": True}, (8, 0), None),
             ({"flash_attn": True, "flash_attn.cute": True}, (12, 0), "flash-attn 2"),
             ({"flash_attn": True, "flash_attn.cute": True}, (7, 5), None),
@@ -386,14 +509,20 @@ class TestFlashPackages:
         ],
     )
     def test_which_one_is_used(
-        self, installed: dict[str, bool], card: tuple[int, int], package: str | None, monkeypatch: pytest.MonkeyPatch
+        self,
+        installed: dict[str, bool],
+        card: tuple[int, int],
+        package: str | None,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         called: list[str] = []
 
         def function(name: str) -> Callable[..., Any]:
             def attend(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 called.append(name)
-                return (q, None) if name.endswith("cute") else q  # version 4 returns the log-sum-exp beside its output
+                return (
+                    (q, None) if name.endswith("cute") else q
+                )  # version 4 returns the log-sum-exp beside its output
 
             return attend
 
@@ -420,7 +549,9 @@ class TestFlashPackages:
 
 
 def test_suffix_without_recorded_keys_is_refused() -> None:
-    """A base whose attention layers all claim index 0, or none: the branches find no keys of their context."""
+    """A base whose attention layers all claim index 0, or none: the branches find no keys of their
+    context.
+    """
     backbone = tiny_backbone("llama")
     spt = tiny_spt(backbone, prompts={"placement": "suffix"})
     batch = random_batch(((4, 2),))

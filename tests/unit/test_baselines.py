@@ -1,4 +1,6 @@
-"""Options of the baselines and what they refuse; texts of few-shot prompting and of no persona; planned memory."""
+"""Options of the baselines and what they refuse; texts of few-shot prompting and of no persona;
+planned memory.
+"""
 
 from __future__ import annotations
 
@@ -29,24 +31,42 @@ from tests.helpers.tokenizers import byte_tokenizer
 
 BYTES = byte_tokenizer()
 BOS, EOS = 256, 257
-NO_PROMPTS = {"prompts": {"count": 1, "tokens": 0}, "losses": {"selection": 0, "fusion": 0, "contrastive": 0}}
+NO_PROMPTS = {
+    "prompts": {"count": 1, "tokens": 0},
+    "losses": {"selection": 0, "fusion": 0, "contrastive": 0},
+}
 
 
 @pytest.mark.parametrize(
     ("recipe", "overrides", "parts"),
     [
-        ("demo", ["prompts.tokens=0"], ["prompts.tokens is 0", "method.type: spt", "lora, full, none"]),
+        (
+            "demo",
+            ["prompts.tokens=0"],
+            ["prompts.tokens is 0", "method.type: spt", "lora, full, none"],
+        ),
         (
             "demo",
             ["method.type=lora", "prompts.placement=suffix"],
             [
-                "method.type: lora has no soft prompts", "set prompts.count: 1 (got 4), prompts.tokens: 0 (got 8)",
-                "prompts.placement: prefix (got suffix)", "losses.selection: 0 (got 1.0)", "losses.fusion: 0 (got 1.0)",
+                "method.type: lora has no soft prompts",
+                "set prompts.count: 1 (got 4), prompts.tokens: 0 (got 8)",
+                "prompts.placement: prefix (got suffix)",
+                "losses.selection: 0 (got 1.0)",
+                "losses.fusion: 0 (got 1.0)",
                 "losses.contrastive: 0 (got 1.0)",
             ],
         ),
-        ("baseline-lora", ["model.base_bits=4"], ["model.base_bits is 4", "set model.base_bits: 16 or 32"]),
-        ("baseline-full", ["model.base_bits=16"], ["model.base_bits is 16", "set model.base_bits: 32"]),
+        (
+            "baseline-lora",
+            ["model.base_bits=4"],
+            ["model.base_bits is 4", "set model.base_bits: 16 or 32"],
+        ),
+        (
+            "baseline-full",
+            ["model.base_bits=16"],
+            ["model.base_bits is 16", "set model.base_bits: 32"],
+        ),
         (
             "baseline-full",
             ["model.activation_checkpointing=reentrant"],
@@ -65,12 +85,15 @@ NO_PROMPTS = {"prompts": {"count": 1, "tokens": 0}, "losses": {"selection": 0, "
         (
             "baseline-lora",
             ["data.few_shot=2"],
-            ["data.few_shot is 2 and method.type lora", "set method.type: none, or data.few_shot: 0"],
+            [
+                "data.few_shot is 2 and method.type lora",
+                "set method.type: none, or data.few_shot: 0",
+            ],
         ),
         ("baseline-lora", ["method.lora.rank=0"], ["method.lora.rank"]),
         ("baseline-lora", ["method.type=dora"], ["method.type", "'spt', 'lora', 'full' or 'none'"]),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused(recipe: str, overrides: list[str], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(recipe, overrides)
@@ -81,7 +104,9 @@ def test_what_does_not_fit_is_refused(recipe: str, overrides: list[str], parts: 
 @pytest.mark.parametrize("kind", ["lora", "full", "none"])
 def test_a_base_that_trains_is_copied_to_each_rank_or_refused(kind: str) -> None:
     shape = BaseShape.from_config(LlamaConfig().to_dict())
-    config = Config.model_validate({"method": {"type": kind}, "model": {"base_bits": 32}, **NO_PROMPTS})
+    config = Config.model_validate(
+        {"method": {"type": kind}, "model": {"base_bits": 32}, **NO_PROMPTS}
+    )
     found, why = plan.choose_placement(config, shape, 4, 200 * GIB, None)
     assert found == "replicate", why
     assert kind == "none" or f"method.type: {kind} trains weights in it" in why
@@ -91,20 +116,36 @@ def test_a_base_that_trains_is_copied_to_each_rank_or_refused(kind: str) -> None
         return
     with pytest.raises(EngineError) as caught:
         plan.choose_placement(config, shape, 4, scarce, 1000 * GIB)
-    for part in ("base 25.", f"method.type: {kind}", "train.micro_batch", "engine.placement: replicate"):
+    for part in (
+        "base 25.",
+        f"method.type: {kind}",
+        "train.micro_batch",
+        "engine.placement: replicate",
+    ):
         assert part in str(caught.value)
 
 
 SMALL = {
     "opt": OPTConfig(
-        hidden_size=128, ffn_dim=512, num_hidden_layers=4, num_attention_heads=4, word_embed_proj_dim=128,
-        vocab_size=100, max_position_embeddings=96, activation_function="relu",
+        hidden_size=128,
+        ffn_dim=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        word_embed_proj_dim=128,
+        vocab_size=100,
+        max_position_embeddings=96,
+        activation_function="relu",
     ),
     "llama": LlamaConfig(
-        hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=100, max_position_embeddings=96,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        max_position_embeddings=96,
     ),
-}  # fmt: skip
+}
 EVERY = {
     "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -114,7 +155,9 @@ EVERY = {
 @pytest.mark.parametrize(("kind", "bits"), [("full", 32), ("lora", 32), ("lora", 16)])
 @pytest.mark.parametrize("name", SMALL)
 def test_planned_memory_is_that_which_is_counted(name: str, kind: str, bits: int) -> None:
-    """Adapters in every linear layer: the most there can be. Norms and biases of a whole base are left out."""
+    """Adapters in every linear layer: the most there can be. Norms and biases of a whole base are
+    left out.
+    """
     method = {"type": kind, "lora": {"rank": 2, "targets": EVERY[name]}}
     config = Config.model_validate({"method": method, "model": {"base_bits": bits}, **NO_PROMPTS})
     dtype = torch.bfloat16 if bits == 16 else torch.float32
@@ -140,18 +183,27 @@ def kept_bytes(backbone: Backbone, bank: torch.Tensor) -> int:
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if (tensor.is_floating_point() or tensor.dtype == torch.bool) and storage.data_ptr() not in weights:
+        if (
+            tensor.is_floating_point() or tensor.dtype == torch.bool
+        ) and storage.data_ptr() not in weights:
             held[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        target_states(backbone, batch, embed(backbone, batch), bank[:, None].expand(-1, 2, -1, -1), None)
+        target_states(
+            backbone, batch, embed(backbone, batch), bank[:, None].expand(-1, 2, -1, -1), None
+        )
     return sum(storage.nbytes() for storage in held.values())
 
 
 def write(path: Path, *dialogues: tuple[str, list[str]]) -> str:
     rows = [
-        {"id": f"d{n}", "persona": [persona] if persona else [], "turns": turns, "first_speaker": "partner"}
+        {
+            "id": f"d{n}",
+            "persona": [persona] if persona else [],
+            "turns": turns,
+            "first_speaker": "partner",
+        }
         for n, (persona, turns) in enumerate(dialogues)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -159,12 +211,19 @@ def write(path: Path, *dialogues: tuple[str, list[str]]) -> str:
 
 
 def store_of(source: str, folder: Path, max_tokens: int = 400, **shown: Any) -> ExampleStore:
-    return build_store(source, BYTES, max_tokens=max_tokens, cache_dir=str(folder / "cache"), shown=Shown(**shown))
+    return build_store(
+        source, BYTES, max_tokens=max_tokens, cache_dir=str(folder / "cache"), shown=Shown(**shown)
+    )
 
 
 TWO = [("i ski.", ["hi", "yes"]), ("i cook.", ["you?", "no"])]
-SHOWN = {True: [b"given persona: i ski.; context: Q: hi R: yes", b"given persona: i cook.; context: Q: you? R: no"],
-         False: [b"context: Q: hi R: yes", b"context: Q: you? R: no"]}  # fmt: skip
+SHOWN = {
+    True: [
+        b"given persona: i ski.; context: Q: hi R: yes",
+        b"given persona: i cook.; context: Q: you? R: no",
+    ],
+    False: [b"context: Q: hi R: yes", b"context: Q: you? R: no"],
+}
 
 
 @pytest.mark.parametrize("persona", [True, False])
@@ -183,7 +242,10 @@ def test_few_shot_texts_of_a_known_case(tmp_path: Path, persona: bool) -> None:
     assert context.tolist() == [BOS, *shots, *own]
     assert response.tolist() == [*b" ok", EOS]
     shown = Shown(persona, shots)
-    assert encode_context(("i run.",), ("so?",), BYTES, 400, shown=shown).context_ids == context.tolist()
+    assert (
+        encode_context(("i run.",), ("so?",), BYTES, 400, shown=shown).context_ids
+        == context.tolist()
+    )
 
 
 def test_what_is_shown_is_part_of_the_cache(tmp_path: Path) -> None:
@@ -192,8 +254,16 @@ def test_what_is_shown_is_part_of_the_cache(tmp_path: Path) -> None:
     stores = [store_of(source, tmp_path, **kind) for kind in kinds]
     assert len({store.data_hash for store in stores}) == 4
     assert store_of(source, tmp_path, persona=False).data_hash == stores[1].data_hash
-    with_persona, without = 1 + len(b"given persona: i ski.; context: Q: hi R:"), 1 + len(b"context: Q: hi R:")
-    assert [len(store.ids([0])[0]) for store in stores] == [with_persona, without, with_persona + 2, with_persona + 2]
+    with_persona, without = (
+        1 + len(b"given persona: i ski.; context: Q: hi R:"),
+        1 + len(b"context: Q: hi R:"),
+    )
+    assert [len(store.ids([0])[0]) for store in stores] == [
+        with_persona,
+        without,
+        with_persona + 2,
+        with_persona + 2,
+    ]
 
 
 def test_no_persona_is_kept_for_the_reader_but_not_for_the_method(tmp_path: Path) -> None:
@@ -204,10 +274,13 @@ def test_no_persona_is_kept_for_the_reader_but_not_for_the_method(tmp_path: Path
     assert hidden.texts([0, 1]) == [([], ["hi"]), ([], ["you?"])]
 
 
-def test_worked_examples_lose_their_oldest_turns_and_come_from_different_dialogues(tmp_path: Path) -> None:
+def test_worked_examples_lose_their_oldest_turns_and_come_from_different_dialogues(
+    tmp_path: Path,
+) -> None:
     long = [f"turn number {n}" for n in range(8)]
     train = store_of(
-        write(tmp_path / "train.jsonl", ("", long), ("", ["a", "b"]), ("", ["x" * 99, "y" * 99])), tmp_path
+        write(tmp_path / "train.jsonl", ("", long), ("", ["a", "b"]), ("", ["x" * 99, "y" * 99])),
+        tmp_path,
     )
     for seed in range(6):
         shots = worked_examples(train, BYTES, 2, 200, seed, persona=True)
@@ -215,7 +288,9 @@ def test_worked_examples_lose_their_oldest_turns_and_come_from_different_dialogu
         assert shots.count(EOS) == 2
         assert shots[-1] == EOS
         assert len(shots) <= 100
-        assert parts.count(b"context: Q: a R: b") == 1  # the one other dialogue whose reply fits into 50 tokens
+        assert (
+            parts.count(b"context: Q: a R: b") == 1
+        )  # the one other dialogue whose reply fits into 50 tokens
         assert b"turn number" in parts
 
 
@@ -227,12 +302,16 @@ def test_worked_examples_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert "3 are needed; raise data.max_tokens or lower data.few_shot" in str(caught.value)
     source = write(tmp_path / "test.jsonl", ("i run.", ["so?", "ok"]))
     shots = worked_examples(train, BYTES, 2, 400, 0, persona=True)
-    with pytest.raises(DataError, match=r"of it the worked examples of data.few_shot.*lower data.few_shot"):
+    with pytest.raises(
+        DataError, match=r"of it the worked examples of data.few_shot.*lower data.few_shot"
+    ):
         store_of(source, tmp_path, max_tokens=100, shots=shots)
 
 
 def test_a_frozen_base_has_nothing_to_train() -> None:
-    backbone = Backbone(AutoModelForCausalLM.from_config(SMALL["opt"], attn_implementation=PACKED), "sdpa")
+    backbone = Backbone(
+        AutoModelForCausalLM.from_config(SMALL["opt"], attn_implementation=PACKED), "sdpa"
+    )
     config = Config.model_validate({"method": {"type": "none"}, **NO_PROMPTS})
     trainables: nn.Module = build_base_trainables(config, backbone, 0)
     assert plan.trainable_bytes(config, BaseShape.from_config(SMALL["opt"].to_dict())) == 0

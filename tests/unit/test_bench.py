@@ -1,4 +1,6 @@
-"""The benchmark's two sides compute the same losses and gradients, and its counts are those of the layers."""
+"""The benchmark's two sides compute the same losses and gradients, and its counts are those of the
+layers.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,12 @@ from tests.helpers.tiny import tiny_config
 @pytest.mark.parametrize("checkpointing", ["off", "non_reentrant"])
 def test_naive_twin_has_our_losses_and_gradients(checkpointing: str) -> None:
     config = load_config(
-        "demo", [f"model.activation_checkpointing={checkpointing}", "losses.contrastive=0", "prompts.count=3"]
+        "demo",
+        [
+            f"model.activation_checkpointing={checkpointing}",
+            "losses.contrastive=0",
+            "prompts.count=3",
+        ],
     )
     backbone, spt = build("tiny", config, torch.device("cpu"))
     batch = micro_batch("embedded:valid", "embedded", 3, backbone.vocabulary, 256)
@@ -43,7 +50,11 @@ def test_naive_twin_has_our_losses_and_gradients(checkpointing: str) -> None:
 def test_counted_tokens_are_those_the_layers_see(case: str) -> None:
     args = command._arguments(["step", "--shape", "tiny", "--batch", "3", "--max-tokens", "256"])
     placement = "suffix" if case == "suffix" else "prefix"
-    overrides = [f"prompts.placement={placement}", "model.activation_checkpointing=off", "losses.contrastive=0"]
+    overrides = [
+        f"prompts.placement={placement}",
+        "model.activation_checkpointing=off",
+        "losses.contrastive=0",
+    ]
     backbone, spt = build("tiny", load_config("demo", overrides), torch.device("cpu"))
     batch = micro_batch("embedded:valid", "embedded", 3, backbone.vocabulary, 256)
     seen = []
@@ -67,7 +78,9 @@ def test_forward_passes_of_opt_are_seen(case: str) -> None:
         lm.set_attn_implementation("sdpa")
         lm(input_ids=ids)
     else:
-        Backbone(lm, "sdpa").run(torch.zeros(3, 16), Layout((3,), torch.arange(3), "sdpa", torch.device("cpu")))
+        Backbone(lm, "sdpa").run(
+            torch.zeros(3, 16), Layout((3,), torch.arange(3), "sdpa", torch.device("cpu"))
+        )
     assert inside.take() > 0
     assert inside.take() == 0
 
@@ -82,13 +95,17 @@ def test_step_compares_losses_and_gradients(capsys: pytest.CaptureFixture[str]) 
     report = run(capsys, "step", "--shape", "tiny", "--batch", "2", "--cases", "naive,prefix")
     assert [result["case"] for result in report["results"]] == ["naive", "prefix"]
     assert report["same"]["prefix K=4"]["loss"] < 1e-6
-    assert report["same"]["prefix K=4"]["gradient"] < 1e-4  # of which the twin's rounding is the greater part
+    assert (
+        report["same"]["prefix K=4"]["gradient"] < 1e-4
+    )  # of which the twin's rounding is the greater part
     assert report["ratios"]["prefix K=4: times less"] > 0
     assert report["results"][0]["real_share"] < 1.0 == report["results"][1]["real_share"]
 
 
 def test_decoding_costs_a_row_step_per_token(capsys: pytest.CaptureFixture[str]) -> None:
-    report = run(capsys, "decode", "--shape", "tiny", "--batch", "12", "--prompts", "3", "--new-tokens", "4")
+    report = run(
+        capsys, "decode", "--shape", "tiny", "--batch", "12", "--prompts", "3", "--new-tokens", "4"
+    )
     naive, ours = report["results"]
     assert ours["row_steps"] == ours["examples_times_tokens"] == 48
     assert naive["row_steps"] == 3 * 48
@@ -108,13 +125,17 @@ def test_unknown_case(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_step_is_told_apart_into_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
-    report = run(capsys, "step", "--shape", "tiny", "--batch", "2", "--cases", "suffix,precise,prefix")
+    report = run(
+        capsys, "step", "--shape", "tiny", "--batch", "2", "--cases", "suffix,precise,prefix"
+    )
     assert set(report["same"]) == {"prefix K=4 to float64"}
     assert all(gap < 3e-5 for gap in report["same"]["prefix K=4 to float64"].values())
     for result in report["results"]:
         assert set(result["parts"]) == {"forward", "losses", "backward", "optimizer"}
         assert all(cost > 0 for cost in result["parts"].values())
-        assert sum(result["parts"].values()) == pytest.approx(result["cost"], rel=1e-6)  # one step: medians add up
+        assert sum(result["parts"].values()) == pytest.approx(
+            result["cost"], rel=1e-6
+        )  # one step: medians add up
         assert 0 < result["share_of_matmul"] < 1
         assert result["real_share"] == 1.0
     suffix, _, prefix = report["results"]
@@ -128,20 +149,38 @@ def test_loading(case: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_flops_by_hand() -> None:
-    """4 for each weight of a layer and position, 2 where no gradient flows, 4 for each weight and row of the head."""
+    """4 for each weight of a layer and position, 2 where no gradient flows, 4 for each weight and
+    row of the head.
+    """
     args = command._arguments(["step", "--tokens", "2", "--max-tokens", "10"])
     batch = Batch(torch.arange(7), torch.arange(3), (7,), (3,), (0,), (1.0,))
     shape = BaseShape(
         experts=1,
-        hidden=4, embed=4, layers=2, ffn=5, ffn_matrices=2, queries=4, keys=4, vocabulary=11, embeddings=1,
+        hidden=4,
+        embed=4,
+        layers=2,
+        ffn=5,
+        ffn_matrices=2,
+        queries=4,
+        keys=4,
+        vocabulary=11,
+        embeddings=1,
         masked_relu=False,
-    )  # fmt: skip
+    )
     layers = 2 * (4 * 4 * 4 + 2 * 4 * 5)
-    assert Reads("prefix", batch, 3, args).flops(shape) == 4 * layers * 3 * (2 + 7 + 2) + 4 * 44 * (3 + 1) * 3
-    assert Reads("suffix", batch, 3, args).flops(shape) == 2 * layers * 7 + 4 * layers * 3 * (2 + 2) + 4 * 44 * 12
+    assert (
+        Reads("prefix", batch, 3, args).flops(shape)
+        == 4 * layers * 3 * (2 + 7 + 2) + 4 * 44 * (3 + 1) * 3
+    )
+    assert (
+        Reads("suffix", batch, 3, args).flops(shape)
+        == 2 * layers * 7 + 4 * layers * 3 * (2 + 2) + 4 * 44 * 12
+    )
     assert Reads("naive", batch, 3, args).flops(shape) == 4 * (layers + 44) * 3 * (2 + 10)
 
 
 def test_one_prompt_more_costs_more(capsys: pytest.CaptureFixture[str]) -> None:
-    report = run(capsys, "more", "--shape", "tiny", "--batch", "2", "--cases", "prefix", "--prompts", "1")
+    report = run(
+        capsys, "more", "--shape", "tiny", "--batch", "2", "--cases", "prefix", "--prompts", "1"
+    )
     assert 0.2 < report["results"][0]["share_of_one_more"] < 2  # a prefix step is linear in K

@@ -16,7 +16,9 @@ from spt_ds.errors import DataError
 
 
 class EchoBot:
-    """Answers `echo MESSAGE` with a number that grows; `interrupt` presses Ctrl-C, `refuse` fails, between pieces."""
+    """Answers `echo MESSAGE` with a number that grows; `interrupt` presses Ctrl-C, `refuse` fails,
+    between pieces.
+    """
 
     prompts = 3
 
@@ -44,7 +46,11 @@ class EchoBot:
             self.closed += 1
         text = f"echo {history[-1]} {len(self.asked)}"
         return Reply(
-            text, 1 if prompt is None else prompt, (0.25, 0.5, 0.125), (7, 8, 9), dropped_turns=len(history) // 5
+            text,
+            1 if prompt is None else prompt,
+            (0.25, 0.5, 0.125),
+            (7, 8, 9),
+            dropped_turns=len(history) // 5,
         )
 
 
@@ -55,7 +61,9 @@ Talk = Callable[..., tuple[EchoBot, Conversation, str]]
 def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
     """Give the lines to a conversation; return bot, conversation and what was printed."""
 
-    def run(*lines: str, persona: tuple[str, ...] | None = ("i ski.",)) -> tuple[EchoBot, Conversation, str]:
+    def run(
+        *lines: str, persona: tuple[str, ...] | None = ("i ski.",)
+    ) -> tuple[EchoBot, Conversation, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
         bot = EchoBot()
         conversation = Conversation(bot, persona)  # type: ignore[arg-type]
@@ -97,8 +105,11 @@ def test_another_persona_keeps_the_turns(talk: Talk, tmp_path: Path) -> None:
 def test_reset_and_retry(talk: Talk) -> None:
     bot, conversation, out = talk("/retry", "hi", "more", "/retry", "/reset", "/retry", "new")
     assert [asked[1] for asked in bot.asked] == [
-        ("hi",), ("hi", "echo hi 1", "more"), ("hi", "echo hi 1", "more"), ("new",),
-    ]  # fmt: skip
+        ("hi",),
+        ("hi", "echo hi 1", "more"),
+        ("hi", "echo hi 1", "more"),
+        ("new",),
+    ]
     assert out.count("nothing was said yet") == 2
     assert [turn.reply.text for turn in conversation.turns] == ["echo new 4"]
 
@@ -119,7 +130,9 @@ def test_a_reply_without_end_is_no_turn(talk: Talk, message: str) -> None:
 
 
 def test_prompt_is_fixed_until_auto(talk: Talk) -> None:
-    bot, _, out = talk("/prompt 2", "a", "/prompt 3", "/prompt -1", "/prompt", "b", "/prompt auto", "c")
+    bot, _, out = talk(
+        "/prompt 2", "a", "/prompt 3", "/prompt -1", "/prompt", "b", "/prompt auto", "c"
+    )
     assert [asked[2] for asked in bot.asked] == [2, 2, None]
     assert out.count("prompt 2 (fixed); scores") == 2
     assert out.count("give 0 to 2, or auto") == 2
@@ -133,7 +146,10 @@ def test_saved_dialogue_is_data(talk: Talk, tmp_path: Path) -> None:
     assert [example.response for example in examples] == ["echo hi 1", "echo more 2"]
     line = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
     assert line["persona"] == ["i ski."]
-    assert [(example.dialogue_id, example.turn) for example in examples] == [("talk", 1), ("talk", 3)]
+    assert [(example.dialogue_id, example.turn) for example in examples] == [
+        ("talk", 1),
+        ("talk", 3),
+    ]
     assert (line["prompt"], line["scores"], line["new_tokens"]) == (1, [0.25, 0.5, 0.125], 3)
 
 

@@ -1,4 +1,6 @@
-"""A checkpoint is whole or it is none: damage is named, older ones stay, a full disk harms nothing, no code runs."""
+"""A checkpoint is whole or it is none: damage is named, older ones stay, a full disk harms nothing,
+no code runs.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,20 @@ def make(step: int) -> Checkpoint:
     }
     moments = {f"{name}.exp_avg": tensor * 2 for name, tensor in tensors.items()}
     moments |= {f"{name}.step": torch.tensor(float(step)) for name in tensors}
-    return Checkpoint(tensors, moments, {"step": step, "run": {"best_nll": 1.5}, "config": "name: x"})
+    return Checkpoint(
+        tensors, moments, {"step": step, "run": {"best_nll": 1.5}, "config": "name: x"}
+    )
 
 
 def same(a: Checkpoint, b: Checkpoint) -> bool:
     def equal(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> bool:
-        return x.keys() == y.keys() and all(x[k].dtype == y[k].dtype and torch.equal(x[k], y[k]) for k in x)
+        return x.keys() == y.keys() and all(
+            x[k].dtype == y[k].dtype and torch.equal(x[k], y[k]) for k in x
+        )
 
-    return equal(a.trainables, b.trainables) and equal(a.optimizer, b.optimizer) and a.state == b.state
+    return (
+        equal(a.trainables, b.trainables) and equal(a.optimizer, b.optimizer) and a.state == b.state
+    )
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -56,7 +64,9 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 def test_only_what_trains_is_in_it(tmp_path: Path) -> None:
     """A view of a large tensor takes its own bytes, not those of the tensor it looks into."""
     large = torch.zeros(1_000_000)
-    path = checkpoint.save(tmp_path, Checkpoint({"a": large[:10], "b": large[5:15]}, {}, {"step": 1}))
+    path = checkpoint.save(
+        tmp_path, Checkpoint({"a": large[:10], "b": large[5:15]}, {}, {"step": 1})
+    )
     assert (path / TRAINABLES).stat().st_size < 1000
     assert checkpoint.load(path).trainables.keys() == {"a", "b"}
 
@@ -145,7 +155,9 @@ def test_a_half_written_folder_is_never_looked_at(tmp_path: Path) -> None:
 
 
 def test_a_whole_checkpoint_is_never_replaced_and_a_damaged_one_is(tmp_path: Path) -> None:
-    """Replacing one of the same step left a moment without it: a kill then lost the newest state of a run."""
+    """Replacing one of the same step left a moment without it: a kill then lost the newest state of
+    a run.
+    """
     first = make(1)
     path = checkpoint.save(tmp_path, first)
     again = Checkpoint({"other": torch.ones(2)}, {}, {"step": 1})
@@ -156,9 +168,18 @@ def test_a_whole_checkpoint_is_never_replaced_and_a_damaged_one_is(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("keep_last", "best", "left"),
-    [(1, None, [6]), (2, None, [5, 6]), (2, 2, [2, 5, 6]), (2, 6, [5, 6]), (9, 1, [1, 2, 3, 4, 5, 6]), (1, 9, [6])],
+    [
+        (1, None, [6]),
+        (2, None, [5, 6]),
+        (2, 2, [2, 5, 6]),
+        (2, 6, [5, 6]),
+        (9, 1, [1, 2, 3, 4, 5, 6]),
+        (1, 9, [6]),
+    ],
 )
-def test_prune_keeps_the_last_and_the_best(tmp_path: Path, keep_last: int, best: int | None, left: list[int]) -> None:
+def test_prune_keeps_the_last_and_the_best(
+    tmp_path: Path, keep_last: int, best: int | None, left: list[int]
+) -> None:
     for step in range(1, 7):
         checkpoint.save(tmp_path, make(step))
     checkpoint.prune(tmp_path, keep_last, best, 6)
@@ -174,8 +195,12 @@ def test_prune_counts_only_whole_ones(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "step-00000001").state["step"] == 1
 
 
-def test_damaged_newer_ones_push_out_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """After a resume from step 2, steps 3 and 4 with a flipped byte counted as the newest: step 2 was removed."""
+def test_damaged_newer_ones_push_out_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a resume from step 2, steps 3 and 4 with a flipped byte counted as the newest: step 2
+    was removed.
+    """
     for step in range(1, 5):
         checkpoint.save(tmp_path, make(step))
     for step in (3, 4):
@@ -198,7 +223,10 @@ def test_a_missing_best_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert find_checkpoint(tmp_path, "last") == last
         assert not caplog.records
         assert find_checkpoint(tmp_path, "best") == last
-    assert "step-00000002: the best checkpoint is missing; taking the last one, step-00000003" in caplog.text
+    assert (
+        "step-00000002: the best checkpoint is missing; taking the last one, step-00000003"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("call", range(1, 7))
@@ -254,7 +282,9 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     assert found is not None
     assert same(found[1], old)
     assert [path.name for path in small_disk.iterdir()] == ["step-00000001"]
-    checkpoint.save(small_disk, Checkpoint({"a": torch.ones(100_000)}, {}, {"step": 2}))  # room again
+    checkpoint.save(
+        small_disk, Checkpoint({"a": torch.ones(100_000)}, {}, {"step": 2})
+    )  # room again
 
 
 def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,9 +357,13 @@ def test_a_restored_optimizer_takes_the_same_next_step() -> None:
     moments = {k: v.clone() for k, v in checkpoint.optimizer_tensors(optimizer, names).items()}
     assert set(moments) == {f"{n}.{k}" for n in names for k in ("step", "exp_avg", "exp_avg_sq")}
     second, restored = fresh()
-    checkpoint.restore_trainables(second, {n: p.detach() for n, p in first.named_parameters()}, Path("x"))
+    checkpoint.restore_trainables(
+        second, {n: p.detach() for n, p in first.named_parameters()}, Path("x")
+    )
     checkpoint.restore_optimizer(restored, names, moments)
     for number in range(3, 5):
         step(first, optimizer, number)
         step(second, restored, number)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )

@@ -1,4 +1,6 @@
-"""`spt-ds compare`: grouping by recipe, gains over the baseline, and runs that must not be compared."""
+"""`spt-ds compare`: grouping by recipe, gains over the baseline, and runs that must not be
+compared.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,32 @@ REFERENCES = ["i like my dogs .", "me too , a lot", "hello there friend", "i wor
 
 
 def run(
-    folder: Path, replies: list[str], *, name: str | None = None, seed: int = 0, lr: float = 1e-3, **extra: Any
+    folder: Path,
+    replies: list[str],
+    *,
+    name: str | None = None,
+    seed: int = 0,
+    lr: float = 1e-3,
+    **extra: Any,
 ) -> Path:
     """A run folder with predictions and, if it has a name, a configuration."""
     folder.mkdir()
     rows = [
-        {"index": place, "id": str(place), "dialogue_id": str(place), "reference": reference, "raw": reply, **extra}
+        {
+            "index": place,
+            "id": str(place),
+            "dialogue_id": str(place),
+            "reference": reference,
+            "raw": reply,
+            **extra,
+        }
         for place, (reply, reference) in enumerate(zip(replies, REFERENCES, strict=True))
     ]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if name is not None:
-        (folder / "config.yaml").write_text(f"name: {name}\ntrain: {{seed: {seed}}}\noptim: {{lr: {lr}}}\n")
+        (folder / "config.yaml").write_text(
+            f"name: {name}\ntrain: {{seed: {seed}}}\noptim: {{lr: {lr}}}\n"
+        )
     return folder
 
 
@@ -41,8 +58,15 @@ def f1(folder: Path) -> float:
 def runs(tmp_path: Path) -> dict[str, Path]:
     return {
         "base": run(tmp_path / "base", ["i like dogs"] * 4),
-        "spt0": run(tmp_path / "spt0", ["i like my dogs", "me too", "hello", "a nurse ."], name="spt", seed=0),
-        "spt1": run(tmp_path / "spt1", ["my dogs", "me", "hello there", "a nurse"], name="spt", seed=1),
+        "spt0": run(
+            tmp_path / "spt0",
+            ["i like my dogs", "me too", "hello", "a nurse ."],
+            name="spt",
+            seed=0,
+        ),
+        "spt1": run(
+            tmp_path / "spt1", ["my dogs", "me", "hello there", "a nurse"], name="spt", seed=1
+        ),
     }
 
 
@@ -59,13 +83,20 @@ def test_seeds_of_a_recipe_are_averaged_and_set_against_the_baseline(runs: dict[
     assert found.gains(spt)["f1_spt"] == pytest.approx((gain, 100 * gain / base))
     assert set(found.gains(found.baseline).values()) <= {(0.0, 0.0), (0.0, None)}
     dist = [found.gains(spt)[key][1] for key in ("dist1", "dist2")]
-    assert found.diversity_gain(spt) == pytest.approx(sum(part for part in dist if part is not None) / 2)
+    assert found.diversity_gain(spt) == pytest.approx(
+        sum(part for part in dist if part is not None) / 2
+    )
 
 
 def generated(folder: Path, **options: Any) -> Path:
     """As `spt-ds generate` tells it beside the predictions."""
     digest = hashlib.sha256((folder / "predictions.jsonl").read_bytes()).hexdigest()
-    record = {"identity": "x", "predictions_sha256": digest, "checkpoint": "step-1", "config": {"generate": options}}
+    record = {
+        "identity": "x",
+        "predictions_sha256": digest,
+        "checkpoint": "step-1",
+        "config": {"generate": options},
+    }
     (folder / "generate.json").write_text(json.dumps(record))
     return folder
 
@@ -73,8 +104,13 @@ def generated(folder: Path, **options: Any) -> Path:
 def test_replies_generated_with_other_options_are_told_apart(runs: dict[str, Path]) -> None:
     """The configuration of training cannot tell: options of generation are set on its command line."""
     one, other = generated(runs["spt0"], mode="select"), generated(runs["spt1"], mode="random")
-    assert compare([one, other], runs["base"]).notes[0] == f"spt: {other} differs from {one} in generate.mode"
-    (other / "predictions.jsonl").write_bytes((one / "predictions.jsonl").read_bytes())  # the record is of other ones
+    assert (
+        compare([one, other], runs["base"]).notes[0]
+        == f"spt: {other} differs from {one} in generate.mode"
+    )
+    (other / "predictions.jsonl").write_bytes(
+        (one / "predictions.jsonl").read_bytes()
+    )  # the record is of other ones
     generated(one, mode="select")
     assert "differs" in compare([one, other], runs["base"]).notes[0]
     (one / "generate.json").unlink()
@@ -83,7 +119,9 @@ def test_replies_generated_with_other_options_are_told_apart(runs: dict[str, Pat
 
 def test_a_damaged_record_is_named(runs: dict[str, Path]) -> None:
     (runs["spt0"] / "generate.json").write_text("{")
-    with pytest.raises(DataError, match=r"spt0/generate.json: cannot be read .*`spt-ds generate` writes it"):
+    with pytest.raises(
+        DataError, match=r"spt0/generate.json: cannot be read .*`spt-ds generate` writes it"
+    ):
         compare([runs["spt0"]], runs["base"])
 
 
@@ -99,7 +137,16 @@ def test_the_papers_diversity_gain_follows_from_its_table() -> None:
 def test_wide_table_has_gains_below_each_recipe(runs: dict[str, Path]) -> None:
     found = compare([runs["spt0"], runs["spt1"]], runs["base"])
     table = found.wide()
-    assert list(table.columns)[:8] == ["recipe", "runs", "F1", "BLEU", "R-1", "R-2", "R-L", "DIST-1"]
+    assert list(table.columns)[:8] == [
+        "recipe",
+        "runs",
+        "F1",
+        "BLEU",
+        "R-1",
+        "R-2",
+        "R-L",
+        "DIST-1",
+    ]
     assert [row[0] for row in table.rows] == ["base", "spt", "  gain", "  gain %"]
     spt = found.groups[1]
     assert table.rows[1][2] == f"{spt.mean['f1_spt']:.2f} ± {spt.std['f1_spt']:.2f}"
@@ -127,7 +174,9 @@ def test_a_metric_counts_only_where_all_seeds_have_it(tmp_path: Path) -> None:
     assert any(note.startswith("perplexity skipped: ") for note in found.notes)
 
 
-def test_scores_count_only_with_their_predictions(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_count_only_with_their_predictions(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert command.main([str(runs["base"]), "--bootstrap", "0"]) == 0
     expected = f1(runs["base"])
     with monkeypatch.context() as patch:
@@ -137,7 +186,11 @@ def test_scores_count_only_with_their_predictions(runs: dict[str, Path], monkeyp
         assert compare([], runs["base"]).baseline.mean["f1_spt"] == pytest.approx(expected)
     stale = (runs["base"] / "moved").read_text().replace("i like dogs", "me too")
     (runs["base"] / "predictions.jsonl").write_text(stale)
-    assert compare([], runs["base"]).baseline.mean["f1_spt"] == pytest.approx(f1(runs["base"])) != expected
+    assert (
+        compare([], runs["base"]).baseline.mean["f1_spt"]
+        == pytest.approx(f1(runs["base"]))
+        != expected
+    )
 
 
 def test_predictions_may_lie_in_the_folder_of_generate(runs: dict[str, Path]) -> None:
@@ -148,11 +201,15 @@ def test_predictions_may_lie_in_the_folder_of_generate(runs: dict[str, Path]) ->
     assert found.groups[1].name == "spt"
     assert found.wide() == expected.wide()
     # The folder itself goes before its folder `generate`.
-    (runs["spt0"] / "predictions.jsonl").write_text((runs["base"] / "predictions.jsonl").read_text())
+    (runs["spt0"] / "predictions.jsonl").write_text(
+        (runs["base"] / "predictions.jsonl").read_text()
+    )
     assert f1(runs["spt0"]) == f1(runs["base"])
 
 
-def test_a_run_named_twice_counts_once(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_named_twice_counts_once(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(runs["base"].parent)
     found = compare(["base", runs["base"], "./spt0"], runs["base"])
     assert [(group.name, len(group.runs)) for group in found.groups] == [("base", 1), ("spt", 1)]
@@ -172,7 +229,8 @@ def test_runs_on_other_examples_are_refused(runs: dict[str, Path], tmp_path: Pat
     path = runs["spt1"] / "predictions.jsonl"
     path.write_text(path.read_text().replace("hello there friend", "hello friend"))
     with pytest.raises(
-        DataError, match=r"spt1: data_sha256 is .* in the baseline .*base; runs are compared on the same"
+        DataError,
+        match=r"spt1: data_sha256 is .* in the baseline .*base; runs are compared on the same",
     ):
         compare([runs["spt0"], runs["spt1"]], runs["base"])
 
@@ -199,7 +257,9 @@ def test_a_broken_configuration_is_named(text: str, message: str, runs: dict[str
     assert str(caught.value).startswith(f"{runs['base']}/{message}")
 
 
-def test_missing_folders_end_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_folders_end_with_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(tmp_path / "no"), "--baseline", str(tmp_path / "no")]) == 2
     assert "no: no such run folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
@@ -207,8 +267,17 @@ def test_missing_folders_end_with_code_2(tmp_path: Path, capsys: pytest.CaptureF
     assert "no such predictions file" in capsys.readouterr().err
 
 
-def test_command_prints_and_writes(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(runs["spt0"]), str(runs["spt1"]), "--baseline", str(runs["base"]), "--out", str(tmp_path / "out")]
+def test_command_prints_and_writes(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        str(runs["spt0"]),
+        str(runs["spt1"]),
+        "--baseline",
+        str(runs["base"]),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "spt: mean gain of DIST-1 and DIST-2 over base " in shown

@@ -25,9 +25,17 @@ def problem(text: str, tmp_path: Path) -> str:
 
 
 def test_all_problems_come_in_one_error(tmp_path: Path) -> None:
-    text = problem("optim: {lrr: 1}\nprompts: {count: 0}\nlosses: {tau_gold: -1, tau: 2}\ntrain: {seed: x}\n", tmp_path)
+    text = problem(
+        "optim: {lrr: 1}\nprompts: {count: 0}\nlosses: {tau_gold: -1, tau: 2}\ntrain: {seed: x}\n",
+        tmp_path,
+    )
     assert "5 problem(s)" in text
-    for part in ("optim.lrr: unknown key; did you mean 'lr'?", "prompts.count", "losses.tau_gold", "losses.tau:"):
+    for part in (
+        "optim.lrr: unknown key; did you mean 'lr'?",
+        "prompts.count",
+        "losses.tau_gold",
+        "losses.tau:",
+    ):
         assert part in text
     assert "train.seed" in text
 
@@ -51,7 +59,9 @@ def test_a_control_character_has_its_line(tmp_path: Path) -> None:
 
 
 def test_a_key_that_is_a_list_has_its_line(tmp_path: Path) -> None:
-    assert "run.yaml:2: not valid YAML: a key must be a word" in problem("name: a\n? [b]\n: c\n", tmp_path)
+    assert "run.yaml:2: not valid YAML: a key must be a word" in problem(
+        "name: a\n? [b]\n: c\n", tmp_path
+    )
 
 
 def test_a_folder_does_not_hide_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +97,9 @@ def test_off_is_a_word_and_true_is_not() -> None:
     assert config.engine.strict is True
 
 
-@pytest.mark.parametrize("override", ["lr", "optim.lr", "=3", "optim..lr=3", "name.x=1", "optim.lr=[1"])
+@pytest.mark.parametrize(
+    "override", ["lr", "optim.lr", "=3", "optim..lr=3", "name.x=1", "optim.lr=[1"]
+)
 def test_malformed_overrides(override: str) -> None:
     with pytest.raises(ConfigError):
         load_config("demo", [override])
@@ -108,7 +120,10 @@ def test_unknown_recipe_and_missing_file() -> None:
         (["losses.train_top_m=9"], "prompts.count = "),
         (["generate.mode=fixed:9"], "prompts run from 0 to"),
         (["generate.mode=best"], "generate.mode"),
-        (["generate.do_sample=true", "generate.num_beams=2"], "generate: do_sample and num_beams exclude"),
+        (
+            ["generate.do_sample=true", "generate.num_beams=2"],
+            "generate: do_sample and num_beams exclude",
+        ),
         (["generate.mode=fuse", "generate.num_beams=2"], "cannot beam"),
         (["generate.mode=fuse", "generate.perplexity=true"], "not defined for mode: fuse"),
         (["generate.min_new_tokens=40"], "max_new_tokens only 32"),
@@ -127,7 +142,8 @@ def test_values_that_do_not_fit_one_another(overrides: list[str], part: str) -> 
 @given(st.integers(1, 64), st.floats(1e-6, 10), st.sampled_from(["prefix", "suffix"]))
 def test_dump_reads_back_to_the_same(count: int, tau: float, placement: str) -> None:
     config = load_config(
-        "demo", [f"prompts.count={count}", f"losses.tau_sim={tau!r}", f"prompts.placement={placement}"]
+        "demo",
+        [f"prompts.count={count}", f"losses.tau_sim={tau!r}", f"prompts.placement={placement}"],
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
@@ -163,6 +179,10 @@ def test_cli_config(capsys: pytest.CaptureFixture[str]) -> None:
         ("log.every_steps=3", True),
     ],
 )
-def test_replies_of_another_start_are_taken_over_only_from_the_same_work(override: str, same: bool) -> None:
-    plain, other = (identity(load_config("demo", given), "marker", "data") for given in ([], [override]))
+def test_replies_of_another_start_are_taken_over_only_from_the_same_work(
+    override: str, same: bool
+) -> None:
+    plain, other = (
+        identity(load_config("demo", given), "marker", "data") for given in ([], [override])
+    )
     assert (plain == other) is same

@@ -16,19 +16,29 @@ from spt_ds.errors import DataError, EngineError
 from tests.helpers.ranks import run_ranks
 
 SRUN = {
-    "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     "SLURM_NTASKS": "16",
-}  # fmt: skip
+}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
 OMPI = {
-    "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-}  # fmt: skip
+}
 
 
 def place(rank: int, size: int, local_rank: int, local_size: int) -> dict[str, int]:
-    return {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size}
+    return {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": local_size,
+    }
 
 
 @pytest.mark.parametrize(
@@ -134,7 +144,10 @@ def test_an_error_of_one_rank_is_raised_on_all(what: str) -> None:
 
 
 def test_differing_values_are_listed_by_rank() -> None:
-    says = "data differs between ranks: ranks [0, 2]: cd; ranks [1]: ab; give every rank the same files"
+    says = (
+        "data differs between ranks: ranks [0, 2]: cd; ranks [1]: ab; give every rank the same"
+        " files"
+    )
     assert run_ranks(3, disagree, "same") == [("EngineError", says)] * 3
 
 
@@ -155,12 +168,14 @@ def test_other_errors_explain_no_loss() -> None:
 def test_the_rank_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     with subprocess.Popen(["sleep", "60"]) as other:
         here = socket.gethostname()
-        monkeypatch.setattr(dist, "_processes", [[here, os.getpid()], [here, other.pid], ["elsewhere", 1]])
+        monkeypatch.setattr(
+            dist, "_processes", [[here, os.getpid()], [here, other.pid], ["elsewhere", 1]]
+        )
         told = dist.explain_loss(RuntimeError(text))
         assert told is not None
         assert (
-            f"a rank on elsewhere died or did not answer within engine.collective_timeout_s (every rank on {here}"
-            in told
+            "a rank on elsewhere died or did not answer within engine.collective_timeout_s (every"
+            f" rank on {here}" in told
         )
         other.kill()
         told = dist.explain_loss(RuntimeError(text))  # not even buried yet

@@ -30,7 +30,9 @@ def test_a_healthy_machine_has_no_failure(home: Path, capsys: pytest.CaptureFixt
     assert lines(capsys, "FAIL") == []
 
 
-def test_the_lock_of_a_killed_build_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lock_of_a_killed_build_is_named(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("old", "new"):
         (home / name).mkdir()
         (home / name / "lock").touch()
@@ -41,14 +43,25 @@ def test_the_lock_of_a_killed_build_is_named(home: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    ("rank", "size", "expected"), [(0, 1, "world size 1 on a host with 4 GPUs"), (4, 5, "local rank 4 has no GPU")]
+    ("rank", "size", "expected"),
+    [(0, 1, "world size 1 on a host with 4 GPUs"), (4, 5, "local rank 4 has no GPU")],
 )
 def test_ranks_that_do_not_fit_the_gpus(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int, size: int, expected: str
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rank: int,
+    size: int,
+    expected: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
-    for name, value in {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}.items():
+    for name, value in {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": rank,
+        "LOCAL_WORLD_SIZE": size,
+    }.items():
         monkeypatch.setenv(name, str(value))
     doctor.main([])
     assert expected in capsys.readouterr().out
@@ -76,7 +89,12 @@ def test_a_rank_with_a_fault_of_its_own_says_so_and_does_not_wait_for_the_others
 def test_what_a_job_reads_is_looked_at(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--config", "demo", "--deepspeed_config", "ds_configs/zero3.json"]) == 0
     assert [line.split(":")[0] for line in lines(capsys, "ok")][-5:] == [
-        "ok   base", "ok   data.train", "ok   data.valid", "ok   data.test", "ok   DeepSpeed file"]  # fmt: skip
+        "ok   base",
+        "ok   data.train",
+        "ok   data.valid",
+        "ok   data.test",
+        "ok   DeepSpeed file",
+    ]
     assert doctor.main(["--config", "demo", "--set", f"data.test={home}/none.jsonl"]) == 2
     assert f"{home}/none.jsonl" in lines(capsys, "FAIL")[0]
     assert doctor.main(["--config", "demo", "--set", f"model.base={home}/base"]) == 2
@@ -87,12 +105,21 @@ def test_a_rank_that_meets_nobody_says_where_it_waited(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     port = str(free_port())
-    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     assert doctor.main(["--distributed", "--timeout", "2"]) == 2
     (failure,) = lines(capsys, "FAIL")
-    assert f"rank 1 on {socket.gethostname()}: not all of 2 ranks met at 127.0.0.1:{port} within 2 s" in failure
+    assert (
+        f"rank 1 on {socket.gethostname()}: not all of 2 ranks met at 127.0.0.1:{port} within 2 s"
+        in failure
+    )
 
 
 def _measure(world: object) -> float:
@@ -106,7 +133,9 @@ def test_the_bandwidth_is_that_of_an_all_reduce() -> None:
 
 
 def test_what_differs_between_ranks_is_listed_by_rank() -> None:
-    facts = [{"host": f"n{rank}", "torch": version} for rank, version in enumerate(["2.9", "2.9", "2.8"])]
+    facts = [
+        {"host": f"n{rank}", "torch": version} for rank, version in enumerate(["2.9", "2.9", "2.8"])
+    ]
     found = doctor._same("torch", facts)
     assert found.level == "FAIL"
     assert "2.9: rank 0 on n0, rank 1 on n1; 2.8: rank 2 on n2" in found.text

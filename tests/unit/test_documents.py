@@ -18,7 +18,9 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 
 def blocks(path: Path) -> str:
     """The fenced code of a document, continued lines joined."""
-    text = "\n".join(re.findall(r"^```\w*\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S))
+    text = "\n".join(
+        re.findall(r"^```\w*\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+    )
     return text.replace("\\\n", " ")
 
 
@@ -32,17 +34,28 @@ def source_of(module: str) -> str:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_and_options_exist(path: Path) -> None:
     for line in blocks(path).splitlines():
-        modules = [COMMANDS[name][0] for name in re.findall(r"\bspt-ds (\w+)", line) if name in COMMANDS]
-        unknown = [name for name in re.findall(r"^\s*(?:[\w/]*bin/)?spt-ds (\w+)", line) if name not in COMMANDS]
+        modules = [
+            COMMANDS[name][0] for name in re.findall(r"\bspt-ds (\w+)", line) if name in COMMANDS
+        ]
+        unknown = [
+            name
+            for name in re.findall(r"^\s*(?:[\w/]*bin/)?spt-ds (\w+)", line)
+            if name not in COMMANDS
+        ]
         assert not unknown, f"{path.name}: {line}"
         modules += (
-            re.findall(r"--module (spt_ds[\w.]*)|-m (spt_ds[\w.]*)", line) and re.findall(r"spt_ds[\w.]+", line)[:1]
+            re.findall(r"--module (spt_ds[\w.]*)|-m (spt_ds[\w.]*)", line)
+            and re.findall(r"spt_ds[\w.]+", line)[:1]
         )
-        ours = re.split(r"(?:--module|-m) spt_ds[\w.]*|spt-ds ", line)[-1]  # what stands before belongs to the launcher
+        ours = re.split(r"(?:--module|-m) spt_ds[\w.]*|spt-ds ", line)[
+            -1
+        ]  # what stands before belongs to the launcher
         for module in modules:
             known = source_of(module) + source_of("spt_ds.train")
             for option in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", ours):
-                assert f'"{option}"' in known or option == "--version", f"{path.name}: {module} knows no {option}"
+                assert f'"{option}"' in known or option == "--version", (
+                    f"{path.name}: {module} knows no {option}"
+                )
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -62,7 +75,9 @@ def test_commands_that_messages_name_exist() -> None:
 def test_recipes_and_overrides_exist(path: Path) -> None:
     code = blocks(path)
     for name in re.findall(r"--config ([\w.-]+)", code):
-        assert name in recipe_names() or name.isupper() or name.endswith(".yaml"), f"{path.name}: recipe {name}"
+        assert name in recipe_names() or name.isupper() or name.endswith(".yaml"), (
+            f"{path.name}: recipe {name}"
+        )
     for key in re.findall(r"--set ([\w.]+)=", code):
         assert key in set(key_paths(Config)) or key.isupper(), f"{path.name}: option {key}"
 
@@ -72,7 +87,9 @@ def test_named_files_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (path.parent / name).exists(), f"{path.name}: link {name}"
-    for name in re.findall(r"(?<![\w/])((?:docs|benchmarks|ds_configs|slurm|tests)/[\w./-]+\.\w+)", text):
+    for name in re.findall(
+        r"(?<![\w/])((?:docs|benchmarks|ds_configs|slurm|tests)/[\w./-]+\.\w+)", text
+    ):
         example = ROOT / f"{name}.example"  # a file that the site makes from its example
         assert (ROOT / name).exists() or example.exists(), f"{path.name}: {name}"
 

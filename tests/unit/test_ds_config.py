@@ -21,7 +21,8 @@ SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
 __all__ = ["plain_machine"]  # a fixture
 pytestmark = pytest.mark.usefixtures("plain_machine")
 
-# --- plans ------------------------------------------------------------------------------------------------------
+# --- plans
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_five_files_are_shipped() -> None:
@@ -59,9 +60,10 @@ def test_deepspeed_takes_the_plan(path: Path) -> None:
 
 def test_reading_imports_neither_torch_nor_deepspeed() -> None:
     code = (
-        "import sys; from spt_ds.config.schema import Config; from spt_ds.engine.ds_config import load_ds_config; "
-        f"load_ds_config({str(ROOT / 'ds_configs' / 'zero3_offload_cpu.json')!r}, Config(), 2); "
-        "print([name for name in ('torch', 'deepspeed', 'transformers') if name in sys.modules])"
+        "import sys; from spt_ds.config.schema import Config; from spt_ds.engine.ds_config import"
+        f" load_ds_config; load_ds_config({str(ROOT / 'ds_configs' / 'zero3_offload_cpu.json')!r},"
+        " Config(), 2); print([name for name in ('torch', 'deepspeed', 'transformers') if name in"
+        " sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
@@ -69,7 +71,12 @@ def test_reading_imports_neither_torch_nor_deepspeed() -> None:
 
 @pytest.mark.parametrize(
     ("placement", "stage", "offload"),
-    [("replicate", 0, "none"), ("zero3", 3, "none"), ("zero3_offload", 3, "cpu"), ("auto", 0, "none")],
+    [
+        ("replicate", 0, "none"),
+        ("zero3", 3, "none"),
+        ("zero3_offload", 3, "cpu"),
+        ("auto", 0, "none"),
+    ],
 )
 def test_plan_without_a_file(placement: str, stage: int, offload: str) -> None:
     plan = load_ds_config(None, config(engine={"placement": placement}), 2)
@@ -77,18 +84,27 @@ def test_plan_without_a_file(placement: str, stage: int, offload: str) -> None:
 
 
 def test_quantised_base_computes_in_bf16() -> None:
-    assert plan_for("zero3", config(model={"base_bits": 4}), 2).engine_config["bf16"] == {"enabled": True}
+    assert plan_for("zero3", config(model={"base_bits": 4}), 2).engine_config["bf16"] == {
+        "enabled": True
+    }
 
 
 def test_file_decides_over_placement(tmp_path: Path) -> None:
     plan = load(tmp_path, zero(), config(engine={"placement": "replicate"}))
-    assert plan.notes == (f"engine.placement is replicate, but {tmp_path / 'ds.json'} is given and decides: zero3",)
+    assert plan.notes == (
+        f"engine.placement is replicate, but {tmp_path / 'ds.json'} is given and decides: zero3",
+    )
     assert load(tmp_path, zero(), config(engine={"placement": "zero3"})).notes == ()
 
 
-@pytest.mark.parametrize(("batch", "world", "micro", "steps"), [(32, 2, 4, 4), (10, 4, 2, 2), (3, 8, 4, 1)])
+@pytest.mark.parametrize(
+    ("batch", "world", "micro", "steps"), [(32, 2, 4, 4), (10, 4, 2, 2), (3, 8, 4, 1)]
+)
 def test_accumulation_steps(batch: int, world: int, micro: int, steps: int) -> None:
-    assert accumulation_steps(config(train={"global_batch": batch, "micro_batch": micro}), world) == steps
+    assert (
+        accumulation_steps(config(train={"global_batch": batch, "micro_batch": micro}), world)
+        == steps
+    )
 
 
 def test_values_equal_to_the_yaml_pass(tmp_path: Path) -> None:
@@ -101,16 +117,25 @@ def test_values_equal_to_the_yaml_pass(tmp_path: Path) -> None:
     }
     cfg = config(train={"global_batch": 10, "micro_batch": 2}, optim={"clip_norm": 0.5})
     plan = load(tmp_path, owned | zero(), cfg, world=4)
-    # Only what DeepSpeed needs: its own product of batch, accumulation and ranks would not come out for 10 over 4.
-    assert sorted(plan.engine_config) == ["bf16", "train_micro_batch_size_per_gpu", "zero_optimization"]
+    # Only what DeepSpeed needs: its own product of batch, accumulation and ranks would not come out
+    # for 10 over 4.
+    assert sorted(plan.engine_config) == [
+        "bf16",
+        "train_micro_batch_size_per_gpu",
+        "zero_optimization",
+    ]
 
 
 def test_keys_without_effect_are_said_and_dropped(tmp_path: Path) -> None:
-    plan = load(tmp_path, {"steps_per_print": 10, **zero(reduce_bucket_size=5e8), "aio": {"block_size": 1}})
+    plan = load(
+        tmp_path, {"steps_per_print": 10, **zero(reduce_bucket_size=5e8), "aio": {"block_size": 1}}
+    )
     assert plan.notes == (
         "aio has no effect without zero_optimization.offload_param.device nvme",
-        "accepted without effect here (docs/deepspeed.md says why): steps_per_print, "
-        "zero_optimization.reduce_bucket_size",
+        (
+            "accepted without effect here (docs/deepspeed.md says why): steps_per_print, "
+            "zero_optimization.reduce_bucket_size"
+        ),
     )
     assert plan.engine_config["zero_optimization"] == {"stage": 3}
     assert "aio" not in plan.engine_config
@@ -119,44 +144,73 @@ def test_keys_without_effect_are_said_and_dropped(tmp_path: Path) -> None:
 def test_stage_two_replicates(tmp_path: Path) -> None:
     plan = load(tmp_path, {"zero_optimization": {"stage": 2, "overlap_comm": True}})
     assert plan.engine_config["zero_optimization"] == {"stage": 2}
-    assert plan.notes[0] == "stage 2: the base is replicated; the small trainables are so at every stage"
+    assert (
+        plan.notes[0]
+        == "stage 2: the base is replicated; the small trainables are so at every stage"
+    )
     assert plan.notes[1].endswith(": zero_optimization.overlap_comm")
 
 
 def test_switched_off_sections_pass(tmp_path: Path) -> None:
-    off: dict[str, Any] = {name: {"enabled": False} for name in ("fp16", "torch_autocast", "flops_profiler", "wandb")}
+    off: dict[str, Any] = {
+        name: {"enabled": False} for name in ("fp16", "torch_autocast", "flops_profiler", "wandb")
+    }
     off |= zero(offload_optimizer={"device": "none"}, zero_quantized_gradients=False)
     plan = load(tmp_path, off)
     assert plan.engine_config["zero_optimization"] == {"stage": 3}
     assert plan.notes == ()
 
 
-# --- misuse -----------------------------------------------------------------------------------------------------
+# --- misuse
+# -----------------------------------------------------------------------------------------------------
 
 PRECISION = "precision is owned by model.base_bits of the YAML; the trainables are always fp32"
 MISUSES: list[tuple[dict[str, Any], str]] = [
     ({"float16": {}}, "float16: unknown key; did you mean 'fp16'?"),
     (
         {"train_micro_batch_size_per_gpu ": 4},
-        "train_micro_batch_size_per_gpu : unknown key; did you mean 'train_micro_batch_size_per_gpu'?",
+        (
+            "train_micro_batch_size_per_gpu : unknown key; did you mean"
+            " 'train_micro_batch_size_per_gpu'?"
+        ),
     ),
-    ({"zero_optimisation": {}}, "zero_optimisation: unknown key; did you mean 'zero_optimization'?"),
-    (zero(overlap_com=True), "zero_optimization.overlap_com: unknown key; did you mean 'overlap_comm'?"),
+    (
+        {"zero_optimisation": {}},
+        "zero_optimisation: unknown key; did you mean 'zero_optimization'?",
+    ),
+    (
+        zero(overlap_com=True),
+        "zero_optimization.overlap_com: unknown key; did you mean 'overlap_comm'?",
+    ),
     (
         zero(prefetch_bucket_size=1),
-        "zero_optimization.prefetch_bucket_size: unknown key; did you mean 'stage3_prefetch_bucket_size'?",
+        (
+            "zero_optimization.prefetch_bucket_size: unknown key; did you mean"
+            " 'stage3_prefetch_bucket_size'?"
+        ),
     ),
     (
         zero(offload_param={"device": "cpu", "pin_memroy": True}),
         "zero_optimization.offload_param.pin_memroy: unknown key; did you mean 'pin_memory'?",
     ),
     ({"overlap_comm": True}, "overlap_comm: unknown key; it belongs in zero_optimization"),
-    ({"train_batch_size": "32"}, 'train_batch_size: expected a whole number of 0 or more, got "32"'),
-    ({"train_batch_size": True}, "train_batch_size: expected a whole number of 0 or more, got true"),
+    (
+        {"train_batch_size": "32"},
+        'train_batch_size: expected a whole number of 0 or more, got "32"',
+    ),
+    (
+        {"train_batch_size": True},
+        "train_batch_size: expected a whole number of 0 or more, got true",
+    ),
     ({"zero_optimization": True}, "zero_optimization: expected an object {...}, got true"),
     (zero(overlap_comm=1), "zero_optimization.overlap_comm: expected true or false, got 1"),
-    (zero(stage3_max_live_parameters=1.5), "zero_optimization.stage3_max_live_parameters: expected a whole number"
-        " of 0 or more, got 1.5"),
+    (
+        zero(stage3_max_live_parameters=1.5),
+        (
+            "zero_optimization.stage3_max_live_parameters: expected a whole number"
+            " of 0 or more, got 1.5"
+        ),
+    ),
     (
         zero(offload_param={"device": "disk"}),
         'zero_optimization.offload_param.device: expected "none" or "cpu" or "nvme", got "disk"',
@@ -164,12 +218,17 @@ MISUSES: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: expected 0, 1, 2 or 3, got 4"),
     (
         {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
-        "zero_optimization.offload_param: stage 2 ignores it; set zero_optimization.stage to 3, or remove it",
+        (
+            "zero_optimization.offload_param: stage 2 ignores it; set zero_optimization.stage to 3,"
+            " or remove it"
+        ),
     ),
     (
         zero(offload_optimizer={"device": "cpu"}),
-        "zero_optimization.offload_optimizer: DeepSpeed holds no optimizer here: the trainables' Adam states stay "
-        "with them on each rank; remove it",
+        (
+            "zero_optimization.offload_optimizer: DeepSpeed holds no optimizer here: the"
+            " trainables' Adam states stay with them on each rank; remove it"
+        ),
     ),
     (
         {"optimizer": {"type": "AdamW"}},
@@ -185,60 +244,91 @@ MISUSES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"bf16": {"enabled": False}},
-        'bf16.enabled: got false, but model.base_bits of the YAML makes it true; write "auto" or change the YAML',
+        (
+            'bf16.enabled: got false, but model.base_bits of the YAML makes it true; write "auto"'
+            " or change the YAML"
+        ),
     ),
     (
         {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
-        f"torch_autocast: autocast computes the fp32 trainables in 16 bits (gradients 10 to 42 % off); {PRECISION}",
+        (
+            "torch_autocast: autocast computes the fp32 trainables in 16 bits (gradients 10 to 42"
+            f" % off); {PRECISION}"
+        ),
     ),
     (
         {"train_batch_size": 64},
-        'train_batch_size: got 64, but train.global_batch of the YAML makes it 32; write "auto" or change the YAML',
+        (
+            'train_batch_size: got 64, but train.global_batch of the YAML makes it 32; write "auto"'
+            " or change the YAML"
+        ),
     ),
     (
         {"train_micro_batch_size_per_gpu": 1},
-        "train_micro_batch_size_per_gpu: got 1, but train.micro_batch of the YAML makes it 4; write \"auto\" or change "
-        "the YAML",
+        (
+            "train_micro_batch_size_per_gpu: got 1, but train.micro_batch of the YAML makes it 4;"
+            ' write "auto" or change the YAML'
+        ),
     ),
     (
         {"gradient_accumulation_steps": 1},
-        "gradient_accumulation_steps: got 1, but train.global_batch, train.micro_batch and the number of ranks of the "
-        'YAML makes it 4 (2 ranks); write "auto" or change the YAML',
+        (
+            "gradient_accumulation_steps: got 1, but train.global_batch, train.micro_batch and the"
+            ' number of ranks of the YAML makes it 4 (2 ranks); write "auto" or change the YAML'
+        ),
     ),
     (
         {"gradient_clipping": 0.1},
-        'gradient_clipping: got 0.1, but optim.clip_norm of the YAML makes it 1.0; write "auto" or change the YAML',
+        (
+            'gradient_clipping: got 0.1, but optim.clip_norm of the YAML makes it 1.0; write "auto"'
+            " or change the YAML"
+        ),
     ),
     (
         zero(zero_hpz_partition_size=3),
-        "zero_optimization.zero_hpz_partition_size: 3 does not divide the 2 ranks; give the number of ranks per host, "
-        'or "auto"',
+        (
+            "zero_optimization.zero_hpz_partition_size: 3 does not divide the 2 ranks; give the"
+            ' number of ranks per host, or "auto"'
+        ),
     ),
     (
         zero(zero_quantized_weights=True),
-        "zero_optimization.zero_quantized_weights: DeepSpeed's quantiser has no CPU version, it needs a CUDA device; "
-        'set it to false or "auto"',
+        (
+            "zero_optimization.zero_quantized_weights: DeepSpeed's quantiser has no CPU version,"
+            ' it needs a CUDA device; set it to false or "auto"'
+        ),
     ),
     (
         zero(zero_quantized_gradients=True),
-        "zero_optimization.zero_quantized_gradients: DeepSpeed holds no gradient here: those of the trainables are "
-        "reduced in fp32 beside it; remove it",
+        (
+            "zero_optimization.zero_quantized_gradients: DeepSpeed holds no gradient here: those of"
+            " the trainables are reduced in fp32 beside it; remove it"
+        ),
     ),
     ({"pipeline": {"stages": 2}}, "pipeline: pipeline parallelism is not used; remove it"),
     ({"amp": {"enabled": True}}, f"amp: removed from DeepSpeed {DEEPSPEED_VERSION}"),
-    (zero(cpu_offload_param=True), 'zero_optimization.cpu_offload_param: deprecated; write "offload_param": '
-        '{"device": "cpu"}'),
-]  # fmt: skip
+    (
+        zero(cpu_offload_param=True),
+        'zero_optimization.cpu_offload_param: deprecated; write "offload_param": {"device": "cpu"}',
+    ),
+]
 
 
-@pytest.mark.parametrize(("tree", "message"), MISUSES, ids=[message.split(":")[0] for _, message in MISUSES])
+@pytest.mark.parametrize(
+    ("tree", "message"), MISUSES, ids=[message.split(":")[0] for _, message in MISUSES]
+)
 def test_misuse_is_named(tmp_path: Path, tree: dict[str, Any], message: str) -> None:
     cfg = config(model={"base": str(tmp_path)})  # a folder without config.json: no sizes are known
     assert problems(tmp_path, tree, cfg) == [message]
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
-    tree = {"amp": {}, "train_batch_size": 64, **zero(stag=3), "fp16": {"enabled": True, "los_scale": 1}}
+    tree = {
+        "amp": {},
+        "train_batch_size": 64,
+        **zero(stag=3),
+        "fp16": {"enabled": True, "los_scale": 1},
+    }
     found = problems(tmp_path, tree)
     assert [line.split(":")[0] for line in found] == [
         "amp",
@@ -254,9 +344,18 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     [
         ('{\n "a": 1\n "b": 2}', "ds.json:3: not valid JSON (column 2): Expecting ',' delimiter"),
         ("[]", "ds.json:1: expected an object of sections, got list"),
-        ('{"aio": {}, "bf16": {}, "aio": {}}', "ds.json: given twice in one object: 'aio'; keep one of them"),
-        ('{"gradient_clipping": NaN}', "ds.json: NaN is not JSON and no setting takes it; give a number"),
-        ('{"gradient_clipping": Infinity}', "ds.json: Infinity is not JSON and no setting takes it; give a number"),
+        (
+            '{"aio": {}, "bf16": {}, "aio": {}}',
+            "ds.json: given twice in one object: 'aio'; keep one of them",
+        ),
+        (
+            '{"gradient_clipping": NaN}',
+            "ds.json: NaN is not JSON and no setting takes it; give a number",
+        ),
+        (
+            '{"gradient_clipping": Infinity}',
+            "ds.json: Infinity is not JSON and no setting takes it; give a number",
+        ),
     ],
 )
 def test_malformed_text(tmp_path: Path, text: str, message: str) -> None:
@@ -272,7 +371,9 @@ def test_infinite_number_is_no_whole_number(tmp_path: Path) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.json: cannot read the DeepSpeed file: No such file"):
+    with pytest.raises(
+        ConfigError, match=r"none\.json: cannot read the DeepSpeed file: No such file"
+    ):
         load_ds_config(str(tmp_path / "none.json"), Config(), 2)
     (tmp_path / "ds.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ConfigError, match=r"ds\.json: not UTF-8 text \(byte 7\)"):
@@ -280,7 +381,9 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_adam_states_are_named_in_mb(tmp_path: Path) -> None:
-    cfg = config(model={"base": base_folder(tmp_path, hidden=1000)}, prompts={"count": 4, "tokens": 50})
+    cfg = config(
+        model={"base": base_folder(tmp_path, hidden=1000)}, prompts={"count": 4, "tokens": 50}
+    )
     found = problems(tmp_path, zero(offload_optimizer={"device": "cpu"}), cfg)
     # 8 bytes for each of 4 * 50 * 1000 numbers of the bank and 2 * 1000 * 1001 of the retriever
     assert "the trainables' Adam states (17.6 MB) stay with them" in found[0]

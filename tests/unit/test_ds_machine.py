@@ -16,7 +16,8 @@ from tests.helpers.ds_files import base_folder, config, load, plain_machine, pro
 __all__ = ["plain_machine"]  # a fixture
 pytestmark = pytest.mark.usefixtures("plain_machine")
 
-# --- NVMe -------------------------------------------------------------------------------------------------------
+# --- NVMe
+# -------------------------------------------------------------------------------------------------------
 
 
 def nvme(path: Path | str = "auto", **keys: Any) -> dict[str, Any]:
@@ -54,16 +55,16 @@ def test_nvme_path_must_exist(tmp_path: Path) -> None:
 def test_nvme_path_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # the superuser may write anywhere
     assert problems(tmp_path, nvme(tmp_path)) == [
-        f"zero_optimization.offload_param.nvme_path: {tmp_path} is not writable; create it on every host, or name "
-        "another"
+        f"zero_optimization.offload_param.nvme_path: {tmp_path} is not writable; create it on every"
+        " host, or name another"
     ]
 
 
 def test_nvme_needs_async_io(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ds_config, "_async_io_builds", lambda: False)
     assert problems(tmp_path, nvme(tmp_path)) == [
-        "zero_optimization.offload_param.device: nvme needs DeepSpeed's async_io, which does not build here: `apt-get "
-        "install libaio-dev` (libaio-devel with dnf), and a C compiler"
+        "zero_optimization.offload_param.device: nvme needs DeepSpeed's async_io, which does not"
+        " build here: `apt-get install libaio-dev` (libaio-devel with dnf), and a C compiler"
     ]
 
 
@@ -77,29 +78,39 @@ def test_nvme_takes_packed_weights(tmp_path: Path, bits: int) -> None:
 
 
 def test_nvme_buffer_fits_the_largest_shard(tmp_path: Path) -> None:
-    cfg = config(model={"base": base_folder(tmp_path, hidden=8, vocab=101, inner=32)})  # the table: 808 elements
+    cfg = config(
+        model={"base": base_folder(tmp_path, hidden=8, vocab=101, inner=32)}
+    )  # the table: 808 elements
     plan = load(tmp_path, nvme(tmp_path, buffer_size="auto"), cfg, world=3)
     assert plan.engine_config["zero_optimization"]["offload_param"]["buffer_size"] == 270
     assert problems(tmp_path, nvme(tmp_path, buffer_size=269), cfg, world=3) == [
-        "zero_optimization.offload_param.buffer_size: 269 elements are too few: the largest parameter takes 270 on "
-        'each of 3 ranks; give at least that, or "auto"'
+        "zero_optimization.offload_param.buffer_size: 269 elements are too few: the largest"
+        ' parameter takes 270 on each of 3 ranks; give at least that, or "auto"'
     ]
 
 
 def test_nvme_releases_parameters_at_once(tmp_path: Path) -> None:
-    assert load(tmp_path, nvme(tmp_path)).engine_config["zero_optimization"]["stage3_max_reuse_distance"] == 0
+    assert (
+        load(tmp_path, nvme(tmp_path)).engine_config["zero_optimization"][
+            "stage3_max_reuse_distance"
+        ]
+        == 0
+    )
     tree = nvme(tmp_path)
     tree["zero_optimization"]["stage3_max_reuse_distance"] = 5e8
     assert problems(tmp_path, tree) == [
-        "zero_optimization.stage3_max_reuse_distance: 500000000 keeps parameters gathered, and each holds a disk "
-        'buffer, until DeepSpeed runs out of them; set it to 0 or "auto"'
+        "zero_optimization.stage3_max_reuse_distance: 500000000 keeps parameters gathered, and each"
+        ' holds a disk buffer, until DeepSpeed runs out of them; set it to 0 or "auto"'
     ]
 
 
-# --- ZeRO++ -----------------------------------------------------------------------------------------------------
+# --- ZeRO++
+# -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("local", "world", "size"), [("2", 4, 2), ("4", 4, 1), ("3", 4, 1), ("8", 64, 8)])
+@pytest.mark.parametrize(
+    ("local", "world", "size"), [("2", 4, 2), ("4", 4, 1), ("3", 4, 1), ("8", 64, 8)]
+)
 def test_hpz_auto_is_the_ranks_of_one_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: str, world: int, size: int
 ) -> None:
@@ -112,17 +123,18 @@ def test_hpz_and_nvme_exclude_each_other(tmp_path: Path) -> None:
     tree = nvme(tmp_path)
     tree["zero_optimization"]["zero_hpz_partition_size"] = 2
     assert problems(tmp_path, tree, world=4) == [
-        "zero_optimization.zero_hpz_partition_size: DeepSpeed cannot keep the second copy on a disk; set it to 1, or "
-        "offload_param.device to cpu"
+        "zero_optimization.zero_hpz_partition_size: DeepSpeed cannot keep the second copy on a"
+        " disk; set it to 1, or offload_param.device to cpu"
     ]
 
 
 @pytest.mark.parametrize(
-    ("bits", "cuda", "on"), [(16, True, True), (16, False, False), (4, True, False), (32, True, False)]
+    ("bits", "cuda", "on"),
+    [(16, True, True), (16, False, False), (4, True, False), (32, True, False)],
 )
 def test_quantised_gather_auto(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, cuda: bool, on: bool
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(ds_config, "_cuda", lambda: cuda)
     plan = load(tmp_path, zero(zero_quantized_weights="auto"), config(model={"base_bits": bits}))
     assert plan.engine_config["zero_optimization"]["zero_quantized_weights"] is on

@@ -21,8 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_zero_table_is_deepspeeds_own() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
-    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig as OffloadOptimizer
-    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig as OffloadParam
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig as OffloadOptimizer,
+    )
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadParamConfig as OffloadParam,
+    )
 
     removed = {"mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"}
     for model, section, gone in [
@@ -40,8 +44,12 @@ def test_zero_table_is_deepspeeds_own() -> None:
 
 
 def _kind(annotation: Any) -> str:
-    """`bool` or `int` of an annotation: Optional[bool] and an int enumeration count as what they hold."""
-    kinds = [kind for kind in (typing.get_args(annotation) or (annotation,)) if kind is not type(None)]
+    """`bool` or `int` of an annotation: Optional[bool] and an int enumeration count as what they
+    hold.
+    """
+    kinds = [
+        kind for kind in typing.get_args(annotation) or (annotation,) if kind is not type(None)
+    ]
     (kind,) = kinds
     return "int" if issubclass(kind, enum.Enum) and issubclass(kind, int) else str(kind.__name__)
 
@@ -50,7 +58,11 @@ def test_removed_keys_are_deepspeeds_own() -> None:
     from deepspeed.runtime import config as theirs
 
     def ours(section: str) -> set[str]:
-        return {name for name, key in SECTIONS[section].items() if key.why.startswith("removed from DeepSpeed")}
+        return {
+            name
+            for name, key in SECTIONS[section].items()
+            if key.why.startswith("removed from DeepSpeed")
+        }
 
     assert ours("") == set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS)
     assert ours("zero_optimization") == set(theirs._REMOVED_ZERO_CONFIG_KEYS)
@@ -68,15 +80,26 @@ def test_precision_and_disk_tables_are_deepspeeds_own() -> None:
 
 
 def test_top_level_knows_every_key_deepspeed_reads() -> None:
-    """DeepSpeed has a constant and a default for each key it reads; all but those of refused sections are known."""
+    """DeepSpeed has a constant and a default for each key it reads; all but those of refused
+    sections are known.
+    """
     from deepspeed.runtime import constants
 
     values = vars(constants)
-    read = {value for key, value in values.items() if f"{key}_DEFAULT" in values and isinstance(value, str)}
+    read = {
+        value
+        for key, value in values.items()
+        if f"{key}_DEFAULT" in values and isinstance(value, str)
+    }
     assert len(read) > 30
     refused = {
         "optimizer": {"type", "params", "legacy_fusion", "max_grad_norm"},
-        "checkpoint": {"tag_validation", "load_universal", "use_node_local_storage", "pipeline_stage"},
+        "checkpoint": {
+            "tag_validation",
+            "load_universal",
+            "use_node_local_storage",
+            "pipeline_stage",
+        },
         "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
         "no key of the file": {"check_overflow"},
     }
@@ -90,18 +113,26 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz_0123456789 "
 
 @st.composite
 def typos(draw: st.DrawFn) -> tuple[str, str, str]:
-    """A section, a known key of it, and that key with one character left out, put in, changed or swapped."""
+    """A section, a known key of it, and that key with one character left out, put in, changed or
+    swapped.
+    """
     section, key = draw(st.sampled_from(KEYS))
     at = draw(st.integers(0, len(key) - 1))
     letter = draw(st.sampled_from(LETTERS))
-    edits = [key[:at] + key[at + 1 :], key[:at] + letter + key[at:], key[:at] + letter + key[at + 1 :]]
+    edits = [
+        key[:at] + key[at + 1 :],
+        key[:at] + letter + key[at:],
+        key[:at] + letter + key[at + 1 :],
+    ]
     edits.append(key[:at] + key[at + 1 : at + 2] + key[at] + key[at + 2 :])
     return section, key, draw(st.sampled_from(edits))
 
 
 @settings(max_examples=600, deadline=None)
 @given(typos())
-def test_typo_is_suggested_or_known(tmp_path_factory: pytest.TempPathFactory, typo: tuple[str, str, str]) -> None:
+def test_typo_is_suggested_or_known(
+    tmp_path_factory: pytest.TempPathFactory, typo: tuple[str, str, str]
+) -> None:
     section, key, written = typo
     if written in SECTIONS[section]:
         return
@@ -110,7 +141,9 @@ def test_typo_is_suggested_or_known(tmp_path_factory: pytest.TempPathFactory, ty
         tree = {part: tree}
     found = problems(tmp_path_factory.mktemp("typo"), tree)
     path = f"{section}.{written}" if section else written
-    (line,) = [line for line in found if re.match(re.escape(path.strip()) + r"\s*: unknown key; ", line)]
+    (line,) = [
+        line for line in found if re.match(re.escape(path.strip()) + r"\s*: unknown key; ", line)
+    ]
     assert f"'{key}'" in line
 
 

@@ -1,4 +1,6 @@
-"""Faults of the public reference beside numbers and data: settings ignored, pickles, checkpoints too large."""
+"""Faults of the public reference beside numbers and data: settings ignored, pickles, checkpoints
+too large.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,15 @@ PACKAGE = Path(checkpoint.__file__).resolve().parents[1]
     [
         ({"float16": {"enabled": True}}, "float16"),
         ({"train_micro_batch_size_per_gpu ": 4}, "did you mean 'train_micro_batch_size_per_gpu'"),
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "zero_optimization.offload_param",
+        ),
     ],
 )
-def test_fault_11_deepspeed_keys_that_would_be_ignored_are_refused(tree: object, part: str, tmp_path: Path) -> None:
+def test_fault_11_deepspeed_keys_that_would_be_ignored_are_refused(
+    tree: object, part: str, tmp_path: Path
+) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(tree), encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
@@ -39,7 +46,10 @@ def test_fault_14_nothing_is_pickled_or_unpickled() -> None:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
                 assert not names & {"pickle", "dill", "cloudpickle", "shelve"}, path
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "torch.load",
+                "pickle.load",
+            ):
                 safe = [keyword for keyword in node.keywords if keyword.arg == "weights_only"]
                 assert safe, f"{path}:{node.lineno}: a load that could run code"
                 assert ast.unparse(safe[0].value) == "True"
@@ -57,4 +67,6 @@ def test_fault_15_a_checkpoint_holds_the_trainable_tensors_and_nothing_else(tmp_
         "retriever.prompt.bias",
     }
     exact = sum(tensor.numel() * 4 for tensor in tensors.values())
-    assert exact <= (path / checkpoint.TRAINABLES).stat().st_size < exact + 2048  # the header alone is more
+    assert (
+        exact <= (path / checkpoint.TRAINABLES).stat().st_size < exact + 2048
+    )  # the header alone is more

@@ -1,4 +1,6 @@
-"""The rules of the house: arrows one way, fences, empty __init__ files, short files and functions, no dead options."""
+"""The rules of the house: arrows one way, fences, empty __init__ files, short files and functions,
+no dead options.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,24 @@ LAYERS = [
     {"config", "dist", "batch", "data", "evaluate", "plan"},
     {"model"},
     {"engine", "export"},
-    {"train", "generate", "cli", "summary", "quantize", "plan_command", "doctor", "chat", "report", "bench", "sweep",
-     "tools", "api", "baselines", "__init__"},
-]  # fmt: skip
+    {
+        "train",
+        "generate",
+        "cli",
+        "summary",
+        "quantize",
+        "plan_command",
+        "doctor",
+        "chat",
+        "report",
+        "bench",
+        "sweep",
+        "tools",
+        "api",
+        "baselines",
+        "__init__",
+    },
+]
 FENCES = {
     "deepspeed": {"engine"},
     "bitsandbytes": {"model/quant.py"},
@@ -77,7 +94,10 @@ def test_arrows_run_one_way(path: Path) -> None:
         other = target.split(".")[1]
         if other == own:
             continue
-        assert {own, other} != {"model", "data"}, f"{name_of(path)} imports {target}: model and data stay apart"
+        assert {own, other} != {
+            "model",
+            "data",
+        }, f"{name_of(path)} imports {target}: model and data stay apart"
         if layer(own) == len(LAYERS) - 1:
             continue  # entry points and tools may use one another's small helpers
         assert layer(other) <= layer(own), (
@@ -86,17 +106,27 @@ def test_arrows_run_one_way(path: Path) -> None:
 
 
 def test_modules_have_no_import_cycles() -> None:
-    names = {("spt_ds." + name_of(p)[:-3].replace("/", ".")).removesuffix(".__init__"): p for p in FILES}
+    names = {
+        ("spt_ds." + name_of(p)[:-3].replace("/", ".")).removesuffix(".__init__"): p for p in FILES
+    }
     graph: dict[str, set[str]] = {}
     for name, path in names.items():
         targets = set()
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in tree.body:  # imports at the top of the file: lazy ones inside functions make no cycle
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("spt_ds"):
+        for (
+            node
+        ) in tree.body:  # imports at the top of the file: lazy ones inside functions make no cycle
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.module
+                and node.module.startswith("spt_ds")
+            ):
                 targets |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
             elif isinstance(node, ast.Import):
                 targets |= {alias.name for alias in node.names}
-        graph[name] = {target for target in targets if target in names and target not in (name, "spt_ds")}
+        graph[name] = {
+            target for target in targets if target in names and target not in (name, "spt_ds")
+        }
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -116,7 +146,9 @@ def test_fences(path: Path) -> None:
         for package, allowed in FENCES.items():
             if target == package or target.startswith(package + "."):
                 inside = name_of(path) in allowed or part_of(path) in allowed
-                assert inside, f"{name_of(path)} imports {package}, which belongs in {sorted(allowed)}"
+                assert inside, (
+                    f"{name_of(path)} imports {package}, which belongs in {sorted(allowed)}"
+                )
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -125,7 +157,9 @@ def test_files_and_functions_are_short(path: Path) -> None:
     assert len(text.splitlines()) <= 400
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} is {node.end_lineno - node.lineno} lines"
+            assert (node.end_lineno or 0) - node.lineno < 60, (
+                f"{node.name} is {node.end_lineno - node.lineno} lines"
+            )
 
 
 def test_init_files_are_empty_but_the_root() -> None:
@@ -145,8 +179,12 @@ def test_every_option_is_read(path: str) -> None:
     _section, _, name = path.rpartition(".")
     schema = PACKAGE / "config" / "schema.py"
     holders = [p for p in FILES if p != schema]
-    pattern = re.compile(rf"\.{re.escape(name)}\b|[\"']{re.escape(name)}[\"']|max_\{{split\}}_examples")
-    assert any(pattern.search(p.read_text(encoding="utf-8")) for p in holders), f"nothing reads {path}"
+    pattern = re.compile(
+        rf"\.{re.escape(name)}\b|[\"']{re.escape(name)}[\"']|max_\{{split\}}_examples"
+    )
+    assert any(pattern.search(p.read_text(encoding="utf-8")) for p in holders), (
+        f"nothing reads {path}"
+    )
 
 
 @pytest.mark.parametrize("path", list(key_paths(Config)))
@@ -167,10 +205,15 @@ def test_every_recipe_loads(name: str) -> None:
 
 def test_product_speaks_of_itself_alone() -> None:
     words = re.compile("|".join(["py" + "pi.org", "/wo" + "rk/", "CL" + "AUDE", "issue #" + r"\d"]))
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     for name in files:
         path = ROOT / name
-        if path.suffix in {".py", ".md", ".yaml", ".json", ".sh", ".sbatch", ".toml"} and path.is_file():
+        if (
+            path.suffix in {".py", ".md", ".yaml", ".json", ".sh", ".sbatch", ".toml"}
+            and path.is_file()
+        ):
             if path.name in {"vocab.json", "tokenizer.json"}:
                 continue
             found = words.search(path.read_text(encoding="utf-8"))

@@ -1,4 +1,6 @@
-"""Store and loader: what a window holds does not depend on ranks, micro-batches, workers or the step it starts at."""
+"""Store and loader: what a window holds does not depend on ranks, micro-batches, workers or the
+step it starts at.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,11 @@ SEED = 3
 
 def write_dialogues(path: Path) -> Path:
     """23 examples of unlike lengths; every third persona is the same, and no two others are alike."""
-    personas = [["i like dogs.", "i ski."], ["my mother is a nurse."], ["we own two old cars.", "music matters."]]
+    personas = [
+        ["i like dogs.", "i ski."],
+        ["my mother is a nurse."],
+        ["we own two old cars.", "music matters."],
+    ]
     lines = []
     for n in range(EXAMPLES):
         history, response = ["word " * (n * 7 % 11 + 1)], "yes " * (n % 4 + 1)
@@ -52,7 +58,9 @@ def store(source: Path, tmp_path_factory: pytest.TempPathFactory) -> ExampleStor
     return build_store(str(source), byte_tokenizer(), max_tokens=512, cache_dir=cache)
 
 
-def train_loader(store: ExampleStore, world: int = 1, rank: int = 0, micro: int = 3, workers: int = 0) -> TrainLoader:
+def train_loader(
+    store: ExampleStore, world: int = 1, rank: int = 0, micro: int = 3, workers: int = 0
+) -> TrainLoader:
     return TrainLoader(
         store,
         global_batch=WINDOW,
@@ -73,7 +81,9 @@ def rows_of(batch: Batch) -> Iterator[tuple[int, float, list[int], list[int]]]:
     """(index, weight, context ids, response ids) of each row."""
     contexts = torch.split(batch.context_ids, list(batch.context_lens))
     responses = torch.split(batch.response_ids, list(batch.response_lens))
-    for index, weight, context, response in zip(batch.indices, batch.weights, contexts, responses, strict=True):
+    for index, weight, context, response in zip(
+        batch.indices, batch.weights, contexts, responses, strict=True
+    ):
         yield index, weight, context.tolist(), response.tolist()
 
 
@@ -81,16 +91,26 @@ def test_rows_are_the_encoded_examples_of_the_window(store: ExampleStore, source
     encoded = [encode(example, byte_tokenizer(), 512) for example in read(str(source))]
     for step, window in enumerate(windows(store)):
         rows = [row for batch in window.micro for row in rows_of(batch)]
-        assert sorted(row[0] for row in rows) == sorted(window_indices(EXAMPLES, WINDOW, SEED, step))
+        assert sorted(row[0] for row in rows) == sorted(
+            window_indices(EXAMPLES, WINDOW, SEED, step)
+        )
         for index, weight, context, response in rows:
-            assert (weight, context, response) == (1.0, encoded[index].context_ids, encoded[index].response_ids)
+            assert (weight, context, response) == (
+                1.0,
+                encoded[index].context_ids,
+                encoded[index].response_ids,
+            )
         assert window.target_tokens == sum(len(row[3]) for row in rows)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro", [1, 2, 4, 8])
-def test_window_does_not_depend_on_ranks_and_micro_batches(store: ExampleStore, world: int, micro: int) -> None:
-    """1 x 8 = 2 x 4 = 4 x 2: the same examples at the same window positions, the same counts, the same pairs."""
+def test_window_does_not_depend_on_ranks_and_micro_batches(
+    store: ExampleStore, world: int, micro: int
+) -> None:
+    """1 x 8 = 2 x 4 = 4 x 2: the same examples at the same window positions, the same counts, the
+    same pairs.
+    """
     for whole, *parts in zip(
         windows(store, micro=8),
         *(windows(store, world=world, rank=rank, micro=micro) for rank in range(world)),
@@ -107,10 +127,14 @@ def test_window_does_not_depend_on_ranks_and_micro_batches(store: ExampleStore, 
             assert part.contrast is not None
             assert part.contrast.owner == parts[0].contrast.owner
             assert part.contrast.pair_count == WINDOW * (WINDOW - 1) // 2
-            for (i, j), target in zip(part.contrast.pairs.tolist(), part.contrast.targets.tolist(), strict=True):
+            for (i, j), target in zip(
+                part.contrast.pairs.tolist(), part.contrast.targets.tolist(), strict=True
+            ):
                 assert rank in (part.contrast.owner[i][0], part.contrast.owner[j][0])
                 assert pairs.setdefault((i, j), target) == target
-        expected = zip(map(tuple, whole.contrast.pairs.tolist()), whole.contrast.targets.tolist(), strict=True)
+        expected = zip(
+            map(tuple, whole.contrast.pairs.tolist()), whole.contrast.targets.tolist(), strict=True
+        )
         assert pairs == dict(expected)
         owner = parts[0].contrast.owner
         for place in range(WINDOW):
@@ -127,12 +151,23 @@ def test_fault_09_pairs_are_those_of_the_global_window(store: ExampleStore) -> N
     pairs, targets = contrast_pairs(texts, [rank == 2 for rank, _ in first.contrast.owner], 20.0)
     assert first.contrast.pairs.tolist() == pairs.tolist()
     assert first.contrast.targets.tolist() == targets.tolist()
-    assert len(pairs) == 1 + 2 * 6  # its own two examples, and each of them with the six of other ranks
+    assert (
+        len(pairs) == 1 + 2 * 6
+    )  # its own two examples, and each of them with the six of other ranks
     assert set(targets) == {1.0, -1.0}
 
 
 def test_fault_09_window_of_one_has_no_contrast(store: ExampleStore) -> None:
-    one = TrainLoader(store, global_batch=1, micro_batch=1, world=1, rank=0, seed=0, bleu_threshold=20.0, workers=0)
+    one = TrainLoader(
+        store,
+        global_batch=1,
+        micro_batch=1,
+        world=1,
+        rank=0,
+        seed=0,
+        bleu_threshold=20.0,
+        workers=0,
+    )
     assert next(one.windows(0)).contrast is None
 
 
@@ -149,7 +184,9 @@ def test_workers_prepare_the_same_windows(store: ExampleStore) -> None:
 def assert_same(left: list[Window], right: list[Window]) -> None:
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        assert [list(rows_of(batch)) for batch in a.micro] == [list(rows_of(batch)) for batch in b.micro]
+        assert [list(rows_of(batch)) for batch in a.micro] == [
+            list(rows_of(batch)) for batch in b.micro
+        ]
         assert a.contrast is not None
         assert b.contrast is not None
         assert a.contrast.owner == b.contrast.owner
@@ -170,7 +207,9 @@ def test_data_error_of_a_worker_arrives_with_its_own_text(
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 30])
-def test_fault_12_evaluation_reads_every_example_exactly_once(store: ExampleStore, world: int) -> None:
+def test_fault_12_evaluation_reads_every_example_exactly_once(
+    store: ExampleStore, world: int
+) -> None:
     ranks = [list(eval_batches(store, 3, world, rank)) for rank in range(world)]
     assert len({tuple(len(batch) for batch in batches) for batches in ranks}) == 1
     rows = [row for batches in ranks for batch in batches for row in rows_of(batch)]
@@ -215,13 +254,22 @@ def test_store_is_reused_until_something_it_depends_on_changes(
         build_store(str(source), byte_tokenizer(bos=None), max_tokens=512, cache_dir=cache),
         build_store(str(source), piece_tokenizer(), max_tokens=512, cache_dir=cache),
         build_store(str(source), byte_tokenizer(), max_tokens=512, max_examples=5, cache_dir=cache),
-        build_store(copied, byte_tokenizer(), max_tokens=512, cache_dir=cache),  # ids carry the file's name
+        build_store(
+            copied, byte_tokenizer(), max_tokens=512, cache_dir=cache
+        ),  # ids carry the file's name
     ]
     with Path(copied).open("a", encoding="utf-8") as file:
         file.write('\n{"persona": [], "history": [], "response": "a"}\n')
     others.append(build_store(copied, byte_tokenizer(), max_tokens=512, cache_dir=cache))
     assert len({first.data_hash, *(other.data_hash for other in others)}) == 7
-    assert [len(other) for other in others] == [EXAMPLES, EXAMPLES, EXAMPLES, 5, EXAMPLES, EXAMPLES + 1]
+    assert [len(other) for other in others] == [
+        EXAMPLES,
+        EXAMPLES,
+        EXAMPLES,
+        5,
+        EXAMPLES,
+        EXAMPLES + 1,
+    ]
 
     def never(*_: object) -> None:
         raise AssertionError("tokenised again")
@@ -233,7 +281,9 @@ def test_store_is_reused_until_something_it_depends_on_changes(
 
 def test_store_counts_the_examples_that_lost_turns(source: Path, tmp_path: Path) -> None:
     shorter = build_store(str(source), byte_tokenizer(), max_tokens=100, cache_dir=str(tmp_path))
-    dropped = [encode(example, byte_tokenizer(), 100).dropped_turns for example in read(str(source))]
+    dropped = [
+        encode(example, byte_tokenizer(), 100).dropped_turns for example in read(str(source))
+    ]
     assert shorter.truncated == sum(map(bool, dropped)) > 0
     assert [shorter[row]["dropped_turns"] for row in range(EXAMPLES)] == dropped
 
@@ -247,7 +297,10 @@ def build_at(barrier: object, source: str, cache: str, hashes: object) -> None:
 def test_writers_that_race_end_with_one_whole_store(source: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier, hashes = context.Barrier(3), context.Queue()
-    racers = [context.Process(target=build_at, args=(barrier, str(source), str(tmp_path), hashes)) for _ in range(3)]
+    racers = [
+        context.Process(target=build_at, args=(barrier, str(source), str(tmp_path), hashes))
+        for _ in range(3)
+    ]
     for racer in racers:
         racer.start()
     got = {hashes.get(timeout=60) for _ in racers}
@@ -279,7 +332,9 @@ def test_damaged_store_is_an_error_that_says_what_to_do(source: Path, tmp_path: 
         build_store(str(source), byte_tokenizer(), max_tokens=512, cache_dir=str(tmp_path))
 
 
-def test_cache_folder_comes_from_the_config_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_comes_from_the_config_then_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("SPT_CACHE", "/from/environment")
     assert cache_root("/given") == Path("/given")
     assert cache_root(None) == Path("/from/environment")

@@ -1,4 +1,6 @@
-"""Contrastive targets: the same BLEU as sacrebleu's, the golden direction and text, pairs over the whole window."""
+"""Contrastive targets: the same BLEU as sacrebleu's, the golden direction and text, pairs over the
+whole window.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ texts = st.lists(st.text(alphabet="ab3,.-& ", max_size=24), min_size=2, max_size
 def test_matrix_equals_sacrebleu(given_texts: list[str]) -> None:
     got = sentence_bleu_matrix(given_texts)
     for i, j in permutations(range(len(given_texts)), 2):
-        expected = sacrebleu.sentence_bleu(given_texts[i], [given_texts[j]], use_effective_order=True).score
+        expected = sacrebleu.sentence_bleu(
+            given_texts[i], [given_texts[j]], use_effective_order=True
+        ).score
         assert got[i, j] == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 def test_earlier_example_is_the_hypothesis() -> None:
-    """A short hypothesis is punished for its brevity, a long one for its words: the direction shows."""
+    """A short hypothesis is punished for its brevity, a long one for its words: the direction
+    shows.
+    """
     long, short = "i like to ski in the alps every single winter", "i like to ski"
     matrix = sentence_bleu_matrix([long, short])
     assert matrix[0, 1] == pytest.approx(26.269098944241588)
@@ -40,12 +46,16 @@ def test_earlier_example_is_the_hypothesis() -> None:
 def test_threshold_itself_is_not_similar() -> None:
     score = sentence_bleu_matrix(["a b c d e", "a b c d f"])[0, 1]
     assert contrast_pairs(["a b c d e", "a b c d f"], [True, True], score)[1].tolist() == [-1.0]
-    assert contrast_pairs(["a b c d e", "a b c d f"], [True, True], np.nextafter(score, 0))[1].tolist() == [1.0]
+    assert contrast_pairs(["a b c d e", "a b c d f"], [True, True], np.nextafter(score, 0))[
+        1
+    ].tolist() == [1.0]
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=9))
 def test_fault_09_pairs_with_a_local_side_over_the_whole_window(local: list[bool]) -> None:
-    pairs, targets = contrast_pairs([f"text {n % 3} of many" for n in range(len(local))], local, 20.0)
+    pairs, targets = contrast_pairs(
+        [f"text {n % 3} of many" for n in range(len(local))], local, 20.0
+    )
     assert [tuple(pair) for pair in pairs] == [
         (i, j) for i, j in combinations(range(len(local)), 2) if local[i] or local[j]
     ]

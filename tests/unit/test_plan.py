@@ -1,4 +1,6 @@
-"""The memory arithmetic against counted parameters and counted saved activations, and the choices made from it."""
+"""The memory arithmetic against counted parameters and counted saved activations, and the choices
+made from it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def opt(hidden: int, layers: int, heads: int, embed: int | None = None) -> OPTCo
     )
 
 
-def llama(hidden: int, layers: int, heads: int, keys: int, inner: int, vocabulary: int, **more: Any) -> LlamaConfig:
+def llama(
+    hidden: int, layers: int, heads: int, keys: int, inner: int, vocabulary: int, **more: Any
+) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -61,15 +65,22 @@ BASES: dict[str, PretrainedConfig] = {
     "llama-3-8b": llama(4096, 32, 32, 8, 14336, 128256),
     "llama-3.2-1b": llama(2048, 16, 32, 8, 8192, 128256, tie_word_embeddings=True),
     "qwen2-0.5b": Qwen2Config(
-        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-        vocab_size=151936, tie_word_embeddings=True,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
     ),
     "gemma2-2b": Gemma2Config(),
     "gpt2": GPT2Config(),
-    "gpt-neox": GPTNeoXConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=8),
+    "gpt-neox": GPTNeoXConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=8
+    ),
     "phi": PhiConfig(),
     "mixtral-8x7b": MixtralConfig(),
-}  # fmt: skip
+}
 
 
 def shape_of(name: str) -> BaseShape:
@@ -81,7 +92,9 @@ def test_parameters_are_those_that_are_counted(name: str) -> None:
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(BASES[name])
     counted = sum(parameter.numel() for parameter in lm.parameters())
-    assert 0.985 * counted <= shape_of(name).parameters <= counted  # norms, biases and positions are left out
+    assert (
+        0.985 * counted <= shape_of(name).parameters <= counted
+    )  # norms, biases and positions are left out
     assert shape_of(name).base_bytes(32) == 4 * shape_of(name).parameters
     assert shape_of(name).base_bytes(16) == 2 * shape_of(name).parameters
 
@@ -100,37 +113,58 @@ def test_a_configuration_without_sizes_is_named() -> None:
 
 SMALL = {
     "opt": OPTConfig(
-        hidden_size=128, ffn_dim=512, num_hidden_layers=4, num_attention_heads=4, word_embed_proj_dim=128,
-        vocab_size=100, max_position_embeddings=96, activation_function="relu",
+        hidden_size=128,
+        ffn_dim=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        word_embed_proj_dim=128,
+        vocab_size=100,
+        max_position_embeddings=96,
+        activation_function="relu",
     ),
     "llama": LlamaConfig(
-        hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=100, max_position_embeddings=96,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        max_position_embeddings=96,
     ),
-}  # fmt: skip
+}
 
 
 def kept_bytes(name: str, dtype: torch.dtype, recompute: str, placement: str) -> tuple[int, int]:
-    """Bytes of activations that one micro-batch keeps, and packed tokens that carry a gradient: 2 rows, K 4, P 8."""
+    """Bytes of activations that one micro-batch keeps, and packed tokens that carry a gradient: 2
+    rows, K 4, P 8.
+    """
     lm = AutoModelForCausalLM.from_config(SMALL[name], dtype=dtype, attn_implementation=PACKED)
     backbone = Backbone(lm, "sdpa")
     backbone.checkpoint_activations(recompute)
-    spt = tiny_spt(backbone, count=4, tokens=8, dtype=torch.float32, prompts={"placement": placement})
+    spt = tiny_spt(
+        backbone, count=4, tokens=8, dtype=torch.float32, prompts={"placement": placement}
+    )
     batch = make_batch([torch.arange(56) % 100] * 2, [torch.arange(9) % 100] * 2)
     weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
     held: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is given twice
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if (tensor.is_floating_point() or tensor.dtype == torch.bool) and storage.data_ptr() not in weights:
+        if (
+            tensor.is_floating_point() or tensor.dtype == torch.bool
+        ) and storage.data_ptr() not in weights:
             held[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         bank = spt.trainables.bank.weight
         read = read_context(backbone, batch, embed(backbone, batch), placement)
-        target_states(backbone, batch, embed(backbone, batch), bank[:, None].expand(-1, 2, -1, -1), read)
-    tokens = 2 * 4 * (8 + 8 + (56 if placement == "prefix" else 0))  # a response's last token is never read
+        target_states(
+            backbone, batch, embed(backbone, batch), bank[:, None].expand(-1, 2, -1, -1), read
+        )
+    tokens = (
+        2 * 4 * (8 + 8 + (56 if placement == "prefix" else 0))
+    )  # a response's last token is never read
     return sum(storage.nbytes() for storage in held.values()), tokens
 
 
@@ -138,7 +172,9 @@ def kept_bytes(name: str, dtype: torch.dtype, recompute: str, placement: str) ->
 @pytest.mark.parametrize("name", SMALL)
 def test_activations_are_those_that_are_kept(name: str, bits: int) -> None:
     shape = BaseShape.from_config(SMALL[name].to_dict())
-    counted, tokens = kept_bytes(name, torch.bfloat16 if bits == 16 else torch.float32, "off", "prefix")
+    counted, tokens = kept_bytes(
+        name, torch.bfloat16 if bits == 16 else torch.float32, "off", "prefix"
+    )
     assert 0.97 * counted <= shape.activation_bytes(tokens, bits, recompute=False) <= 1.25 * counted
 
 
@@ -163,9 +199,15 @@ def test_branches_keep_what_rows_of_their_own_keep(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_shared_context_costs_its_keys_and_values(name: str) -> None:
-    backbone = Backbone(AutoModelForCausalLM.from_config(SMALL[name], attn_implementation=PACKED), "sdpa")
+    backbone = Backbone(
+        AutoModelForCausalLM.from_config(SMALL[name], attn_implementation=PACKED), "sdpa"
+    )
     context = Layout(
-        (40, 16), torch.cat([torch.arange(40), torch.arange(16)]), "sdpa", torch.device("cpu"), record=True
+        (40, 16),
+        torch.cat([torch.arange(40), torch.arange(16)]),
+        "sdpa",
+        torch.device("cpu"),
+        record=True,
     )
     backbone.run(torch.zeros(56, 128), context)
     assert context.recorded is not None
@@ -189,7 +231,9 @@ def run(**sections: dict[str, Any]) -> Config:
         ("llama-2-70b", 4, 1, 68, "replicate"),
     ],
 )
-def test_placement_follows_from_sizes(name: str, bits: int, ranks: int, gib: int, placement: str) -> None:
+def test_placement_follows_from_sizes(
+    name: str, bits: int, ranks: int, gib: int, placement: str
+) -> None:
     config = run(model={"base_bits": bits})
     found, why = plan.choose_placement(config, shape_of(name), ranks, gib * GIB, 100 * GIB)
     assert found == placement, why
@@ -198,7 +242,9 @@ def test_placement_follows_from_sizes(name: str, bits: int, ranks: int, gib: int
 
 
 def test_a_configured_placement_is_kept() -> None:
-    found, why = plan.choose_placement(run(engine={"placement": "zero3"}), shape_of("gpt2"), 2, 80 * GIB, None)
+    found, why = plan.choose_placement(
+        run(engine={"placement": "zero3"}), shape_of("gpt2"), 2, 80 * GIB, None
+    )
     assert (found, why) == ("zero3", "placement: zero3 (as configured)")
 
 
@@ -230,7 +276,9 @@ def test_trainables_are_counted_with_gradient_and_moments() -> None:
     spt = tiny_spt(Backbone(lm, "sdpa"), count=4, tokens=8, dtype=torch.float32)
     assert isinstance(spt.trainables, Trainables)
     counted = sum(p.numel() * 16 for p in spt.trainables.parameters())
-    assert plan.trainable_bytes(spt.config, BaseShape.from_config(SMALL["opt"].to_dict())) == counted
+    assert (
+        plan.trainable_bytes(spt.config, BaseShape.from_config(SMALL["opt"].to_dict())) == counted
+    )
 
 
 def test_memory_of_a_rank() -> None:
@@ -246,11 +294,18 @@ def test_memory_of_a_rank() -> None:
         (2, 2, 500, "what is gathered at one time 1.86 GiB"),  # more than the GPU has left
     ],
 )
-def test_a_base_that_fits_nowhere_is_refused(ranks: int, gib: int, host_gib: int | None, reason: str) -> None:
+def test_a_base_that_fits_nowhere_is_refused(
+    ranks: int, gib: int, host_gib: int | None, reason: str
+) -> None:
     host = None if host_gib is None else host_gib * GIB
     with pytest.raises(EngineError) as caught:
         plan.choose_placement(run(), shape_of("llama-2-70b"), ranks, gib * GIB, host)
-    for part in (reason, "base 128.", "model.base_bits: 4 or 8", "ds_configs/zero3_offload_nvme.json"):
+    for part in (
+        reason,
+        "base 128.",
+        "model.base_bits: 4 or 8",
+        "ds_configs/zero3_offload_nvme.json",
+    ):
         assert part in str(caught.value)
 
 
@@ -282,9 +337,13 @@ def test_cgroups_limit_the_memory_of_a_host(tmp_path: Path) -> None:
         f"{job}/step_0/memory.max": "max\n",
         f"{job}/memory.max": f"{40 * GIB}\n",
         f"{job}/memory.current": f"{30 * GIB}\n",
-        f"{job}/memory.stat": f"anon {20 * GIB}\nfile {10 * GIB}\ninactive_file {6 * GIB}\nactive_file {4 * GIB}\n",
+        f"{job}/memory.stat": (
+            f"anon {20 * GIB}\nfile {10 * GIB}\ninactive_file {6 * GIB}\nactive_file {4 * GIB}\n"
+        ),
     }
-    assert plan.host_memory_per_rank(2, write(tmp_path / "2", version_2)) == int(20 * GIB * plan.USABLE / 2)
+    assert plan.host_memory_per_rank(2, write(tmp_path / "2", version_2)) == int(
+        20 * GIB * plan.USABLE / 2
+    )
     job = "sys/fs/cgroup/memory/slurm/job_7"
     version_1 = {
         "proc/meminfo": MEMINFO,
@@ -296,6 +355,8 @@ def test_cgroups_limit_the_memory_of_a_host(tmp_path: Path) -> None:
         f"{job}/memory.usage_in_bytes": f"{6 * GIB}\n",
         f"{job}/memory.stat": f"inactive_file 1\ntotal_inactive_file {2 * GIB}\n",
     }
-    assert plan.host_memory_per_rank(1, write(tmp_path / "1", version_1)) == int(12 * GIB * plan.USABLE)
+    assert plan.host_memory_per_rank(1, write(tmp_path / "1", version_1)) == int(
+        12 * GIB * plan.USABLE
+    )
     alone = write(tmp_path / "0", {"proc/meminfo": MEMINFO})
     assert plan.host_memory_per_rank(1, alone) == int(100 * GIB * plan.USABLE)

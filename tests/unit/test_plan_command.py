@@ -25,7 +25,15 @@ def arguments(tmp_path: Path) -> list[str]:
         intermediate_size=28672,
         tie_word_embeddings=False,
     ).save_pretrained(tmp_path)
-    return ["plan", "--config", "demo", "--set", f"model.base={tmp_path}", "--set", "model.base_bits=16"]
+    return [
+        "plan",
+        "--config",
+        "demo",
+        "--set",
+        f"model.base={tmp_path}",
+        "--set",
+        "model.base_bits=16",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +55,9 @@ def test_it_prints_terms_and_decision(
     assert "activation checkpointing: " in out
 
 
-def test_where_nothing_fits_it_exits_2_with_the_terms(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_nothing_fits_it_exits_2_with_the_terms(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*arguments, "--memory-gib", "8", "--host-gib", "64"]) == 2
     found = capsys.readouterr()
     assert "base, whole" in found.out

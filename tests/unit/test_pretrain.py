@@ -15,9 +15,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spt_ds.errors import DataError
 from spt_ds.tools import demo_dialogues, pretrain_base, pretrain_text
-from spt_ds.tools.demo_dialogues import COLUMNS, Conversation, families, read_conversations, sentence_key, split
+from spt_ds.tools.demo_dialogues import (
+    COLUMNS,
+    Conversation,
+    families,
+    read_conversations,
+    sentence_key,
+    split,
+)
 
-WORDS = ["hiking", "tea", "chess", "baking", "jazz", "surfing", "painting", "reading", "gardening", "dancing", "skiing"]
+WORDS = [
+    "hiking",
+    "tea",
+    "chess",
+    "baking",
+    "jazz",
+    "surfing",
+    "painting",
+    "reading",
+    "gardening",
+    "dancing",
+    "skiing",
+]
 
 
 def persona(person: int) -> list[str]:
@@ -29,7 +48,10 @@ def conversation_rows(people: int, turns: int = 8) -> list[list[str]]:
     rows = []
     for one in range(people):
         for other in ((one + 1) % people, (one + 2) % people):
-            text = "\n".join(f"User {n % 2 + 1}: I like {WORDS[(one + n) % len(WORDS)]}, you?" for n in range(turns))
+            text = "\n".join(
+                f"User {n % 2 + 1}: I like {WORDS[(one + n) % len(WORDS)]}, you?"
+                for n in range(turns)
+            )
             rows.append(["\n".join(persona(one)), "\n".join(persona(other)), text])
     return rows
 
@@ -41,7 +63,9 @@ def write_csv(path: Path, rows: list[list[str]]) -> Path:
 
 
 def write_text(path: Path) -> Path:
-    talk = "\n".join(f"Have you seen film {n}?\nYes, {word} in it was great!" for n, word in enumerate(WORDS))
+    talk = "\n".join(
+        f"Have you seen film {n}?\nYes, {word} in it was great!" for n, word in enumerate(WORDS)
+    )
     path.write_bytes(lzma.compress("\n\n".join([talk] * 8).encode()))
     return path
 
@@ -51,8 +75,16 @@ def read(path: Path) -> list[dict]:
 
 
 def test_name_slots_are_filled_and_odd_conversations_left_out(tmp_path: Path) -> None:
-    good = "User 1: Hi, I'm [User 1's name].\n\nUser 2:  I'm  [your name], [User 1's name]!\nUser 1: \n"
-    bad = ["User 1: hi\nUser 1: again", "User 1: I live in [city].\nUser 2: ok", "Alice: hi\nUser 2: hi", "User 1: hi"]
+    good = (
+        "User 1: Hi, I'm [User 1's name].\n\nUser 2:  I'm  [your name], [User 1's name]!\nUser"
+        " 1: \n"
+    )
+    bad = [
+        "User 1: hi\nUser 1: again",
+        "User 1: I live in [city].\nUser 2: ok",
+        "Alice: hi\nUser 2: hi",
+        "User 1: hi",
+    ]
     rows = [["I run.", "I swim.", text] for text in [good, *bad]]
     (only,) = read_conversations([write_csv(tmp_path / "spc.csv", rows)])
     opening, answer = only.turns
@@ -82,8 +114,15 @@ def test_family_reaches_through_shared_sentences() -> None:
 def test_split_keeps_every_person_on_one_side(tmp_path: Path, seed: int) -> None:
     conversations = read_conversations([write_csv(tmp_path / "spc.csv", conversation_rows(60))])
     chosen = split(conversations, {"train": 20, "valid": 6, "test": 6}, seed)
-    assert {name: len({c.id for c in part}) for name, part in chosen.items()} == {"train": 20, "valid": 6, "test": 6}
-    people = [{sentence_key(s) for c in part for user in c.personas for s in user} for part in chosen.values()]
+    assert {name: len({c.id for c in part}) for name, part in chosen.items()} == {
+        "train": 20,
+        "valid": 6,
+        "test": 6,
+    }
+    people = [
+        {sentence_key(s) for c in part for user in c.personas for s in user}
+        for part in chosen.values()
+    ]
     assert not any(one & other for one, other in [*pairwise(people), (people[0], people[2])])
 
 
@@ -94,7 +133,9 @@ def test_split_that_cannot_be_met_is_refused(tmp_path: Path) -> None:
 
 
 def test_documents_follow_the_template_and_end_with_a_reply() -> None:
-    talk = Conversation("a", (("I run.", "I swim."), ("I bake.",)), ("Hi, you!", "Ho.", "He.", "Hu."), 1)
+    talk = Conversation(
+        "a", (("I run.", "I swim."), ("I bake.",)), ("Hi, you!", "Ho.", "He.", "Hu."), 1
+    )
     rng = random.Random(0)
     seen = {pretrain_text.render(talk, rng) for _ in range(300)}
     assert "given persona: I run. I swim.; context: Q: Hi, you! R: Ho." in seen
@@ -116,18 +157,51 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder with all sources, and the arguments of a run on them that takes seconds."""
     folder = tmp_path_factory.mktemp("pretrain")
     table = write_csv(folder / "spc.csv", conversation_rows(60))
-    demo = ["--csv", str(table), "--out", str(folder / "demo"), "--train", "20", "--valid", "4", "--test", "4"]
+    demo = [
+        "--csv",
+        str(table),
+        "--out",
+        str(folder / "demo"),
+        "--train",
+        "20",
+        "--valid",
+        "4",
+        "--test",
+        "4",
+    ]
     demo_dialogues.main(demo)
-    shape = "--vocab 400 --hidden 32 --intermediate 64 --layers 1 --heads 2 --rows 2 --row-tokens 64 --warmup-steps 2"
-    args = ["--text", str(write_text(folder / "talk.txt.xz")), "--persona-csv", str(table), *shape.split()]
-    args += ["--demo", str(folder / "demo"), "--out", str(folder / "base"), "--state", str(folder / "state.pt")]
+    shape = (
+        "--vocab 400 --hidden 32 --intermediate 64 --layers 1 --heads 2 --rows 2 --row-tokens 64"
+        " --warmup-steps 2"
+    )
+    args = [
+        "--text",
+        str(write_text(folder / "talk.txt.xz")),
+        "--persona-csv",
+        str(table),
+        *shape.split(),
+    ]
+    args += [
+        "--demo",
+        str(folder / "demo"),
+        "--out",
+        str(folder / "base"),
+        "--state",
+        str(folder / "state.pt"),
+    ]
     return folder, [*args, "--device", "cpu", "--lr", "0.01"]
 
 
-def test_pools_hold_no_demo_dialogue_and_nobody_of_valid_and_test(sources: tuple[Path, list[str]]) -> None:
+def test_pools_hold_no_demo_dialogue_and_nobody_of_valid_and_test(
+    sources: tuple[Path, list[str]],
+) -> None:
     folder, _ = sources
-    pools = pretrain_text.load_pools([folder / "talk.txt.xz"], [folder / "spc.csv"], folder / "demo", 0.1, 0)
-    talks = [talk for talk in [*pools.persona, *pools.held_persona] if isinstance(talk, Conversation)]
+    pools = pretrain_text.load_pools(
+        [folder / "talk.txt.xz"], [folder / "spc.csv"], folder / "demo", 0.1, 0
+    )
+    talks = [
+        talk for talk in [*pools.persona, *pools.held_persona] if isinstance(talk, Conversation)
+    ]
     assert len(talks) > 20
     train, valid, test = (read(folder / "demo" / f"{name}.jsonl") for name in demo_dialogues.SPLITS)
     assert not {talk.id for talk in talks} & {record["id"] for record in [*train, *valid, *test]}
@@ -163,7 +237,9 @@ def test_resume_without_state_is_refused(sources: tuple[Path, list[str]], tmp_pa
         pretrain_base.main([*args, "--state", str(tmp_path / "none.pt"), "--resume"])
 
 
-def test_demo_folder_without_its_files_is_refused(sources: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_demo_folder_without_its_files_is_refused(
+    sources: tuple[Path, list[str]], tmp_path: Path
+) -> None:
     _, args = sources
     with pytest.raises(DataError, match=r"train\.jsonl"):
         pretrain_base.main([*args, "--demo", str(tmp_path)])

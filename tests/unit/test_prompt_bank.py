@@ -16,7 +16,9 @@ TABLE = torch.randn(VOCABULARY, SHAPE[2], generator=torch.Generator().manual_see
 
 def draw(init: str, texts: list[list[int]] | None = None, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return initial_prompts(init, SHAPE, lambda ids: TABLE[ids].bfloat16(), VOCABULARY, texts or [], generator)
+    return initial_prompts(
+        init, SHAPE, lambda ids: TABLE[ids].bfloat16(), VOCABULARY, texts or [], generator
+    )
 
 
 @pytest.mark.parametrize("init", ["vocab", "text", "normal", "reference"])

@@ -12,10 +12,14 @@ import pytest
 from spt_ds import quantize
 
 
-def test_a_place_that_cannot_be_written_is_an_error_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_place_that_cannot_be_written_is_an_error_with_its_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert quantize.main(["embedded", "/proc/quantised"]) == 2
     text = capsys.readouterr().err
-    assert text.startswith("spt-ds quantize: /proc/quantised: the quantised base cannot be written: ")
+    assert text.startswith(
+        "spt-ds quantize: /proc/quantised: the quantised base cannot be written: "
+    )
     assert "make room there" in text
 
 

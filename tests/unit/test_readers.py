@@ -38,14 +38,19 @@ def test_parlai_numbering_restarts_with_each_dialogue(tmp_path: Path) -> None:
 
 
 def test_parlai_partner_persona_candidates_and_crlf(tmp_path: Path) -> None:
-    content = b"1 your persona: i ski.\r\n2 partner's persona: i cook.\r\n3 hi\tgood day\t\ta|b|good day\r\n\r\n"
+    content = (
+        b"1 your persona: i ski.\r\n2 partner's persona: i cook.\r\n3 hi\tgood day\t\ta|b|good"
+        b" day\r\n\r\n"
+    )
     assert examples(tmp_path, "a.txt", b"\xef\xbb\xbf" + content) == [
         Example("a.txt:3", "a.txt:1", 1, ("i ski.",), ("hi",), "good day")
     ]
 
 
 def test_parlai_silence_means_that_the_owner_opens(tmp_path: Path) -> None:
-    got = examples(tmp_path, "a.txt", "1 your persona: i ski.\n2 __SILENCE__\tgood day\n3 hi\tso long\n")
+    got = examples(
+        tmp_path, "a.txt", "1 your persona: i ski.\n2 __SILENCE__\tgood day\n3 hi\tso long\n"
+    )
     assert [(e.turn, e.history, e.response) for e in got] == [
         (0, (), "good day"),
         (2, ("good day", "hi"), "so long"),
@@ -56,12 +61,23 @@ def test_parlai_without_persona(tmp_path: Path) -> None:
     assert examples(tmp_path, "a.txt", "1 hi\tgood day\n")[0].persona == ()
 
 
-def test_fault_16_persona_keeps_its_colon_and_an_utterance_with_persona_is_an_utterance(tmp_path: Path) -> None:
+def test_fault_16_persona_keeps_its_colon_and_an_utterance_with_persona_is_an_utterance(
+    tmp_path: Path,
+) -> None:
     got = examples(
-        tmp_path, "a.txt", "1 your persona: i wake up at 5:30\n2 what is your persona: shy ?\tmy persona: none\n"
+        tmp_path,
+        "a.txt",
+        "1 your persona: i wake up at 5:30\n2 what is your persona: shy ?\tmy persona: none\n",
     )
     assert got == [
-        Example("a.txt:2", "a.txt:1", 1, ("i wake up at 5:30",), ("what is your persona: shy ?",), "my persona: none")
+        Example(
+            "a.txt:2",
+            "a.txt:1",
+            1,
+            ("i wake up at 5:30",),
+            ("what is your persona: shy ?",),
+            "my persona: none",
+        )
     ]
 
 
@@ -83,7 +99,9 @@ def test_fault_16_persona_keeps_its_colon_and_an_utterance_with_persona_is_an_ut
         (b"1 your persona: shy ?\tno\n", 1, "persona line with a tab"),
     ],
 )
-def test_parlai_faults_name_file_and_line(tmp_path: Path, content: bytes, line: int, words: str) -> None:
+def test_parlai_faults_name_file_and_line(
+    tmp_path: Path, content: bytes, line: int, words: str
+) -> None:
     path = write(tmp_path, "bad.txt", content)
     with pytest.raises(DataError) as caught:
         list(read(path, "parlai"))
@@ -141,7 +159,11 @@ def test_spc_row_without_names_is_left_out_with_a_warning(
 @pytest.mark.parametrize(
     ("content", "line", "words"),
     [
-        ("user 1 personas,Best Generated Conversation\na,b\n", 1, "the header lacks ['user 2 personas']"),
+        (
+            "user 1 personas,Best Generated Conversation\na,b\n",
+            1,
+            "the header lacks ['user 2 personas']",
+        ),
         (SPC_HEADER + '"a\nb",c,User 1: hi\nd,e\n', 4, "the row has 2 fields"),
         (SPC_HEADER + 'a,b,"User 1: hi" there\n', 2, "not a CSV row"),
         (SPC_HEADER + 'a,b,"User 1:\nUser 2: hi"\n', 2, "has a name and no text"),
@@ -158,7 +180,14 @@ def test_spc_faults_name_file_and_line(tmp_path: Path, content: str, line: int, 
 def test_jsonl_examples_and_dialogues(tmp_path: Path) -> None:
     lines = [
         {"persona": ["i ski."], "history": ["hi"], "response": "yes\u2028no"},
-        {"persona": [], "history": ["hi"], "response": "no", "dialogue_id": 7, "turn": 3, "more": None},
+        {
+            "persona": [],
+            "history": ["hi"],
+            "response": "no",
+            "dialogue_id": 7,
+            "turn": 3,
+            "more": None,
+        },
         {"id": "x", "persona": [], "turns": ["a", "b", "c"], "first_speaker": "self"},
         {"id": "y", "persona": ["p"], "turns": ["a", "b", "c"], "first_speaker": "partner"},
     ]
@@ -179,12 +208,27 @@ def test_jsonl_examples_and_dialogues(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ('{"persona": [], "history": []}', '"response" must be a text that is not blank, got None'),
         ('{"persona": [], "history": [], "response": "  "}', "got '  '"),
-        ('{"history": [], "response": "a"}', "\"persona\" must be a list of texts, got no such key among ['history'"),
-        ('{"persona": [], "history": "hi", "response": "a"}', "\"history\" must be a list of texts, got 'hi'"),
-        ('{"persona": [], "history": [], "response": "a", "turn": true}', '"turn" must be a whole number from 0 on'),
-        ('{"persona": [], "history": [], "response": "a", "dialogue_id": " "}', '"dialogue_id" must be a text'),
+        (
+            '{"history": [], "response": "a"}',
+            "\"persona\" must be a list of texts, got no such key among ['history'",
+        ),
+        (
+            '{"persona": [], "history": "hi", "response": "a"}',
+            "\"history\" must be a list of texts, got 'hi'",
+        ),
+        (
+            '{"persona": [], "history": [], "response": "a", "turn": true}',
+            '"turn" must be a whole number from 0 on',
+        ),
+        (
+            '{"persona": [], "history": [], "response": "a", "dialogue_id": " "}',
+            '"dialogue_id" must be a text',
+        ),
         ('{"persona": [], "history": ["a", 3], "response": "a"}', '"history[1]" must be a text'),
-        ('{"persona": [], "turns": ["a"]}', "first_speaker is None; allowed are 'partner' and 'self'"),
+        (
+            '{"persona": [], "turns": ["a"]}',
+            "first_speaker is None; allowed are 'partner' and 'self'",
+        ),
         ('{"persona": [], "turns": ["a"], "first_speaker": "me"}', "first_speaker is 'me'"),
         ('{"persona": [], "turns": [""], "first_speaker": "self"}', '"turns[0]" must be a text'),
     ],
@@ -208,7 +252,9 @@ def test_jsonl_faults_name_file_and_line(tmp_path: Path, record: str, words: str
         ("a", SPC_HEADER, "spc_csv"),
     ],
 )
-def test_format_is_told_by_suffix_or_first_line(tmp_path: Path, name: str, content: str, expected: str) -> None:
+def test_format_is_told_by_suffix_or_first_line(
+    tmp_path: Path, name: str, content: str, expected: str
+) -> None:
     assert detect(Path(write(tmp_path, name, content))) == expected
 
 
@@ -226,7 +272,9 @@ def test_shipped_dialogues(split: str) -> None:
 
 
 def test_shipped_splits_share_no_dialogue() -> None:
-    ids = [{e.dialogue_id for e in read(f"embedded:{split}")} for split in ("train", "valid", "test")]
+    ids = [
+        {e.dialogue_id for e in read(f"embedded:{split}")} for split in ("train", "valid", "test")
+    ]
     assert sum(map(len, ids)) == len(set.union(*ids))
 
 
@@ -235,7 +283,9 @@ def test_unknown_shipped_split_is_an_error() -> None:
         list(read("embedded:dev"))
 
 
-def test_hub_source_reads_what_datasets_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_source_reads_what_datasets_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "set"
     folder.mkdir()
@@ -247,7 +297,9 @@ def test_hub_source_reads_what_datasets_reads(tmp_path: Path, monkeypatch: pytes
     assert digest(f"hub:{folder}") != digest(f"hub:{folder}::validation")
 
 
-def test_hub_source_that_cannot_be_reached_says_how_to_use_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_source_that_cannot_be_reached_says_how_to_use_a_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"cannot load it .* give a local file instead"):
@@ -268,7 +320,10 @@ def test_the_files_that_the_documentation_shows_can_be_read(tmp_path: Path) -> N
         (("i wake up at 5:30",), "fine , i just got up ."),
         (("i wake up at 5:30",), "i like the morning ."),
     ]
-    assert [e.response for e in examples(tmp_path, "a", jsonl.partition("\n")[2])] == ["i ski all day .", "hello"]
+    assert [e.response for e in examples(tmp_path, "a", jsonl.partition("\n")[2])] == [
+        "i ski all day .",
+        "hello",
+    ]
 
 
 def test_readers_and_encoder_import_no_torch() -> None:

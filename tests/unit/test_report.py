@@ -1,4 +1,6 @@
-"""`spt-ds report`: one page that stands alone, says what is missing, and holds texts of a run as texts only."""
+"""`spt-ds report`: one page that stands alone, says what is missing, and holds texts of a run as
+texts only.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,13 @@ from spt_ds.report.markup import VOID, Markup, join, table, tag
 from spt_ds.report.plots import Heat, Line
 from spt_ds.report.runs import extremes, read_lines, read_run, read_runs
 
-MALICE = '<script>document.title="owned"</script><img src="http://evil.example/x" onerror="document.title=1">&amp; "\''
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MALICE = (
+    '<script>document.title="owned"</script><img src="http://evil.example/x"'
+    ' onerror="document.title=1">&amp; "\''
+)
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 PERSONA = ["i like dogs .", MALICE]
 
 
@@ -36,24 +43,47 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def metric_lines() -> list[dict[str, Any]]:
     """Steps 1, 10, 20, 30: half a second a step, validation of 7 s after steps 0 and 20."""
-    clock, lines = 1000.0, [{"step": 0, "kind": "valid", "time": 1000.0, "nll_selected": 5.0, "nll": 5.1}]
+    clock, lines = (
+        1000.0,
+        [{"step": 0, "kind": "valid", "time": 1000.0, "nll_selected": 5.0, "nll": 5.1}],
+    )
     for before, step in pairwise((0, 1, 10, 20, 30)):
         clock += 60.0 if step == 1 else 0.5 * (step - before)  # the first step warms up
-        lines.append({"step": step, "kind": "train", "time": clock, "loss": 9.0 - step / 10, "nll": 4.0,
-                      "selection": 0.1, "lr": 1e-3, "odd<key>": 1.5, "prompt_usage": [step % 7, 1, 0]})  # fmt: skip
+        lines.append(
+            {
+                "step": step,
+                "kind": "train",
+                "time": clock,
+                "loss": 9.0 - step / 10,
+                "nll": 4.0,
+                "selection": 0.1,
+                "lr": 1e-3,
+                "odd<key>": 1.5,
+                "prompt_usage": [step % 7, 1, 0],
+            }
+        )
         if step == 20:
             clock += 7.0
-            lines.append({"step": 20, "kind": "valid", "time": clock, "nll_selected": 4.25, "nll": 4.5})
+            lines.append(
+                {"step": 20, "kind": "valid", "time": clock, "nll_selected": 4.25, "nll": 4.5}
+            )
     return lines
 
 
 def prediction(index: int, reply: str, prompt: int | None) -> dict[str, Any]:
     scores = [0.2, 0.3, 0.1]
     return {
-        "index": index, "id": f"d{index // 2}/{index % 2}", "dialogue_id": f"d{index // 2}", "turn": 2 * (index % 2),
-        "persona": PERSONA, "history": ["hello " + MALICE, "hi"] * (index % 2), "reference": "i like my two dogs",
-        "raw": reply, "prompt": prompt, "scores": scores[: 3 if prompt is not None else 0],
-    }  # fmt: skip
+        "index": index,
+        "id": f"d{index // 2}/{index % 2}",
+        "dialogue_id": f"d{index // 2}",
+        "turn": 2 * (index % 2),
+        "persona": PERSONA,
+        "history": ["hello " + MALICE, "hi"] * (index % 2),
+        "reference": "i like my two dogs",
+        "raw": reply,
+        "prompt": prompt,
+        "scores": scores[: 3 if prompt is not None else 0],
+    }
 
 
 REPLIES = ["i like my two dogs", "i like cats", "", "two\nQ: more", "i like " + MALICE, "my dogs"]
@@ -140,7 +170,12 @@ def page(report: Path) -> Page:
 def test_page_is_well_formed_and_its_anchors_lead_somewhere(page: Page) -> None:
     ids = Counter(page.values("id"))
     assert [name for name, count in ids.items() if count > 1] == []
-    links = {value for name, attributes in page.elements if name in {"a", "use"} if (value := attributes["href"])}
+    links = {
+        value
+        for name, attributes in page.elements
+        if name in {"a", "use"}
+        if (value := attributes["href"])
+    }
     assert len(links) > 9
     assert {link.removeprefix("#") for link in links} <= ids.keys()
     clips = {re.findall(r"url\(#([^)]+)\)", value)[0] for value in page.values("clip-path")}
@@ -152,15 +187,23 @@ def test_page_is_well_formed_and_its_anchors_lead_somewhere(page: Page) -> None:
 
 
 def test_page_refers_to_nothing_outside(page: Page, report: Path) -> None:
-    assert not {"script", "link", "iframe", "img", "object", "base"} & {name for name, _ in page.elements}
+    assert not {"script", "link", "iframe", "img", "object", "base"} & {
+        name for name, _ in page.elements
+    }
     for key in ("src", "href", "xlink:href", "srcset", "action", "data"):
-        assert [value for value in page.values(key) if not value.startswith(("#", "data:image/png;base64,"))] == []
+        assert [
+            value
+            for value in page.values(key)
+            if not value.startswith(("#", "data:image/png;base64,"))
+        ] == []
     text = report.read_text(encoding="utf-8")
     assert "@import" not in text
     assert set(re.findall(r"url\(([^#)][^)]*)\)", text)) == set()
     without_texts = text.replace("http://evil.example", "")
     assert "://" not in without_texts
-    assert [key for _, attributes in page.elements for key in attributes if key.startswith("on")] == []
+    assert [
+        key for _, attributes in page.elements for key in attributes if key.startswith("on")
+    ] == []
     assert any("default-src 'none'" in value for value in page.values("content"))
 
 
@@ -173,7 +216,9 @@ def test_texts_of_a_run_stay_texts(page: Page) -> None:
 def test_every_plot_is_described(page: Page) -> None:
     plots_found = [attributes for name, attributes in page.elements if name == "svg"]
     captions = [name for name, _ in page.elements if name == "figcaption"]
-    assert len(plots_found) == len(captions) == 6 + 1 + 3 + 2  # quantities, pace, prompt use, scores
+    assert (
+        len(plots_found) == len(captions) == 6 + 1 + 3 + 2
+    )  # quantities, pace, prompt use, scores
     assert all(plot["role"] == "img" and len(plot["aria-label"] or "") > 30 for plot in plots_found)
     told = " ".join(page.values("aria-label"))
     assert "Total loss over steps. full, training: 8.9 at step 1, 6 at step 30" in told
@@ -193,7 +238,9 @@ def test_plots_follow_the_colours_of_the_page(report: Path) -> None:
 def test_what_is_missing_is_said(page: Page, runs: dict[str, Path]) -> None:
     text = page.text()
     assert "Missing in full" not in text
-    assert f"predictions.jsonl is not there: write it with `spt-ds generate {runs['other']}`" in text
+    assert (
+        f"predictions.jsonl is not there: write it with `spt-ds generate {runs['other']}`" in text
+    )
     assert "metrics.jsonl is not there" in text
     assert text.count("No replies yet.") == 2
 
@@ -202,7 +249,12 @@ def test_a_run_with_nothing_but_its_configuration(runs: dict[str, Path], tmp_pat
     out = tmp_path / "bare.html"
     assert main([str(runs["bare"]), "--out", str(out)]) == 0
     text = Page(out.read_text(encoding="utf-8")).text()
-    for said in ("No run has scores", "has logged a step", "has logged two steps", "has recorded its environment"):
+    for said in (
+        "No run has scores",
+        "has logged a step",
+        "has logged two steps",
+        "has recorded its environment",
+    ):
         assert said in text
     assert "Options that differ from the defaults." in text
 
@@ -225,7 +277,9 @@ def test_scores_of_other_predictions_are_left_out(runs: dict[str, Path], tmp_pat
     assert [note for note in run.missing if "scores.json belongs to other predictions" in note]
 
 
-def test_runs_that_answered_different_examples_are_told_apart(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_runs_that_answered_different_examples_are_told_apart(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
     folder = make_run(tmp_path / "different")
     path = folder / "generate" / "predictions.jsonl"
     path.write_text(path.read_text().replace("i like my two dogs", "we all like cats"))
@@ -237,19 +291,26 @@ def test_runs_that_answered_different_examples_are_told_apart(runs: dict[str, Pa
 
 def test_pace_leaves_out_validation_and_warm_up(runs: dict[str, Path]) -> None:
     run = read_run(runs["full"], "full")
-    assert run.paces() == [(10, pytest.approx(2.0)), (20, pytest.approx(2.0)), (30, pytest.approx(2.0))]
+    assert run.paces() == [
+        (10, pytest.approx(2.0)),
+        (20, pytest.approx(2.0)),
+        (30, pytest.approx(2.0)),
+    ]
     only = [line for line in run.lines if line["step"] < 10]
     assert only[1]["time"] - only[0]["time"] == 60
     batch = run.options["train.global_batch"]
-    assert f"<td>2</td><td>{2 * batch}</td><td>3</td><td>1 min 22 s</td>" in sections.throughput([run])
+    assert f"<td>2</td><td>{2 * batch}</td><td>3</td><td>1 min 22 s</td>" in sections.throughput(
+        [run]
+    )
 
 
 def test_differences_between_runs(runs: dict[str, Path]) -> None:
     pair = sections.configuration(read_runs([runs["full"], runs["other"]]))
     first = pair.partition("<details>")[0]
     assert re.findall(r'<th scope="row">([^<]+)</th><td>([^<]+)</td><td>([^<]+)</td>', first) == [
-        ("name", "tiny", "other"), ("prompts.count", "4", "3")
-    ]  # fmt: skip
+        ("name", "tiny", "other"),
+        ("prompts.count", "4", "3"),
+    ]
     alone = sections.configuration(read_runs([runs["other"]])).partition("<details>")[0]
     assert ("prompts.count", "4", "3") in re.findall(
         r'<th scope="row">([^<]+)</th><td>([^<]+)</td><td>([^<]+)</td>', alone
@@ -278,25 +339,34 @@ def test_cards_tell_who_spoke(page: Page) -> None:
 def test_replies_of_no_single_prompt(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "fused", replies=False)
     (folder / "generate").mkdir()
-    write_lines(folder / "generate" / "predictions.jsonl", [prediction(0, "hello", None), prediction(1, "you", None)])
+    write_lines(
+        folder / "generate" / "predictions.jsonl",
+        [prediction(0, "hello", None), prediction(1, "you", None)],
+    )
     found = read_runs([folder])
     assert "no use per dialogue turn" in sections.prompt_use(found)
     assert "No replies with scores" in sections.bank_scores(found)
     assert "prompt" not in "".join(re.findall(r"<h4>(.*?)</h4>", sections.examples(found)))
 
 
-def test_runs_are_named_by_their_folder_or_whole_path(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_runs_are_named_by_their_folder_or_whole_path(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
     twin = make_run(tmp_path / "full")
     found = read_runs([runs["full"], twin, runs["other"], runs["other"] / ".." / "other"])
     assert [run.label for run in found] == [str(runs["full"]), str(twin), "other"]
 
 
-def test_shares_of_prompts_over_time(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_of_prompts_over_time(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Heat] = []
     monkeypatch.setattr(plots, "heat", lambda name, alt, one: seen.append(one) or Markup(""))
     monkeypatch.setattr(sections, "MOST_BINS", 2)
     sections.prompt_use([read_run(runs["other"], "other")])
-    counts = np.asarray([[1, 1, 0], [3, 1, 0], [6, 1, 0], [2, 1, 0]])  # step % 7 of steps 1, 10, 20, 30
+    counts = np.asarray(
+        [[1, 1, 0], [3, 1, 0], [6, 1, 0], [2, 1, 0]]
+    )  # step % 7 of steps 1, 10, 20, 30
     pairs = np.stack([counts[:2].sum(axis=0), counts[2:].sum(axis=0)], axis=1)
     assert np.allclose(seen[0].values, 100 * pairs / pairs.sum(axis=0))
     assert seen[0].columns == ["10", "30"]
@@ -335,7 +405,10 @@ def test_heat_maps_of_any_size(shape: tuple[int, int]) -> None:
 
 
 def test_only_markup_is_not_escaped() -> None:
-    assert tag("p", "<b>", Markup("<i></i>"), class_='"x"') == '<p class="&quot;x&quot;">&lt;b&gt;<i></i></p>'
+    assert (
+        tag("p", "<b>", Markup("<i></i>"), class_='"x"')
+        == '<p class="&quot;x&quot;">&lt;b&gt;<i></i></p>'
+    )
     assert join(["a&b", Markup("&amp;")]) == "a&amp;b&amp;"
     assert "<td>&lt;x&gt;</td>" in table("c", ["a", "b"], [["r", "<x>"]])
 
@@ -345,11 +418,26 @@ def test_only_markup_is_not_escaped() -> None:
     [
         ("config.yaml", None, DataError, "holds no config.yaml"),
         ("config.yaml", "promts: {count: 3}\n", ConfigError, "did you mean 'prompts'"),
-        ("metrics.jsonl", '{"step": 1, "kind": "train", "time": 1.0}\nrubbish\n', DataError, "metrics.jsonl:2"),
-        ("metrics.jsonl", '{"kind": "train", "time": 1.0}\n', DataError, "expected an object with 'step'"),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "kind": "train", "time": 1.0}\nrubbish\n',
+            DataError,
+            "metrics.jsonl:2",
+        ),
+        (
+            "metrics.jsonl",
+            '{"kind": "train", "time": 1.0}\n',
+            DataError,
+            "expected an object with 'step'",
+        ),
         ("DONE.json", "[1]", DataError, "got a list"),
         ("environment.json", "{", DataError, "environment.json: not JSON"),
-        ("generate/predictions.jsonl", "{}\n", DataError, "predictions.jsonl:1: field 'index' is missing"),
+        (
+            "generate/predictions.jsonl",
+            "{}\n",
+            DataError,
+            "predictions.jsonl:1: field 'index' is missing",
+        ),
         ("generate/scores.json", "{}", DataError, "spt-ds evaluate"),
     ],
 )
@@ -364,10 +452,14 @@ def test_damaged_runs_are_refused(
         read_run(folder, "run")
 
 
-@pytest.mark.parametrize(("name", "value"), [("turn", -1), ("turn", "two"), ("persona", "a"), ("history", [1])])
+@pytest.mark.parametrize(
+    ("name", "value"), [("turn", -1), ("turn", "two"), ("persona", "a"), ("history", [1])]
+)
 def test_fields_around_a_reply_are_checked(tmp_path: Path, name: str, value: object) -> None:
     folder = make_run(tmp_path / "run")
-    write_lines(folder / "generate" / "predictions.jsonl", [{**prediction(0, "hello", 0), name: value}])
+    write_lines(
+        folder / "generate" / "predictions.jsonl", [{**prediction(0, "hello", 0), name: value}]
+    )
     with pytest.raises(DataError, match=f"predictions.jsonl:1: field '{name}'"):
         read_run(folder, "run")
 
@@ -383,15 +475,19 @@ def test_user_errors_are_one_line_and_leave_no_page(
 ) -> None:
     out = tmp_path / "report.html"
     assert main([str(tmp_path / "nowhere"), "--out", str(out)]) == 2
-    assert capsys.readouterr().err == (
-        f"spt-ds report: {tmp_path / 'nowhere'}: no such folder; give a run folder, as `spt-ds train` writes one\n"
+    assert (
+        capsys.readouterr().err
+        == f"spt-ds report: {tmp_path / 'nowhere'}: no such folder; give a run folder, as `spt-ds"
+        " train` writes one\n"
     )
     assert not out.exists()
     assert main([str(runs["bare"]), "--out", str(tmp_path / "none" / "x.html")]) == 2
     assert "give another file with --out" in capsys.readouterr().err
 
 
-def test_needs_no_torch_and_says_how_to_get_matplotlib(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_needs_no_torch_and_says_how_to_get_matplotlib(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
         "from spt_ds.cli import main\n"
@@ -399,7 +495,9 @@ def test_needs_no_torch_and_says_how_to_get_matplotlib(runs: dict[str, Path], tm
         "assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules\n"
         "sys.exit(code)"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert found.returncode == 2, found.stderr
     assert found.stderr.startswith("spt-ds report: plots are drawn by matplotlib")
     assert "pip install 'spt-ds[report]'" in found.stderr
@@ -413,12 +511,23 @@ def test_opens_in_a_browser_in_dark_mode(report: Path, tmp_path: Path) -> None:
     shot = tmp_path / "shot.png"
     done = subprocess.run(
         [
-            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'profile'}", "--blink-settings=preferredColorScheme=0",
-            "--window-size=900,2400", f"--screenshot={shot}", "--dump-dom", report.as_uri(),
+            str(CHROMIUM),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--blink-settings=preferredColorScheme=0",
+            "--window-size=900,2400",
+            f"--screenshot={shot}",
+            "--dump-dom",
+            report.as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr  # where refused requests and scripts are told
     assert "<title>Report: full, other, bare</title>" in done.stdout
@@ -434,12 +543,18 @@ def test_options_set_for_the_replies_alone_are_shown(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in ("a", "b")]
     for run, mode in zip(runs, ("select", "random"), strict=True):
         digest = hashlib.sha256((run / "generate" / "predictions.jsonl").read_bytes()).hexdigest()
-        record = {"identity": "x", "predictions_sha256": digest, "config": {"name": "tiny", "generate": {"mode": mode}}}
+        record = {
+            "identity": "x",
+            "predictions_sha256": digest,
+            "config": {"name": "tiny", "generate": {"mode": mode}},
+        }
         (run / "generate" / "generate.json").write_text(json.dumps(record))
     shown = Page(sections.configuration(read_runs(runs))).text()
     assert "The runs were trained with the same configuration." in shown
     assert "Options set for the replies alone. key a b generate.mode select random" in shown
     assert "replies alone" not in Page(sections.configuration([read_run(runs[0], "a")])).text()
-    (runs[1] / "generate" / "generate.json").write_text(json.dumps({**record, "config": {"generate": {"mode": 3}}}))
+    (runs[1] / "generate" / "generate.json").write_text(
+        json.dumps({**record, "config": {"generate": {"mode": 3}}})
+    )
     with pytest.raises(DataError, match=r"generate\.json"):
         read_run(runs[1], "b")

@@ -1,4 +1,6 @@
-"""The run folder: what may change between a run and its continuation, and what is written about a run."""
+"""The run folder: what may change between a run and its continuation, and what is written about a
+run.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def test_nothing_changed_is_no_difference() -> None:
         ("retriever", "projections", "shared"),
     ],
 )
-def test_what_moves_numbers_may_not_change(tmp_path: Path, section: str, key: str, value: object) -> None:
+def test_what_moves_numbers_may_not_change(
+    tmp_path: Path, section: str, key: str, value: object
+) -> None:
     run_folder.prepare(tmp_path, config(), None)
     (tmp_path / run_folder.METRICS).write_text("{}\n")
     with pytest.raises(ConfigError) as error:
@@ -62,7 +66,9 @@ def test_what_moves_numbers_may_not_change(tmp_path: Path, section: str, key: st
         ("model", "attention", "eager"),
     ],
 )
-def test_what_moves_no_number_may_change(tmp_path: Path, section: str, key: str, value: object) -> None:
+def test_what_moves_no_number_may_change(
+    tmp_path: Path, section: str, key: str, value: object
+) -> None:
     run_folder.prepare(tmp_path, config(), None)
     (tmp_path / run_folder.METRICS).write_text("{}\n")
     changed = config(**{section: {key: value}})
@@ -113,7 +119,9 @@ def test_another_configuration_is_refused_before_a_run_is_called_done(tmp_path: 
 def test_every_free_option_exists() -> None:
     known = set(key_paths(Config))
     assert all(any(path.startswith(f"{section}.") for path in known) for section in run_folder.FREE)
-    assert {f"{section}.{key}" for section, keys in run_folder.FREE_KEYS.items() for key in keys} <= known
+    assert {
+        f"{section}.{key}" for section, keys in run_folder.FREE_KEYS.items() for key in keys
+    } <= known
 
 
 def test_all_differences_come_together() -> None:
@@ -121,7 +129,9 @@ def test_all_differences_come_together() -> None:
     assert found == ["optim.lr: 0.001 -> 0.5", "train.seed: 0 -> 3"]
 
 
-def test_the_folder_tells_of_the_run_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_tells_of_the_run_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     ds = tmp_path / "ds.json"
@@ -138,11 +148,15 @@ def test_the_folder_tells_of_the_run_and_no_secret(tmp_path: Path, monkeypatch: 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"file/run: cannot be written .*choose another --run-dir"):
+    with pytest.raises(
+        ConfigError, match=r"file/run: cannot be written .*choose another --run-dir"
+    ):
         run_folder.prepare(tmp_path / "file" / "run", config(), None)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "DONE.json"
     run_folder.write_text(target, "old")
 

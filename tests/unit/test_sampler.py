@@ -8,8 +8,12 @@ from hypothesis import strategies as st
 
 from spt_ds.data.sampler import Slot, assign, total_steps, window_indices
 
-shapes = st.tuples(st.integers(1, 40), st.integers(1, 50), st.integers(0, 3))  # examples, window, seed
-deals = st.tuples(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 9), st.integers(1, 9))
+shapes = st.tuples(
+    st.integers(1, 40), st.integers(1, 50), st.integers(0, 3)
+)  # examples, window, seed
+deals = st.tuples(
+    st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 9), st.integers(1, 9)
+)
 
 
 def flat(dealt: list[list[list[Slot]]]) -> list[Slot]:
@@ -17,7 +21,9 @@ def flat(dealt: list[list[list[Slot]]]) -> list[Slot]:
 
 
 @given(shapes)
-def test_fault_12_every_example_exactly_once_per_epoch_and_every_window_full(shape: tuple[int, int, int]) -> None:
+def test_fault_12_every_example_exactly_once_per_epoch_and_every_window_full(
+    shape: tuple[int, int, int],
+) -> None:
     examples, window, seed = shape
     steps = total_steps(examples, window, epochs=3)
     windows = [window_indices(examples, window, seed, step) for step in range(steps)]
@@ -43,7 +49,9 @@ def test_a_window_is_the_same_whatever_was_asked_before() -> None:
 
 
 @given(deals)
-def test_fault_12_each_window_position_is_dealt_once_and_ranks_keep_step(deal: tuple[list[int], int, int]) -> None:
+def test_fault_12_each_window_position_is_dealt_once_and_ranks_keep_step(
+    deal: tuple[list[int], int, int],
+) -> None:
     lengths, world, micro_batch = deal
     indices = np.arange(len(lengths)) + 100
     dealt = assign(indices, np.array(lengths), world, micro_batch)

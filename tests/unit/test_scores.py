@@ -1,5 +1,5 @@
-"""Every score against its library, a hand-worked case or a second writing of its definition; resampling against
-brute force."""
+"""Every score against its library, a hand-worked case or a second writing of its definition;
+resampling against brute force."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ FIXED = [
         "i love to hike and read books .",
         " i like to read and hike . ",
     ),
-    ("hello , how are you today ?\nR: good", "hi , how are you doing today ?", "hello , how are you today ?"),
+    (
+        "hello , how are you today ?\nR: good",
+        "hi , how are you doing today ?",
+        "hello , how are you today ?",
+    ),
     ("i am a teacher . i am happy .", "i work as a teacher .", "i am a teacher . i am happy ."),
     ("Summary: nothing", "that is nice to hear .", ""),
     ("i wake up at 5:30 every day", "i wake up early .", "i wake up at 5"),
@@ -36,11 +40,16 @@ FIXED = [
     ("The dog's name is Max!", "my dog's name is max .", "The dog's name is Max!"),
     ("i do  not know .", "i do not know what to say .", "i do  not know ."),
     ("i am a teacher . i teach maths .", "what do you teach ?", "i am a teacher . i teach maths ."),
-    ("i like to read and hike .", "me too , i like to read and hike .", "i like to read and hike ."),
+    (
+        "i like to read and hike .",
+        "me too , i like to read and hike .",
+        "i like to read and hike .",
+    ),
 ]
 REPLIES = [cut for _, _, cut in FIXED]
 REFERENCES = [reference for _, reference, _ in FIXED]
-# Of the fixed replies, to four digits: held apart so that the code and its second writing cannot drift together.
+# Of the fixed replies, to four digits: held apart so that the code and its second writing cannot
+# drift together.
 FIXED_SCORES = {
     "f1_spt": 50.1441,
     "f1_parlai": 52.5668,
@@ -87,10 +96,16 @@ def _again(replies: list[str], references: list[str]) -> dict[str, float]:
         return [word for word in spaced.split() if word not in ("a", "an", "the")]
 
     found = {
-        "f1_spt": 100 * sum(f1(a.split(), b.split()) for a, b in zip(replies, references, strict=True)) / len(replies),
-        "f1_parlai": 100
-        * sum(f1(normal(a), normal(b)) for a, b in zip(replies, references, strict=True))
-        / len(replies),
+        "f1_spt": (
+            100
+            * sum(f1(a.split(), b.split()) for a, b in zip(replies, references, strict=True))
+            / len(replies)
+        ),
+        "f1_parlai": (
+            100
+            * sum(f1(normal(a), normal(b)) for a, b in zip(replies, references, strict=True))
+            / len(replies)
+        ),
         "bleu": BLEU().corpus_score(replies, [references]).score,
     }
     for n in (1, 2, 3):
@@ -109,7 +124,11 @@ def test_fixed_replies_reproduce_the_definitions_to_four_digits() -> None:
     got = {
         "f1_spt": 100 * np.mean([scores.f1_spt(*pair) for pair in pairs]),
         "f1_parlai": 100 * np.mean([scores.f1_parlai(*pair) for pair in pairs]),
-        "bleu": Sums(scores.bleu_rows(*map(list, zip(*pairs, strict=True))), scores.bleu_of_sums).value(),
+        "bleu": (
+            Sums(
+                scores.bleu_rows(*map(list, zip(*pairs, strict=True))), scores.bleu_of_sums
+            ).value()
+        ),
         **{f"dist{n}": scores.dist([reply for reply, _ in pairs], n) for n in (1, 2, 3)},
     }
     assert got == pytest.approx(expected, abs=5e-5)
@@ -128,7 +147,9 @@ def test_a_file_of_the_fixed_replies_scores_the_same(tmp_path: Path) -> None:
 
 
 def test_f1_by_hand() -> None:
-    assert scores.f1_spt("a b b c", "b b b d") == pytest.approx(2 * (2 / 4) * (2 / 4) / (2 / 4 + 2 / 4))
+    assert scores.f1_spt("a b b c", "b b b d") == pytest.approx(
+        2 * (2 / 4) * (2 / 4) / (2 / 4 + 2 / 4)
+    )
     assert scores.f1_spt("the cat", "The cat") == pytest.approx(0.5)
     assert scores.f1_parlai("the cat!", "The, cat") == 1.0
     assert scores.f1_spt("", "a") == 0.0
@@ -151,11 +172,17 @@ def test_f1_is_symmetric_bounded_and_blind_to_order(one: str, other: str) -> Non
 
 
 @settings(max_examples=40)
-@given(st.lists(st.tuples(words, words.filter(lambda text: bool(text.strip()))), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.tuples(words, words.filter(lambda text: bool(text.strip()))), min_size=1, max_size=6
+    )
+)
 def test_bleu_of_summed_rows_is_sacrebleus_corpus_score(pairs: list[tuple[str, str]]) -> None:
     replies, references = map(list, zip(*pairs, strict=True))
     expected = BLEU().corpus_score(replies, [references]).score
-    assert Sums(scores.bleu_rows(replies, references), scores.bleu_of_sums).value() == pytest.approx(expected, abs=1e-9)
+    assert Sums(
+        scores.bleu_rows(replies, references), scores.bleu_of_sums
+    ).value() == pytest.approx(expected, abs=1e-9)
 
 
 def test_bleu_signature_is_that_of_the_corpus_score() -> None:
@@ -182,7 +209,8 @@ def test_dist_by_hand() -> None:
     assert scores.distinct_and_total(["a b a", "a b"], 1) == (2, 5)
     assert scores.distinct_and_total(["a b a", "a b"], 2) == (2, 3)
     assert scores.dist(["a b a", "a b"], 2) == pytest.approx(200 / 3)
-    # As in the paper's scores: an empty reply is one empty word, and so is the gap between two blanks.
+    # As in the paper's scores: an empty reply is one empty word, and so is the gap between two
+    # blanks.
     assert scores.distinct_and_total(["", " "], 1) == (1, 2)
     assert scores.distinct_and_total(["a  b"], 1) == (3, 3)
     assert scores.dist(["a", "b"], 2) == 0.0
@@ -193,7 +221,9 @@ def test_ead_by_hand_and_against_draws() -> None:
     assert scores.ead(["x y"], 1, 3) == pytest.approx(100 * 2 / (5 / 3))
     rng = random.Random(0)
     corpora = [[" ".join(str(rng.randrange(50)) for _ in range(30))] for _ in range(400)]
-    assert np.mean([scores.ead(corpus, 1, 50) for corpus in corpora]) == pytest.approx(100.0, abs=1.0)
+    assert np.mean([scores.ead(corpus, 1, 50) for corpus in corpora]) == pytest.approx(
+        100.0, abs=1.0
+    )
     assert np.mean([scores.dist(corpus, 1) for corpus in corpora]) < 80.0
 
 
@@ -213,7 +243,9 @@ def test_diversity_bounds(replies: list[str], n: int, vocabulary: int) -> None:
 
 def test_normalised_entropy_by_hand() -> None:
     counts = np.asarray([[5, 5, 5, 5], [7, 0, 0, 0], [1, 1, 0, 0]], dtype=float)
-    assert scores.normalised_entropy(counts).tolist() == pytest.approx([1.0, 0.0, math.log(2) / math.log(4)])
+    assert scores.normalised_entropy(counts).tolist() == pytest.approx(
+        [1.0, 0.0, math.log(2) / math.log(4)]
+    )
     assert scores.normalised_entropy(np.asarray([[3.0]])).tolist() == [0.0]
 
 
@@ -249,7 +281,9 @@ def _distinct(replies: list[str], n: int = 1) -> Distinct:
 @settings(max_examples=50)
 @given(st.lists(words, min_size=2, max_size=6), st.integers(1, 2))
 def test_leave_one_out_is_dist_of_the_others(replies: list[str], n: int) -> None:
-    expected = [scores.dist(replies[:place] + replies[place + 1 :], n) for place in range(len(replies))]
+    expected = [
+        scores.dist(replies[:place] + replies[place + 1 :], n) for place in range(len(replies))
+    ]
     assert resample._leave_one_out(_distinct(replies, n)).tolist() == pytest.approx(expected)
 
 
@@ -267,16 +301,21 @@ def test_interval_of_dist_is_no_narrower_than_the_spread_of_fresh_samples() -> N
     for _ in range(40):
         low, high = resample.interval(_distinct(_draw_replies(rng, 150)), 10, seed=0)
         widths.append((high - low) / (2 * 1.96))
-    # The jackknife's variance errs to the safe side (Efron and Stein 1981); here by 28 % in the deviation.
+    # The jackknife's variance errs to the safe side (Efron and Stein 1981); here by 28 % in the
+    # deviation.
     assert 0.95 < np.mean(widths) / np.std(values) < 1.5
 
 
 def test_grouping_keeps_the_value_and_widens_the_interval_of_dependent_rows() -> None:
-    values = np.repeat(np.random.default_rng(0).normal(size=50), 8)  # eight equal turns per dialogue
+    values = np.repeat(
+        np.random.default_rng(0).normal(size=50), 8
+    )  # eight equal turns per dialogue
     units = np.repeat(np.arange(50), 8).tolist()
     rows, groups = resample.mean(values), resample.grouped(resample.mean(values), units)
     assert groups.value() == pytest.approx(rows.value())
-    width = [high - low for low, high in (resample.interval(one, 1000, 0) for one in (rows, groups))]
+    width = [
+        high - low for low, high in (resample.interval(one, 1000, 0) for one in (rows, groups))
+    ]
     assert width[1] / width[0] == pytest.approx(math.sqrt(8), rel=0.15)
     replies = ["a b", "b c", "c"]
     assert resample.grouped(_distinct(replies), [0, 1, 0]) == Distinct(
@@ -311,7 +350,9 @@ def test_randomisation_p_value_is_that_of_all_swaps(form: str) -> None:
 def test_paired_tells_a_real_difference_from_none() -> None:
     rng = np.random.default_rng(0)
     base = rng.normal(size=300)
-    better = resample.paired(resample.mean(base + 0.2 + 0.1 * rng.normal(size=300)), resample.mean(base), 999, seed=0)
+    better = resample.paired(
+        resample.mean(base + 0.2 + 0.1 * rng.normal(size=300)), resample.mean(base), 999, seed=0
+    )
     assert better.p == pytest.approx(1 / 1000)
     assert 0.0 < better.low < better.difference < better.high
     same = resample.paired(resample.mean(base), resample.mean(base), 999, seed=0)

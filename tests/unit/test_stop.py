@@ -77,7 +77,9 @@ def test_a_budget_is_wall_clock_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert stop.reason == "wall-clock budget"
 
 
-def test_a_budget_includes_what_came_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_includes_what_came_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Loading a large base takes its share of a job's time limit."""
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
@@ -104,7 +106,9 @@ while time.monotonic() < end:  # a step that never ends
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, None)])
-def test_a_second_sigint_ends_at_once(tmp_path: Path, number: signal.Signals, code: int | None) -> None:
+def test_a_second_sigint_ends_at_once(
+    tmp_path: Path, number: signal.Signals, code: int | None
+) -> None:
     command = [sys.executable, "-c", TRAINING, str(tmp_path), "busy"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

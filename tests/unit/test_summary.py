@@ -28,7 +28,9 @@ def finished(folder: Path, *, scored: bool) -> Path:
         lines = "".join(json.dumps({"prompt": k}) + "\n" for k in (0, 2, 2))
         (folder / "generate" / "predictions.jsonl").write_text(lines)
         settings = {"predictions_sha256": hashlib.sha256(lines.encode()).hexdigest()}
-        (folder / "generate" / "scores.json").write_text(json.dumps({"values": values, "settings": settings}))
+        (folder / "generate" / "scores.json").write_text(
+            json.dumps({"values": values, "settings": settings})
+        )
     return folder
 
 
@@ -43,7 +45,9 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["run folder"] == str(tmp_path)
 
 
-def test_scores_of_other_replies_are_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_of_other_replies_are_not_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = finished(tmp_path, scored=True)
     (run / "generate" / "predictions.jsonl").write_text('{"prompt": 1}\n')
     assert main([str(run)]) == 0

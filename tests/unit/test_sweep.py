@@ -1,4 +1,6 @@
-"""Sweeps: the cells of a file, what is refused before anything runs, and the runner over scripted steps."""
+"""Sweeps: the cells of a file, what is refused before anything runs, and the runner over scripted
+steps.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ configs: [baseline-pt, {config: demo, name: spt, set: {optim.lr: 2e-3}}]
 set: {train.max_steps: 3, data.max_test_examples: 8}
 grid: {train.seed: [0, 1], losses.tau_gold: [0.05, 1]}
 """
-# Stands in for the interpreter: each step writes what the real one does, for runs whose name has no "bad" in it.
+# Stands in for the interpreter: each step writes what the real one does, for runs whose name has no
+# "bad" in it.
 STEPS = """\
 #!/bin/bash
 echo "$@" >> "$CALLS"
@@ -82,7 +85,11 @@ def steps(calls: Path) -> list[tuple[str, str]]:
     for line in calls.read_text().splitlines():
         words = line.split()
         place, step = (
-            (5, "train") if "spt_ds.train" in line else (2, "generate") if "generate" in line else (3, "score")
+            (5, "train")
+            if "spt_ds.train" in line
+            else (2, "generate")
+            if "generate" in line
+            else (3, "score")
         )
         if len(words) > place:
             found.append((step, Path(words[place]).name))
@@ -93,7 +100,10 @@ def test_cells_are_every_configuration_under_every_combination(tmp_path: Path) -
     root, cells = load_cells(sweep_file(tmp_path), None, ["data.workers=0"])
     assert root == Path("runs/s")
     assert [cell.folder.name for cell in cells] == [
-        f"{row}.tau_gold-{tau}.seed-{seed}" for row in ("baseline-pt", "spt") for seed in (0, 1) for tau in (0.05, 1)
+        f"{row}.tau_gold-{tau}.seed-{seed}"
+        for row in ("baseline-pt", "spt")
+        for seed in (0, 1)
+        for tau in (0.05, 1)
     ]
     for cell in cells:
         assert cell.config.name == cell.row == cell.folder.name.rpartition(".seed")[0]
@@ -101,12 +111,18 @@ def test_cells_are_every_configuration_under_every_combination(tmp_path: Path) -
         assert (cell.config.optim.lr == 2e-3) == cell.row.startswith("spt")
         assert cell.config == load_config(cell.source, cell.overrides)
     assert {(cell.config.train.seed, cell.config.losses.tau_gold) for cell in cells} == {
-        (0, 0.05), (0, 1.0), (1, 0.05), (1, 1.0),
-    }  # fmt: skip
+        (0, 0.05),
+        (0, 1.0),
+        (1, 0.05),
+        (1, 1.0),
+    }
 
 
 def test_values_of_any_kind_make_names_and_come_back(tmp_path: Path) -> None:
-    text = "name: s\nconfigs: [demo]\ngrid: {optim.betas: [[0.9, 0.99]], optim.lr: [1e-5], optim.prompts_lr: [null], "
+    text = (
+        "name: s\nconfigs: [demo]\ngrid: {optim.betas: [[0.9, 0.99]], optim.lr: [1e-5],"
+        " optim.prompts_lr: [null], "
+    )
     text += "prompts.init: [text], prompts.init_texts: [['a b: é 😀']]}\n"
     (cell,) = load_cells(sweep_file(tmp_path, text), tmp_path)[1]
     assert cell.row == "demo.betas-0.9_0.99.lr-1e-05.prompts_lr-None.init-text.init_texts-a_b"
@@ -115,7 +131,10 @@ def test_values_of_any_kind_make_names_and_come_back(tmp_path: Path) -> None:
 
 
 def test_axes_that_end_alike_keep_their_section(tmp_path: Path) -> None:
-    text = "name: s\nconfigs: [demo]\ngrid: {log.every_steps: [1], checkpoint.every_steps: [2], prompts.count: [3]}\n"
+    text = (
+        "name: s\nconfigs: [demo]\ngrid: {log.every_steps: [1], checkpoint.every_steps: [2],"
+        " prompts.count: [3]}\n"
+    )
     (cell,) = load_cells(sweep_file(tmp_path, text), tmp_path)[1]
     assert cell.row == "demo.log.every_steps-1.checkpoint.every_steps-2.count-3"
 
@@ -130,12 +149,21 @@ def test_a_file_beside_the_sweep_is_found(tmp_path: Path) -> None:
     ("text", "told"),
     [
         ("name: s\nconfigs: [demo]\ngird: {}\n", "gird: unknown key; did you mean 'grid'?"),
-        ("name: s\nconfigs: [{config: demo, sett: {}}]\n", "configs.0.sett: unknown key; did you mean 'set'?"),
+        (
+            "name: s\nconfigs: [{config: demo, sett: {}}]\n",
+            "configs.0.sett: unknown key; did you mean 'set'?",
+        ),
         ("name: s\nconfigs: []\n", "configs"),
         ("name: s\nconfigs: [demo]\ngrid: {train.seed: []}\n", "grid.train.seed"),
-        ("name: s\nconfigs: [demo]\nset: {train.max_step: 1}\n", "set.train.max_step: unknown option; did you mean"),
+        (
+            "name: s\nconfigs: [demo]\nset: {train.max_step: 1}\n",
+            "set.train.max_step: unknown option; did you mean",
+        ),
         ("name: s\nconfigs: [demo]\nset: {name: x}\n", "set.name: unknown option"),
-        ("name: s\nconfigs: [demo]\nset: {train.seed: 1}\ngrid: {train.seed: [1]}\n", "is an axis of the grid too"),
+        (
+            "name: s\nconfigs: [demo]\nset: {train.seed: 1}\ngrid: {train.seed: [1]}\n",
+            "is an axis of the grid too",
+        ),
         ("name: s\nconfigs: [demmo]\n", "did you mean 'demo'?"),
         ("name: s\nconfigs: [demo, demo]\n", "two cells are called demo"),
         ("name: s\nconfigs: [demo]\ngrid: {prompts.count: [1, 0]}\n", "cell demo.count-0"),
@@ -177,7 +205,9 @@ def test_a_folder_of_another_training_is_refused(tmp_path: Path) -> None:
     (cell.folder / "config.yaml").write_text(dump_config(cell.config))
     load_cells(path, out, ["train.max_steps=3", "generate.batch_size=2"])
     text = SWEEP.replace("max_steps: 3", "max_steps: 4, generate.max_new_tokens: 5")
-    load_cells(sweep_file(tmp_path, text), out)  # a run that goes on may be longer, and its replies are still to come
+    load_cells(
+        sweep_file(tmp_path, text), out
+    )  # a run that goes on may be longer, and its replies are still to come
     (cell.folder / "DONE.json").write_text("{}")
     told = problem(tmp_path, text)
     assert f"{cell.folder}: train.max_steps: 3 -> 4; generate.max_new_tokens: 32 -> 5" in told
@@ -187,22 +217,34 @@ def test_a_folder_of_another_training_is_refused(tmp_path: Path) -> None:
 
 def test_shipped_table_has_every_baseline_with_the_same_budget() -> None:
     cells = load_cells(ROOT / "benchmarks" / "table.yaml")[1]
-    assert {cell.source for cell in cells} == {"demo", *(name for name in recipe_names() if "baseline" in name)}
+    assert {cell.source for cell in cells} == {
+        "demo",
+        *(name for name in recipe_names() if "baseline" in name),
+    }
     assert len({cell.row for cell in cells}) * 3 == len(cells)
-    budgets = {(cell.config.train.max_steps, cell.config.train.global_batch, cell.config.model.base) for cell in cells}
+    budgets = {
+        (cell.config.train.max_steps, cell.config.train.global_batch, cell.config.model.base)
+        for cell in cells
+    }
     assert len(budgets) == 1
 
 
-def test_all_cells_and_one_table(tmp_path: Path, scripted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_cells_and_one_table(
+    tmp_path: Path, scripted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, out = str(sweep_file(tmp_path)), tmp_path / "out"
     assert command.main([path, "--out", str(out), "--jobs", "3"]) == 0
     names = [cell.folder.name for cell in load_cells(tmp_path / "sweep.yaml", out)[1]]
-    assert sorted(steps(scripted)) == sorted((step, name) for step in ("train", "generate", "score") for name in names)
+    assert sorted(steps(scripted)) == sorted(
+        (step, name) for step in ("train", "generate", "score") for name in names
+    )
     first = [call for call in steps(scripted) if call[1] == names[0]]
     assert [step for step, _ in first] == ["train", "generate", "score"]
     table = json.loads((out / "table.json").read_text())
     assert table["failed"] == {}
-    assert {recipe["name"]: len(recipe["runs"]) for recipe in table["recipes"]} == dict.fromkeys(names, 1)
+    assert {recipe["name"]: len(recipe["runs"]) for recipe in table["recipes"]} == dict.fromkeys(
+        names, 1
+    )
     scripted.unlink()
     assert command.main([path, "--out", str(out)]) == 0
     assert not scripted.exists()  # nothing was run again
@@ -210,13 +252,19 @@ def test_all_cells_and_one_table(tmp_path: Path, scripted: Path, capsys: pytest.
 
 
 def test_a_cell_that_fails_is_named_and_ends_no_other(
-    tmp_path: Path, scripted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    scripted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = str(sweep_file(tmp_path, "name: s\nconfigs: [{config: demo, name: bad}, demo]\n"))
     arguments = [path, "--out", str(tmp_path / "out")]
     monkeypatch.setenv("BAD", "generate")
     assert command.main(arguments) == 1
-    assert "bad: failed in generation: spt-ds [rank 0] error: no such thing (see " in capsys.readouterr().err
+    assert (
+        "bad: failed in generation: spt-ds [rank 0] error: no such thing (see "
+        in capsys.readouterr().err
+    )
     for suffix in ("md", "csv", "json", "tex"):
         assert "no such thing" in (tmp_path / "out" / f"table.{suffix}").read_text()
     assert "| demo | 1 |" in (tmp_path / "out" / "table.md").read_text()
@@ -225,21 +273,35 @@ def test_a_cell_that_fails_is_named_and_ends_no_other(
     monkeypatch.setenv("BAD", "none")
     scripted.unlink()
     assert command.main(arguments) == 0
-    assert steps(scripted) == [("generate", "bad"), ("score", "bad")]  # its training is not repeated
+    assert steps(scripted) == [
+        ("generate", "bad"),
+        ("score", "bad"),
+    ]  # its training is not repeated
 
 
 def test_a_table_without_its_baseline_says_so(
-    tmp_path: Path, scripted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    scripted: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("BAD", "train")
-    path = sweep_file(tmp_path, "name: s\nconfigs: [{config: demo, name: bad}, demo, {config: demo, name: b}]\n")
+    path = sweep_file(
+        tmp_path, "name: s\nconfigs: [{config: demo, name: bad}, demo, {config: demo, name: b}]\n"
+    )
     assert command.main([str(path), "--out", str(tmp_path / "out")]) == 1
     assert "bad: failed in training" in capsys.readouterr().err
-    assert "| bad: the baseline is not finished; gains are over demo |" in (tmp_path / "out" / "table.md").read_text()
+    assert (
+        "| bad: the baseline is not finished; gains are over demo |"
+        in (tmp_path / "out" / "table.md").read_text()
+    )
 
 
 def test_all_cells_failed_still_makes_a_table(
-    tmp_path: Path, scripted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    scripted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = str(sweep_file(tmp_path, "name: s\nconfigs: [{config: demo, name: bad}]\n"))
     monkeypatch.setenv("BAD", "train")
@@ -247,13 +309,17 @@ def test_all_cells_failed_still_makes_a_table(
     assert "failed in training" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_stopped_by_a_signal(tmp_path: Path, scripted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_by_a_signal(
+    tmp_path: Path, scripted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [str(sweep_file(tmp_path)), "--out", str(tmp_path / "out"), "--jobs", "2"]
     (tmp_path / "wait").touch()
 
     def stop_when_two_wait() -> None:
         end = time.monotonic() + 30
-        while time.monotonic() < end and not (scripted.exists() and scripted.read_text().count("waiting") == 2):
+        while time.monotonic() < end and not (
+            scripted.exists() and scripted.read_text().count("waiting") == 2
+        ):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -268,7 +334,9 @@ def test_stopped_by_a_signal(tmp_path: Path, scripted: Path, capsys: pytest.Capt
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_folder_in_which_another_process_works_is_left_alone(tmp_path: Path, scripted: Path) -> None:
+def test_a_folder_in_which_another_process_works_is_left_alone(
+    tmp_path: Path, scripted: Path
+) -> None:
     cells = load_cells(sweep_file(tmp_path, "name: s\nconfigs: [demo]\n"), tmp_path / "out")[1]
     log = cells[0].folder / "logs" / "sweep.log"
     log.parent.mkdir(parents=True)
@@ -280,7 +348,9 @@ def test_a_folder_in_which_another_process_works_is_left_alone(tmp_path: Path, s
     assert Runner(1, 1).run(cells) == {}
 
 
-def test_one_task_and_its_list(tmp_path: Path, scripted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_task_and_its_list(
+    tmp_path: Path, scripted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [str(sweep_file(tmp_path)), "--out", str(tmp_path / "out")]
     assert command.main([*arguments, "--count"]) == 0
     assert capsys.readouterr().out == "8\n"
@@ -294,7 +364,9 @@ def test_one_task_and_its_list(tmp_path: Path, scripted: Path, capsys: pytest.Ca
     assert "give 0 to 7" in capsys.readouterr().err
 
 
-def test_ranks_start_by_the_launcher_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_start_by_the_launcher_and_gpus_are_shared_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert Runner(1, 1)._launched(["m", "a"], ()) == [sys.executable, "-m", "m", "a"]
     command_line = Runner(1, 2)._launched(["m", "a"], ())
     assert command_line[1:4] == ["-m", "deepspeed.launcher.runner", "--master_port"]
