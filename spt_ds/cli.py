@@ -25,7 +25,7 @@ COMMANDS = {
         "one HTML page of runs: curves, prompt use, scores, examples",
     ),
     "summary": ("spt_ds.summary", "losses, scores and prompt usage of a run"),
-    "bench": ("spt_ds.bench.command", "a training step at a given shape beside a naive twin"),
+    "bench": ("spt_ds.costs.command", "a training step at a given shape beside a naive twin"),
     "quantize": ("spt_ds.quantize", "write a base once in 4 or 8 bits"),
     "plan": (
         "spt_ds.plan_command",

@@ -36,7 +36,7 @@ LAYERS = [
         "doctor",
         "chat",
         "report",
-        "bench",
+        "costs",
         "sweep",
         "tools",
         "api",
