@@ -66,7 +66,7 @@ setup(
     python_requires=">=3.10,<3.14",  # the range that torch and DeepSpeed both publish for
     packages=find_packages(include=["spt_ds", "spt_ds.*"]),
     include_package_data=True,
-    package_data={"spt_ds": ["recipes/*.yaml", "assets/**/*", "py.typed"]},
+    package_data={"spt_ds": ["recipes/*.yaml", "assets/**/*", "report/style.css", "py.typed"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["spt-ds = spt_ds.cli:main"]},

@@ -1,5 +1,4 @@
-"""Counts what ZeRO-3 gathers in one training step: K prompts in one pass against K passes, one per
-prompt.
+"""Counts what ZeRO-3 gathers in one training step: K prompts in one pass against K passes.
 
     python benchmarks/communication.py --prompts 4,8 --bits 16,8,4
 
@@ -72,7 +71,7 @@ class GatherCount:
 
 
 def nothing_resident(config: Config) -> DsPlan:
-    """ZeRO-3 that releases every weight after its use; the defaults would keep a small model whole."""
+    """ZeRO-3 that releases every weight after its use; the defaults keep a small model whole."""
     plan = plan_for("zero3", config, RANKS)
     zero = plan.engine_config["zero_optimization"]
     for key in (

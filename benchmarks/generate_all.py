@@ -1,7 +1,6 @@
-"""Generates replies to a whole split with a trained run, scores them, and watches throughput and
-memory.
+"""Generates replies to a whole split, scores them, and watches throughput and memory.
 
-    python benchmarks/generate_all.py runs/demo --data valid.txt [--ranks 2] [--set generate.batch_size=32]
+    python benchmarks/generate_all.py RUN --data valid.txt [--ranks 2] [--set KEY=VALUE]
 
 Starts `spt_ds.generate` on `--ranks` processes of one thread each and samples their resident memory
 (VmRSS, the worst rank) while the replies grow; then runs `spt-ds evaluate`. Limit: memory is flat,

@@ -28,9 +28,9 @@ import torch
 from torch import nn
 
 from spt_ds.batch import Batch
-from spt_ds.bench.shapes import build, micro_batch
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
+from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.errors import SptError
 from spt_ds.model.attention import choose_backend
 from spt_ds.model.backbone import Backbone
@@ -92,40 +92,40 @@ def distance(got: list[torch.Tensor], right: list[torch.Tensor]) -> float:
 
 def check_attention() -> dict[str, Any]:
     """Each kernel at most `ROUNDING` times as far from fp32 as plain attention in bf16."""
-    found: dict[str, Any] = {"passed": True}
+    outcome: dict[str, Any] = {"passed": True}
     for placement in ("prefix", "suffix"):
         backbone, spt = build("tiny", settings(placement, 16, "eager"), DEVICE)
         plain = gradients(backbone, spt)
         backbone.float()
         right = gradients(backbone, spt)
         unit = distance(plain, right)
-        found[f"eager, {placement}"] = unit
+        outcome[f"eager, {placement}"] = unit
         for kernel in KERNELS:
             if choose_backend(kernel, DEVICE, torch.bfloat16, strict=False) != kernel:
-                found[f"{kernel}, {placement}"] = "not usable here"
+                outcome[f"{kernel}, {placement}"] = "not usable here"
                 continue
             gap = distance(
                 gradients(*build("tiny", settings(placement, 16, kernel), DEVICE)), right
             )
-            found[f"{kernel}, {placement}"] = gap
-            found["passed"] &= gap <= ROUNDING * unit
-    return found
+            outcome[f"{kernel}, {placement}"] = gap
+            outcome["passed"] &= gap <= ROUNDING * unit
+    return outcome
 
 
 def check_quantised() -> dict[str, Any]:
     """Gradients through 4-bit and 8-bit layers, and through plain layers that hold the dequantised
     weights.
     """
-    found: dict[str, Any] = {"passed": True}
+    outcome: dict[str, Any] = {"passed": True}
     for bits in (4, 8):
         backbone, spt = build("tiny", settings("prefix", bits), DEVICE)
         backbone.check_quantised = True
         backbone.check()  # raises and names the layer
         got = gradients(backbone, spt)
         gap = distance(got, gradients(with_plain_layers(backbone), spt))
-        found[f"{bits} bits"] = gap
-        found["passed"] &= gap <= SAME_WEIGHTS
-    return found
+        outcome[f"{bits} bits"] = gap
+        outcome["passed"] &= gap <= SAME_WEIGHTS
+    return outcome
 
 
 def with_plain_layers(backbone: Backbone) -> Backbone:
@@ -154,17 +154,17 @@ def check_runs() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "plain"
         right = train(plain)
-        found: dict[str, Any] = {"plain run ends at": right}
+        outcome: dict[str, Any] = {"plain run ends at": right}
         for file in ("zero3.json", "zero3_offload_cpu.json"):
-            found[file] = (
+            outcome[file] = (
                 train(Path(folder) / file, "--deepspeed_config", str(FILES / file)) / right - 1
             )
         saved = sorted(path.name for path in (plain / "checkpoints").glob("step-*"))
         shutil.rmtree(plain / "checkpoints" / saved.pop())
         (plain / "DONE.json").unlink()
-        found[f"resumed from {saved[-1]}"] = train(plain) / right - 1
-    gaps = [value for key, value in found.items() if key != "plain run ends at"]
-    return {"passed": all(abs(gap) <= SAME_RUN for gap in gaps), **found}
+        outcome[f"resumed from {saved[-1]}"] = train(plain) / right - 1
+    gaps = [value for key, value in outcome.items() if key != "plain run ends at"]
+    return {"passed": all(abs(gap) <= SAME_RUN for gap in gaps), **outcome}
 
 
 def train(out: Path, *more: str) -> float:
@@ -285,10 +285,10 @@ def main() -> int:
     deadline = time.monotonic() + args.budget_s
     report: dict[str, Any] = {"machine": machine(), "checks": {}, "steps": []}
     for name in CHECKS:
-        found = last_json([sys.executable, __file__, "--check", name], deadline)
-        report["checks"][name] = found
+        outcome = last_json([sys.executable, __file__, "--check", name], deadline)
+        report["checks"][name] = outcome
         print(
-            f"{name:<10} {'right' if found.get('passed') else 'WRONG'}  {json.dumps(found)}",
+            f"{name:<10} {'right' if outcome.get('passed') else 'WRONG'}  {json.dumps(outcome)}",
             flush=True,
         )
     for timing in args.timings.split(","):
@@ -296,7 +296,7 @@ def main() -> int:
         row = step_time(shape, bits, args, deadline)
         report["steps"].append(row)
         print(show(row), flush=True)
-    right = all(found.get("passed") for found in report["checks"].values())
+    right = all(outcome.get("passed") for outcome in report["checks"].values())
     report["passed"] = right and not any("error" in row for row in report["steps"])
     print(json.dumps(report))
     return int(not report["passed"])

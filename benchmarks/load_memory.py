@@ -1,6 +1,6 @@
 """Measures the peak memory of a rank while a base is read, quantised where asked, and sharded.
 
-    python benchmarks/load_memory.py [--ranks 1 2] [--bits 4 8 16] [--layers 16] [--random-init] [--folder KEEP]
+    python benchmarks/load_memory.py [--ranks 1 2] [--bits 4 8 16] [--layers 16] [--folder KEEP]
 
 Writes a Llama base with random bf16 weights (445 MB by default), loads it under ZeRO-3 as a run
 does, and samples the anonymous memory (RssAnon) of every rank. Limit: a rank grows by no more than

@@ -24,7 +24,7 @@ from spt_ds.data.encode import encode_context
 from spt_ds.engine.generator import decode_batch, reply_text
 from spt_ds.engine.session import Session, shown_to
 from spt_ds.errors import ConfigError, DataError, EngineError
-from spt_ds.evaluate.scores import clean
+from spt_ds.evaluate.text_metrics import clean
 from spt_ds.generate import open_run
 from spt_ds.model.conversation import ContextCache, Live
 

@@ -18,14 +18,14 @@ COMMANDS = {
     "generate": ("spt_ds.generate", "generate replies for evaluation"),
     "chat": ("spt_ds.chat", "a conversation in the terminal"),
     "evaluate": ("spt_ds.evaluate.command", "score a predictions file"),
-    "compare": ("spt_ds.evaluate.compare", "one table of several runs"),
+    "compare": ("spt_ds.evaluate.compare_command", "one table of several runs"),
     "sweep": ("spt_ds.sweep.command", "every cell of a grid through all of these, and one table"),
     "report": (
         "spt_ds.report.command",
         "one HTML page of runs: curves, prompt use, scores, examples",
     ),
     "summary": ("spt_ds.summary", "losses, scores and prompt usage of a run"),
-    "bench": ("spt_ds.bench.command", "a training step at a given shape beside a naive twin"),
+    "bench": ("spt_ds.costs.command", "a training step at a given shape beside a naive twin"),
     "quantize": ("spt_ds.quantize", "write a base once in 4 or 8 bits"),
     "plan": (
         "spt_ds.plan_command",

@@ -3,27 +3,60 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from pydantic import BaseModel, ValidationError
+
+from spt_ds.display import shown
 from spt_ds.errors import DataError, SptError
+from spt_ds.json_input import parse_object
+from spt_ds.run.predictions import MEND_LINE, sha256_of
 
 LOSSES = (
     ("validation loss (nll, selection, fusion)", "loss"),
     ("nll, mean of all prompts", "nll"),
     ("nll, selected prompt", "nll_selected"),
 )
-SCORES = (
-    ("F1 (SPT)", "f1_spt"),
-    ("BLEU", "bleu"),
-    ("DIST-1", "dist1"),
-    ("DIST-2", "dist2"),
-)  # keys of scores.json
+# Keys of scores.json.
+SCORES = (("F1 (SPT)", "f1_spt"), ("BLEU", "bleu"), ("DIST-1", "dist1"), ("DIST-2", "dist2"))
+
+
+class Losses(BaseModel):
+    """Validation losses at one end of a training, nats per token."""
+
+    loss: float
+    nll: float
+    nll_selected: float
+
+
+class Done(BaseModel):
+    """What the table needs of DONE.json."""
+
+    step: int
+    world_size: int
+    trained_parameters: int
+    valid_before: Losses
+    valid_after: Losses
+
+
+class ScoreSettings(BaseModel):
+    """What the table needs of the settings in scores.json."""
+
+    predictions_sha256: str
+
+
+class RunScores(BaseModel):
+    """What the table needs of scores.json."""
+
+    values: dict[str, float]
+    settings: ScoreSettings
+
+
+Content = TypeVar("Content", bound=BaseModel)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,38 +82,54 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def summary_rows(run: Path) -> list[tuple[str, str]]:
     """(name, value) rows; raise DataError when the run is not done."""
-    done = _read(run / "DONE.json", "train it to the end first")
-    before, after = done["valid_before"], done["valid_after"]
-    rows = [("steps", f"{done['step']} on {done['world_size']} rank(s)")]
-    rows.append(("trained parameters", f"{done['trained_parameters']:,}"))
-    rows += [(name, f"{before[key]:.4f} before, {after[key]:.4f} after") for name, key in LOSSES]
+    done = _read(run / "DONE.json", Done, "train it to the end first")
+    rows = [("steps", f"{done.step} on {done.world_size} rank(s)")]
+    rows.append(("trained parameters", f"{done.trained_parameters:,}"))
+    for name, key in LOSSES:
+        before, after = getattr(done.valid_before, key), getattr(done.valid_after, key)
+        rows.append((name, f"{before:.4f} before, {after:.4f} after"))
     predictions = run / "generate" / "predictions.jsonl"
     scores = run / "generate" / "scores.json"
     if scores.is_file():
-        rows += _score_rows(_read(scores, "run `spt-ds evaluate` again"), predictions)
+        mend = "run `spt-ds evaluate` again"
+        rows += _score_rows(_read(scores, RunScores, mend), predictions, mend)
     if predictions.is_file():
-        used = Counter(
-            json.loads(line)["prompt"]
-            for line in predictions.read_text(encoding="utf-8").splitlines()
-        )
-        usage = ", ".join(f"{prompt}: {count}" for prompt, count in sorted(used.items(), key=str))
+        used = _prompts(predictions)
+        by_prompt = sorted(used.items(), key=_by_length)
+        usage = ", ".join(f"{prompt}: {count}" for prompt, count in by_prompt)
         rows.append(("replies", str(sum(used.values()))))
         rows.append(("prompt usage", usage))
     rows.append(("run folder", str(run)))
     return rows
 
 
-def _score_rows(scores: dict[str, Any], predictions: Path) -> list[tuple[str, str]]:
-    if predictions.is_file():
-        digest = hashlib.sha256(predictions.read_bytes()).hexdigest()
-        if scores["settings"]["predictions_sha256"] != digest:
-            return [("scores", "those of other replies; run `spt-ds evaluate` again")]
-    return [(name, f"{scores['values'][key]:.2f}") for name, key in SCORES]
+def _score_rows(scores: RunScores, predictions: Path, mend: str) -> list[tuple[str, str]]:
+    if predictions.is_file() and scores.settings.predictions_sha256 != sha256_of(predictions):
+        return [("scores", f"those of other replies; {mend}")]
+    return [(name, f"{scores.values[key]:.2f}") for name, key in SCORES if key in scores.values]
 
 
-def _read(path: Path, mend: str) -> dict[str, Any]:
+def _prompts(predictions: Path) -> Counter[str]:
+    """How often each prompt spoke. Only that field is read: `spt-ds evaluate` checks the others."""
+    used: Counter[str] = Counter()
+    with predictions.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            row = parse_object(f"{predictions}:{number}", line.rstrip(b"\n"), MEND_LINE)
+            used[shown(row.get("prompt"))] += 1
+    return used
+
+
+def _by_length(item: tuple[str, int]) -> tuple[int, str]:
+    """10 after 9, and what is no number behind both."""
+    return len(item[0]), item[0]
+
+
+def _read(path: Path, content: type[Content], mend: str) -> Content:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); {mend}") from error
-    return found
+        return content.model_validate(parse_object(str(path), path.read_bytes(), mend))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {mend}") from error
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(map(str, fault["loc"]))
+        raise DataError(f"{path}: {key} is {shown(fault['input'])}; {mend}") from error

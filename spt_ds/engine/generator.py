@@ -29,12 +29,12 @@ from spt_ds.data.loader import make_batch
 from spt_ds.data.store import ExampleStore
 from spt_ds.engine.session import Session
 from spt_ds.errors import DataError
-from spt_ds.evaluate.predictions import FILE_NAME as PREDICTIONS
-from spt_ds.evaluate.predictions import RECORD
-from spt_ds.evaluate.scores import clean
+from spt_ds.evaluate.text_metrics import clean
 from spt_ds.log import get_logger
 from spt_ds.model.conversation import Live
 from spt_ds.model.decode import Decoded, decode
+from spt_ds.run.predictions import FILE_NAME as PREDICTIONS
+from spt_ds.run.predictions import RECORD
 
 
 def plan_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:

@@ -1,5 +1,6 @@
-"""`spt-ds evaluate`: scores of a predictions file, on the screen and as JSON, CSV, Markdown and
-LaTeX.
+"""`spt-ds evaluate`: scores of a predictions file.
+
+They go to the screen and into files as JSON, CSV, Markdown and LaTeX.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spt_ds.errors import SptError
-from spt_ds.evaluate import report_tables
-from spt_ds.evaluate.evaluation import Scores, score
-from spt_ds.evaluate.measures import OPT_VOCABULARY, measure
-from spt_ds.evaluate.predictions import DEFAULT_FOLDER, read_predictions
-from spt_ds.evaluate.report_tables import Cell, Table
-from spt_ds.evaluate.resample import Paired
-from spt_ds.evaluate.scores import METRICS, WIDE_COLUMNS
+from spt_ds.evaluate import tables
+from spt_ds.evaluate.columns import METRICS, WIDE_COLUMNS
+from spt_ds.evaluate.corpus_metrics import OPT_VOCABULARY, corpus_metrics
+from spt_ds.evaluate.scores_json import Scores, scores_of
+from spt_ds.evaluate.significance import Paired
+from spt_ds.evaluate.tables import Cell, Table
+from spt_ds.run.predictions import DEFAULT_FOLDER, read_predictions
 
 
 def main(argv: Sequence[str]) -> int:
-    """Score, print and write; return 0, or 2 for a fault of the user's, told in one line on stderr."""
+    """Score, print and write.
+
+    Return 0, or 2 for a fault of the user's, told in one line on stderr.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     if args.against is not None and args.bootstrap == 0:
@@ -34,9 +38,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def table(scores: Scores, against: dict[str, Paired] | None = None) -> Table:
-    """One row per metric: value, 95 % interval and, with `against`, difference, its interval and
-    p-value.
+def long_table(scores: Scores, against: dict[str, Paired] | None = None) -> Table:
+    """One row per metric: value and 95 % interval.
+
+    With `against` come difference, its interval and its p-value.
     """
     columns = ["metric", "value", "low 95 %", "high 95 %"]
     if against is not None:
@@ -45,11 +50,8 @@ def table(scores: Scores, against: dict[str, Paired] | None = None) -> Table:
     for metric in METRICS:
         if metric.key not in scores.values:
             continue
-        row: list[Cell] = [
-            metric.label,
-            scores.values[metric.key],
-            *scores.intervals.get(metric.key, (None, None)),
-        ]
+        interval = scores.intervals.get(metric.key, (None, None))
+        row: list[Cell] = [metric.label, scores.values[metric.key], *interval]
         if against is not None:
             pair = against.get(metric.key)
             row += (
@@ -61,22 +63,19 @@ def table(scores: Scores, against: dict[str, Paired] | None = None) -> Table:
     return Table(columns, rows)
 
 
-def row(name: str, scores: Scores, against: dict[str, Paired] | None = None) -> Table:
-    """One row in the order of the paper's columns, intervals below it; with `against`, differences
-    and p-values.
+def wide_table(name: str, scores: Scores, against: dict[str, Paired] | None = None) -> Table:
+    """One row in the order of the paper's columns, intervals below it.
+
+    With `against` come rows of differences and p-values.
     """
     columns = [
         metric for metric in METRICS if metric.key in WIDE_COLUMNS and metric.key in scores.values
     ]
     rows: list[list[Cell]] = [[name, *(scores.values[metric.key] for metric in columns)]]
     if scores.intervals:
-        known = [scores.intervals.get(metric.key) for metric in columns]
-        rows.append(
-            [
-                "95 %",
-                *(None if pair is None else f"{pair[0]:.2f} to {pair[1]:.2f}" for pair in known),
-            ]
-        )
+        intervals = (scores.intervals.get(metric.key) for metric in columns)
+        told = (None if pair is None else f"{pair[0]:.2f} to {pair[1]:.2f}" for pair in intervals)
+        rows.append(["95 %", *told])
     if against is not None:
         pairs = [against.get(metric.key) for metric in columns]
         rows.append(
@@ -87,8 +86,9 @@ def row(name: str, scores: Scores, against: dict[str, Paired] | None = None) -> 
 
 
 def notes(scores: Scores) -> list[str]:
-    """What the table does not hold: prompt counts, lengths, BLEU's signature, and what was skipped
-    and why.
+    """What the table does not hold.
+
+    That is prompt counts, lengths, BLEU's signature, and what was skipped and why.
     """
     settings = scores.settings
     lines = [
@@ -106,8 +106,8 @@ def notes(scores: Scores) -> list[str]:
             + " ".join(f"{k}:{count}" for k, count in enumerate(scores.prompt_counts))
         )
     for name, part in scores.lengths.items():
-        shown = " ".join(f"{key} {value:g}" for key, value in part.items() if key != "mean")
-        lines.append(f"{name}: mean {part['mean']:.2f} {shown}")
+        rest = " ".join(f"{key} {value:g}" for key, value in part.items() if key != "mean")
+        lines.append(f"{name}: mean {part['mean']:.2f} {rest}")
     lines += [f"{name} skipped: {why}" for name, why in scores.skipped.items()]
     return lines
 
@@ -166,23 +166,23 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _run(args: argparse.Namespace) -> None:
-    measured = measure(read_predictions(args.predictions), args.ead_vocabulary)
-    scores = score(measured, resamples=args.bootstrap, seed=args.seed)
+    metrics = corpus_metrics(read_predictions(args.predictions), args.ead_vocabulary)
+    scores = scores_of(metrics, resamples=args.bootstrap, seed=args.seed)
     data, pairs = scores.to_json(), None
     if args.against is not None:
-        other = measure(read_predictions(args.against), args.ead_vocabulary)
-        pairs = measured.against(other, args.bootstrap, args.seed)
+        other = corpus_metrics(read_predictions(args.against), args.ead_vocabulary)
+        pairs = metrics.against(other, args.bootstrap, args.seed)
         data["against"] = {
             "predictions_sha256": other.file.sha256,
             "metrics": {key: asdict(pair) for key, pair in pairs.items()},
         }
-    shown = table(scores, pairs)
-    print(shown.text())
+    table = long_table(scores, pairs)
+    print(table.text())
     print("\n".join(notes(scores)))
-    folder = args.out or measured.file.path.parent
-    place = measured.file.path.resolve().parent
-    name = (place.parent if place.name == DEFAULT_FOLDER else place).name
-    paths = report_tables.write_files(
-        folder, "scores", data, long=shown, wide=row(name, scores, pairs)
+    folder = args.out or metrics.file.path.parent
+    home = metrics.file.path.resolve().parent
+    name = (home.parent if home.name == DEFAULT_FOLDER else home).name
+    paths = tables.write_files(
+        folder, "scores", data, long=table, wide=wide_table(name, scores, pairs)
     )
     print("written: " + " ".join(map(str, paths)))

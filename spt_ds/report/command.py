@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 
 import spt_ds
@@ -13,15 +14,15 @@ from spt_ds.engine.run_folder import write_text
 from spt_ds.errors import SptError
 from spt_ds.report.markup import Markup, join, tag
 from spt_ds.report.runs import Run, read_runs
-from spt_ds.report.style import CSS
 
 # Nothing is fetched and nothing runs, whatever the texts of a run hold.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Read the runs and write the page; return 0, or 2 for a fault of the user's, told in one line
-    on stderr.
+    """Read the runs and write the page.
+
+    Return 0, or 2 for a fault of the user's, told in one line on stderr.
     """
     parser = argparse.ArgumentParser(
         prog="spt-ds report", description="One self-contained HTML page of runs."
@@ -52,18 +53,19 @@ def main(argv: Sequence[str]) -> int:
 
 def page(runs: Sequence[Run]) -> str:
     """Return the whole HTML document. Raises SptError when matplotlib is not installed."""
-    from spt_ds.report import sections  # needs matplotlib, which the command line shall not
+    # They import matplotlib: the command line must start without it.
+    from spt_ds.report.sections import overview, prompts, replies, scores, setup, training
 
     parts = {
-        "Runs": sections.overview,
-        "Scores": sections.scores,
-        "Losses": sections.losses,
-        "Throughput": sections.throughput,
-        "Prompt use": sections.prompt_use,
-        "Scores over the bank": sections.bank_scores,
-        "Examples": sections.examples,
-        "Configuration": sections.configuration,
-        "Hardware and versions": sections.machines,
+        "Runs": overview.overview,
+        "Scores": scores.text_scores,
+        "Losses": training.losses,
+        "Throughput": training.throughput,
+        "Prompt use": prompts.prompt_use,
+        "Scores over the bank": prompts.bank_scores,
+        "Examples": replies.examples,
+        "Configuration": setup.configuration,
+        "Hardware and versions": setup.machines,
     }
     bodies: list[Markup] = []
     for title, section in parts.items():
@@ -79,12 +81,13 @@ def page(runs: Sequence[Run]) -> str:
         tag("main", *bodies, id="report"),
         tag("footer", f"Written by spt-ds {spt_ds.__version__} on {made}."),
     )
+    style = (resources.files("spt_ds.report") / "style.css").read_text(encoding="utf-8")
     head = (
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
-        tag("style", Markup(CSS)),
+        tag("style", Markup(style)),
     )
     return (
         join(

@@ -1,5 +1,6 @@
-"""HTML by functions: every string is escaped unless it is `Markup`, so no text of a run can become
-an element.
+"""HTML by functions: no text of a run can become an element.
+
+Every string is escaped unless it is `Markup`, which only these functions make.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ class Markup(str):
 
 
 def tag(name: str, /, *children: str, **attributes: str) -> Markup:
-    """Return an element. `class_` and `aria_label` become the attributes `class` and `aria-label`."""
+    """Return an element.
+
+    `class_` and `aria_label` become the attributes `class` and `aria-label`.
+    """
     pairs = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(value, quote=True)}"'
         for key, value in attributes.items()
@@ -31,14 +35,20 @@ def join(children: Iterable[str]) -> Markup:
     )
 
 
+def absent(text: str) -> Markup:
+    """Return a box that says what a section lacks."""
+    return tag("p", text, class_="none")
+
+
 def bullets(items: Iterable[str]) -> Markup:
     """Return a list of points."""
     return tag("ul", *(tag("li", item) for item in items))
 
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
-    """Return a table in a box that scrolls sideways by itself. The first cell of a row is its
-    heading.
+    """Return a table in a box that scrolls sideways by itself.
+
+    The first cell of a row is its heading.
     """
     head = tag("tr", *(tag("th", column, scope="col") for column in columns))
     body = (

@@ -1,8 +1,7 @@
-"""Plots as inline SVG. Colours of text and lines are variables of the page, so that they follow its
-light or dark mode.
+"""Plots as inline SVG that follow the light or dark mode of the page.
 
-Shape letters: K prompts, C columns. No text of a run gets into a plot: names are in the page around
-it.
+Colours of text and lines are variables of the page. No text of a run gets into a plot: names are in
+the page around it. Shape letters: K prompts, C columns, P points.
 """
 
 from __future__ import annotations
@@ -73,9 +72,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Heat:
-    """A heat map: `values` `[K, C]` (NaN: no cell), a label for each column, names of axes and
-    scale.
-    """
+    """A heat map: `values` `[K, C]` (NaN: no cell), column labels, names of axes and scale."""
 
     values: Floats
     columns: Sequence[str]
@@ -88,14 +85,15 @@ class Heat:
     limits: tuple[float, float] | None = None
 
 
-def colour(place: int) -> str:
-    """The colour of the run at `place`; from the ninth on they repeat."""
-    return PALETTE[place % len(PALETTE)]
+def colour(number: int) -> str:
+    """The colour of a run by its number; from the ninth on they repeat."""
+    return PALETTE[number % len(PALETTE)]
 
 
 def curves(name: str, alt: str, lines: Sequence[Line]) -> Markup:
-    """Draw lines over optimizer steps. `name` is the plot's own in the page, `alt` says what it
-    shows.
+    """Draw lines over optimizer steps.
+
+    `name` is the plot's own in the page, `alt` says what it shows.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.7, 2.35), layout="constrained")
@@ -118,9 +116,9 @@ def curves(name: str, alt: str, lines: Sequence[Line]) -> Markup:
         return _svg(figure, name, alt, "max-width")
 
 
-def heat(name: str, alt: str, one: Heat) -> Markup:
+def heat(name: str, alt: str, data: Heat) -> Markup:
     """Draw a heat map, prompts from the top down."""
-    prompts, count = one.values.shape
+    prompts, count = data.values.shape
     with matplotlib.rc_context(
         {**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
     ):
@@ -129,19 +127,20 @@ def heat(name: str, alt: str, one: Heat) -> Markup:
             layout="constrained",
         )
         axes = figure.add_subplot()
-        low, high = one.limits or (None, None)
+        low, high = data.limits or (None, None)
+        # Without interpolation the cells stay sharp in SVG at any size.
         image = axes.imshow(
-            one.values, aspect="auto", interpolation="none", cmap="cividis", vmin=low, vmax=high
-        )  # "none" keeps cells sharp in SVG at any size
+            data.values, aspect="auto", interpolation="none", cmap="cividis", vmin=low, vmax=high
+        )
         every = -(-count // MOST_LABELS)
         ticks = [*range(0, count - every, every), count - 1]  # the last column always has its label
-        axes.set_xticks(ticks, [one.columns[tick] for tick in ticks])
+        axes.set_xticks(ticks, [data.columns[tick] for tick in ticks])
         axes.yaxis.set_major_locator(MaxNLocator(min(prompts, 12), integer=True))
         axes.set_ylim(prompts - 0.5, -0.5)
-        axes.set_xlabel(one.across)
+        axes.set_xlabel(data.across)
         axes.set_ylabel("prompt")
         axes.tick_params(length=0)
-        dots = [(place, prompt) for place, prompt in enumerate(one.marked) if prompt is not None]
+        dots = [(column, prompt) for column, prompt in enumerate(data.marked) if prompt is not None]
         if dots:
             axes.scatter(
                 [x for x, _ in dots],
@@ -152,16 +151,17 @@ def heat(name: str, alt: str, one: Heat) -> Markup:
                 linewidths=0.8,
             )
         elif prompts <= MOST_NUMBERS[0] and count <= MOST_NUMBERS[1]:
-            _write_numbers(axes, image, one)
+            _write_numbers(axes, image, data)
         bar = figure.colorbar(image, ax=axes, pad=0.02)
         bar.outline.set_visible(False)
-        bar.set_label(one.scale)
+        bar.set_label(data.scale)
         return _svg(figure, name, alt, "width")
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> tuple[Floats, Floats]:
-    """Return x and y `[P]`, P up to MOST_POINTS: means over groups of neighbours where there are
-    more.
+    """Return x and y `[P]`, P up to MOST_POINTS.
+
+    Where there are more points they are means over groups of neighbours.
     """
     table = np.asarray(points, dtype=np.float64)
     if len(table) > MOST_POINTS:
@@ -169,14 +169,14 @@ def thinned(points: Sequence[tuple[float, float]]) -> tuple[Floats, Floats]:
     return table[:, 0], table[:, 1]
 
 
-def _write_numbers(axes: Any, image: Any, one: Heat) -> None:
-    for (prompt, place), value in np.ndenumerate(one.values):
+def _write_numbers(axes: Any, image: Any, data: Heat) -> None:
+    for (prompt, column), value in np.ndenumerate(data.values):
         if np.isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
-            text = format(float(value), one.form)
+            text = format(float(value), data.form)
             axes.text(
-                place,
+                column,
                 prompt,
                 text,
                 ha="center",

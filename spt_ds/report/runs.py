@@ -1,5 +1,6 @@
-"""Reads a run folder for a report. What is not there yet is noted; what is there and damaged is an
-error.
+"""Reads a run folder for a report.
+
+What is not there yet is noted. What is there and damaged is an error.
 """
 
 from __future__ import annotations
@@ -10,32 +11,43 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
-from spt_ds.config.load import key_paths, load_config
+from spt_ds.config.load import flatten, key_paths, load_config
 from spt_ds.config.schema import Config
 from spt_ds.engine import run_folder
 from spt_ds.errors import DataError
-from spt_ds.evaluate import evaluation, predictions
-from spt_ds.evaluate.evaluation import Scores
-from spt_ds.evaluate.predictions import Prediction, PredictionFile
-from spt_ds.evaluate.scores import clean, f1_spt
+from spt_ds.evaluate import scores_json
+from spt_ds.evaluate.scores_json import Scores
+from spt_ds.evaluate.text_metrics import clean, f1_spt
+from spt_ds.json_input import parse_object
+from spt_ds.run import predictions
+from spt_ds.run.predictions import Count, Prediction, PredictionFile, Text, read_rows
 
 DEEPSPEED = "deepspeed.json"
+MEND_LINE = "remove the line"
+
+
+Texts = Annotated[tuple[Text, ...], BeforeValidator(lambda given: () if given is None else given)]
+
+
+class PredictionInDialogue(Prediction):
+    """A line of the predictions with the dialogue around it, which the scores do not need."""
+
+    turn: Count | None = Field(None, description="null or a whole number from 0 on")
+    """Number of the utterance in its dialogue, from 0; None where the file does not tell."""
+    persona: Texts = Field((), description="a list of strings")
+    history: Texts = Field((), description="a list of strings")
+    """Utterances from the first on; the last one is the partner's."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One line of the predictions, with the dialogue around it."""
+    """One example and what was answered."""
 
-    row: Prediction
-    persona: tuple[str, ...]
-    history: tuple[str, ...]
-    """Utterances from the first on; the last one is the partner's."""
-    turn: int | None
-    """Number of the utterance in its dialogue, from 0; None where the file does not tell."""
+    row: PredictionInDialogue
     text: str
     """The prediction as it is scored."""
     f1: float
@@ -55,8 +67,9 @@ class Run:
     environment: dict[str, Any]
     """Hardware, versions and variables by key path; empty where they are not recorded."""
     lines: list[dict[str, Any]]
-    """metrics.jsonl: each has `step`, `kind` (train, valid) and `time` (seconds since 1970), and
-    the values.
+    """The lines of metrics.jsonl.
+
+    Each has `step`, `kind` (train, valid), `time` (seconds since 1970), and the values.
     """
     done: dict[str, Any] | None
     """The summary at the end of training, or None."""
@@ -80,19 +93,18 @@ class Run:
         A stretch begins at the line before, of whatever kind, so no validation lies in it; saving
         of checkpoints does. The first one, with its warm-up, is left out where there are others.
         """
-        found = [
+        stretches = [
             (after["step"], (after["step"] - before["step"]) / (after["time"] - before["time"]))
             for before, after in pairwise(self.lines)
             if after["kind"] == "train"
             and after["step"] > before["step"]
             and after["time"] > before["time"]
         ]
-        return found[1:] or found
+        return stretches[1:] or stretches
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders, each once, and name them by their last part, or whole where that is not
-    unique.
+    """Read run folders, each once, named by their last part or, where that repeats, in full.
 
     Raises DataError or ConfigError for a folder that is no run and for a file in it that cannot be
     read.
@@ -131,10 +143,10 @@ def read_run(folder: Path, label: str) -> Run:
         label=label,
         options=options,
         generated=(_generated(file) if file else None) or options,
-        environment=_flat("", _object(environment)) if has_environment else {},
+        environment=flatten(_object(environment)) if has_environment else {},
         lines=lines,
         done=_object(done) if is_done else None,
-        deepspeed=_text(deepspeed) if deepspeed.is_file() else None,
+        deepspeed=_content(deepspeed).decode("utf-8", "replace") if deepspeed.is_file() else None,
         replies=_replies(file) if file else [],
         scores=scores,
         missing=missing,
@@ -148,44 +160,44 @@ def options_of(config: Config) -> dict[str, Any]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl. A last line without its end is one that a kill cut, and is left out."""
-    found = []
-    for number, text in enumerate(_text(path).splitlines(keepends=True), start=1):
-        if not text.endswith("\n"):
+    lines = []
+    for number, content in enumerate(_content(path).splitlines(keepends=True), start=1):
+        if not content.endswith(b"\n"):
             break
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error}); remove the line") from error
-        if not isinstance(line, dict) or not (
+        source = f"{path}:{number}"
+        line = parse_object(source, content.rstrip(b"\n"), MEND_LINE)
+        if not (
             isinstance(line.get("step"), int)
             and isinstance(line.get("kind"), str)
             and _is_number(line.get("time"))
         ):
             raise DataError(
-                f"{path}:{number}: expected an object with 'step', 'kind' and 'time'; remove the"
-                " line"
+                f"{source}: expected an object with 'step', 'kind' and 'time'; {MEND_LINE}"
             )
-        found.append(line)
-    return found
+        lines.append(line)
+    return lines
 
 
 def extremes(replies: Sequence[Reply], most: int) -> tuple[list[Reply], list[Reply]]:
-    """Return up to `most` replies of highest and of lowest F1, best and worst first; no reply is in
-    both.
+    """Return up to `most` replies of highest and of lowest F1, best and worst first.
+
+    No reply is in both.
     """
     ranked = sorted(replies, key=lambda reply: (-reply.f1, reply.row.index))
     worst = ranked[max((len(ranked) + 1) // 2, len(ranked) - most) :]
     return ranked[: min((len(ranked) + 1) // 2, most)], worst[::-1]
 
 
-def _scored(folder: Path, missing: list[str]) -> tuple[PredictionFile | None, Scores | None]:
+def _scored(
+    folder: Path, missing: list[str]
+) -> tuple[PredictionFile[PredictionInDialogue] | None, Scores | None]:
     """The predictions and the scores that belong to them."""
-    place = predictions.locate(folder, predictions.FILE_NAME, evaluation.FILE_NAME)
-    source, written = place / predictions.FILE_NAME, place / evaluation.FILE_NAME
-    file = predictions.read_predictions(source) if source.is_file() else None
+    answers = predictions.locate(folder, predictions.FILE_NAME, scores_json.FILE_NAME)
+    source, written = answers / predictions.FILE_NAME, answers / scores_json.FILE_NAME
+    file = read_rows(source, PredictionInDialogue) if source.is_file() else None
     if file is None:
         missing.append(f"{source.name} is not there: write it with `spt-ds generate {folder}`")
-    scores = evaluation.load_scores(written) if written.is_file() else None
+    scores = scores_json.load_scores(written) if written.is_file() else None
     mend = f"write it with `spt-ds evaluate {folder}`"
     if scores is None:
         missing.append(f"{written.name} is not there: {mend}")
@@ -195,7 +207,7 @@ def _scored(folder: Path, missing: list[str]) -> tuple[PredictionFile | None, Sc
     return file, scores
 
 
-def _generated(file: PredictionFile) -> dict[str, Any] | None:
+def _generated(file: PredictionFile[PredictionInDialogue]) -> dict[str, Any] | None:
     tree = predictions.generated_with(file.path.parent, file.sha256)
     try:
         return options_of(Config.model_validate_json(json.dumps(tree))) if tree else None
@@ -205,57 +217,23 @@ def _generated(file: PredictionFile) -> dict[str, Any] | None:
         ) from error
 
 
-def _replies(file: PredictionFile) -> list[Reply]:
+def _replies(file: PredictionFile[PredictionInDialogue]) -> list[Reply]:
     replies = []
-    for row, line in zip(file.rows, file.path.read_bytes().split(b"\n"), strict=False):
-        found = json.loads(line)
-        where = f"{file.path}:{row.index + 1}"
-        turn = found.get("turn")
-        if turn is not None and (not isinstance(turn, int) or turn < 0):
-            raise DataError(
-                f"{where}: field 'turn' is {turn!r}, expected null or a whole number from 0 on"
-            )
-        persona, history = (_strings(where, found, name) for name in ("persona", "history"))
+    for row in file.rows:
         text = clean(row.raw)
-        replies.append(Reply(row, persona, history, turn, text, f1_spt(text, row.reference)))
+        replies.append(Reply(row, text, f1_spt(text, row.reference)))
     return replies
 
 
-def _strings(where: str, found: dict[str, Any], name: str) -> tuple[str, ...]:
-    value = found.get(name, [])
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise DataError(f"{where}: field {name!r} is {value!r}, expected a list of strings")
-    return tuple(value)
-
-
 def _object(path: Path) -> dict[str, Any]:
+    return parse_object(str(path), _content(path), "the training that wrote it can be run again")
+
+
+def _content(path: Path) -> bytes:
     try:
-        found = json.loads(_text(path))
-    except ValueError as error:
-        raise DataError(
-            f"{path}: not JSON ({error}); the training that wrote it can be run again"
-        ) from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: got a {type(found).__name__}, expected a JSON object")
-    return found
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-
-
-def _flat(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= (
-            _flat(f"{prefix}{key}.", value)
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
-    return found
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _is_number(value: object) -> bool:

@@ -18,7 +18,8 @@ from spt_ds.config.load import key_paths, load_config, load_yaml
 from spt_ds.config.schema import Config, Section
 from spt_ds.engine import run_folder
 from spt_ds.errors import ConfigError
-from spt_ds.evaluate import evaluation, predictions
+from spt_ds.evaluate import scores_json
+from spt_ds.run import predictions
 
 SEED = "train.seed"
 NAME = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
@@ -97,7 +98,7 @@ class Cell:
     @property
     def finished(self) -> bool:
         """Whether the scores are there."""
-        return (self.folder / predictions.DEFAULT_FOLDER / evaluation.FILE_NAME).is_file()
+        return (self.folder / predictions.DEFAULT_FOLDER / scores_json.FILE_NAME).is_file()
 
     def conflict(self) -> str | None:
         """How the run in the folder differs from this cell; None where it can be gone on with."""

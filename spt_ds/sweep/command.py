@@ -17,10 +17,10 @@ from pathlib import Path
 
 from spt_ds.engine.stop import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from spt_ds.errors import ConfigError, SptError
-from spt_ds.evaluate import report_tables
-from spt_ds.evaluate.compare import compare
-from spt_ds.evaluate.report_tables import Cell as TableCell
-from spt_ds.evaluate.report_tables import Table
+from spt_ds.evaluate import tables
+from spt_ds.evaluate.comparison import compare
+from spt_ds.evaluate.tables import Cell as TableCell
+from spt_ds.evaluate.tables import Table
 from spt_ds.sweep.cells import Cell, load_cells
 from spt_ds.sweep.runner import Runner
 
@@ -123,7 +123,7 @@ def write_table(root: Path, cells: Sequence[Cell], failures: dict[str, str]) -> 
     if not finished:
         rows: list[list[TableCell]] = [[f"{name}: {why}"] for name, why in missing.items()]
         table = Table(["recipe"], rows)
-        return report_tables.write_files(
+        return tables.write_files(
             root, "table", {"recipes": [], "failed": missing}, table, table
         )
     result = compare([cell.folder for cell in finished], finished[0].folder)
@@ -136,7 +136,7 @@ def write_table(root: Path, cells: Sequence[Cell], failures: dict[str, str]) -> 
         [*wide.rows, *_named(told, len(wide.columns)), *_named(missing, len(wide.columns))],
     )
     long = Table(long.columns, [*long.rows, *_named(missing, len(long.columns))])
-    paths = report_tables.write_files(
+    paths = tables.write_files(
         root, "table", {**result.to_json(), "failed": missing}, long, wide
     )
     print(wide.text() + "".join(f"{note}\n" for note in result.notes), end="")

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import BinaryIO
 
 from spt_ds.errors import EngineError
-from spt_ds.evaluate import predictions
+from spt_ds.run import predictions
 from spt_ds.sweep.cells import Cell
 
 

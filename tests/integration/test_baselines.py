@@ -21,7 +21,7 @@ from spt_ds.engine import checkpoint
 from spt_ds.engine.session import open_split
 from spt_ds.engine.stop import EXIT_DONE
 from spt_ds.engine.trainer import Trainer
-from spt_ds.evaluate import command, compare
+from spt_ds.evaluate import command, compare_command
 from spt_ds.generate import _generate
 from spt_ds.summary import summary_rows
 from tests.distributed.scenes import CONFIG, Scene, make_scene
@@ -116,7 +116,7 @@ def test_all_answer_the_same_examples(runs: dict[str, Path], tmp_path: Path) -> 
     )
     others = [str(run) for run in runs.values()]
     assert (
-        compare.main(
+        compare_command.main(
             [*others, "--baseline", str(runs["baseline-zero-shot"]), "--out", str(tmp_path)]
         )
         == 0

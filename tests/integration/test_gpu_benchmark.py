@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from spt_ds.bench.shapes import build
 from spt_ds.config.load import load_config
+from spt_ds.costs.random_bases import build
 from spt_ds.model.quant import QuantLinear
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from spt_ds.errors import DataError
-from spt_ds.evaluate import command, evaluation
-from spt_ds.evaluate.compare import Comparison, Group, compare, main
-from spt_ds.evaluate.evaluation import evaluate
+from spt_ds.evaluate import command, scores_json
+from spt_ds.evaluate.compare_command import main
+from spt_ds.evaluate.comparison import Comparison, Group, compare
+from spt_ds.evaluate.scores_json import evaluate
 
 REFERENCES = ["i like my dogs .", "me too , a lot", "hello there friend", "i work as a nurse ."]
 
@@ -102,7 +103,7 @@ def generated(folder: Path, **options: Any) -> Path:
 
 
 def test_replies_generated_with_other_options_are_told_apart(runs: dict[str, Path]) -> None:
-    """The configuration of training cannot tell: options of generation are set on its command line."""
+    """Options of generation are set on its command line: training's configuration cannot tell."""
     one, other = generated(runs["spt0"], mode="select"), generated(runs["spt1"], mode="random")
     assert (
         compare([one, other], runs["base"]).notes[0]
@@ -180,7 +181,7 @@ def test_scores_count_only_with_their_predictions(
     assert command.main([str(runs["base"]), "--bootstrap", "0"]) == 0
     expected = f1(runs["base"])
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "evaluate", lambda path: pytest.fail("scored again"))
+        patch.setattr(scores_json, "evaluate", lambda path: pytest.fail("scored again"))
         assert compare([], runs["base"]).baseline.mean["f1_spt"] == pytest.approx(expected)
         (runs["base"] / "predictions.jsonl").rename(runs["base"] / "moved")
         assert compare([], runs["base"]).baseline.mean["f1_spt"] == pytest.approx(expected)

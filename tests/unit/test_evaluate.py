@@ -1,6 +1,4 @@
-"""`spt-ds evaluate`: reading predictions, scores from a file, written tables, and what may be
-missing.
-"""
+"""`spt-ds evaluate`: scores of a file, its written tables, and what may be missing."""
 
 from __future__ import annotations
 
@@ -10,7 +8,6 @@ import json
 import subprocess
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,72 +16,30 @@ import pytest
 
 from spt_ds import cli
 from spt_ds.errors import DataError
-from spt_ds.evaluate import command, optional, scores
-from spt_ds.evaluate.evaluation import evaluate, load_scores
-from spt_ds.evaluate.measures import measure
-from spt_ds.evaluate.predictions import check_same_examples, read_predictions
-from spt_ds.evaluate.report_tables import Table
-
-TALK = [  # (dialogue, raw, reference, prompt)
-    ("a", "i like dogs .\nQ: and you ?", "i like my dogs .", 0),
-    ("a", "me too", "me too , a lot", 1),
-    ("b", "", "hello there", 1),
-    ("b", "i am a nurse .", "i work as a nurse .", 1),
-    ("c", "i like dogs .", "cats are nice .", 3),
-]
-
-
-def lines() -> list[dict[str, Any]]:
-    """A small valid file as objects."""
-    return [
-        {
-            "index": place,
-            "id": f"{dialogue}-{place}",
-            "dialogue_id": dialogue,
-            "turn": place,
-            "persona": ["i like dogs ."],
-            "history": ["hi"],
-            "reference": reference,
-            "raw": raw,
-            "reply": scores.clean(raw),
-            "prompt": prompt,
-            "scores": [0.1, 0.2, 0.3, 0.4],
-            "new_tokens": 4 + place,
-            "context_tokens": 20,
-        }
-        for place, (dialogue, raw, reference, prompt) in enumerate(TALK)
-    ]
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    return path
-
-
-def changed(edit: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
-    rows = lines()
-    edit(rows)
-    return rows
+from spt_ds.evaluate import command, rouge_bert, text_metrics
+from spt_ds.evaluate.columns import METRICS, PAPER_COLUMNS
+from spt_ds.evaluate.corpus_metrics import corpus_metrics
+from spt_ds.evaluate.scores_json import evaluate, load_scores
+from spt_ds.evaluate.tables import Table
+from spt_ds.run.predictions import read_predictions
+from tests.helpers.predictions import TALK, changed, lines, set_field, write
 
 
 def test_scores_of_a_file_are_those_of_its_cleaned_replies(tmp_path: Path) -> None:
     found = evaluate(write(tmp_path / "predictions.jsonl", lines()))
     replies, references = (
-        [scores.clean(raw) for _, raw, _, _ in TALK],
+        [text_metrics.clean(raw) for _, raw, _, _ in TALK],
         [reference for _, _, reference, _ in TALK],
     )
     pairs = list(zip(replies, references, strict=True))
     assert found.values["f1_spt"] == pytest.approx(
-        100 * np.mean([scores.f1_spt(*pair) for pair in pairs])
+        100 * np.mean([text_metrics.f1_spt(*pair) for pair in pairs])
     )
-    assert found.values["dist2"] == pytest.approx(scores.dist(replies, 2))
-    assert found.values["ead1"] == pytest.approx(scores.ead(replies, 1, 50265))
+    assert found.values["dist2"] == pytest.approx(text_metrics.dist(replies, 2))
+    assert found.values["ead1"] == pytest.approx(text_metrics.ead(replies, 1, 50265))
     assert found.values["reply_words"] == pytest.approx((4 + 2 + 0 + 5 + 4) / 5)
     assert found.values["empty_replies"] == pytest.approx(20.0)
-    rouge = optional.rouge_rows(replies, references).mean(axis=0) * 100
+    rouge = rouge_bert.rouge_rows(replies, references).mean(axis=0) * 100
     assert [found.values[key] for key in ("rouge1", "rouge2", "rougeL")] == pytest.approx(
         rouge.tolist()
     )
@@ -93,14 +48,14 @@ def test_scores_of_a_file_are_those_of_its_cleaned_replies(tmp_path: Path) -> No
     assert found.values["prompt_entropy"] == pytest.approx(expected_entropy)
     assert found.lengths["new_tokens"] == {"mean": 6.0, "min": 4.0, "median": 6.0, "max": 8.0}
     assert (found.settings.examples, found.settings.dialogues, found.intervals) == (5, 3, {})
-    order = [metric.key for metric in scores.METRICS]
+    order = [metric.key for metric in METRICS]
     assert [order.index(key) for key in found.values] == sorted(
         order.index(key) for key in found.values
     )
 
 
 def test_paper_columns_stand_in_the_papers_order() -> None:
-    labels = {metric.key: metric.label for metric in scores.METRICS}
+    labels = {metric.key: metric.label for metric in METRICS}
     expected = [
         "F1",
         "BLEU",
@@ -113,7 +68,7 @@ def test_paper_columns_stand_in_the_papers_order() -> None:
         "DIST-1",
         "DIST-2",
     ]
-    assert [labels[key] for key in scores.PAPER_COLUMNS] == expected
+    assert [labels[key] for key in PAPER_COLUMNS] == expected
 
 
 def test_perplexity_per_token_and_per_word_by_hand(tmp_path: Path) -> None:
@@ -158,94 +113,6 @@ def test_one_dialogue_has_no_intervals(tmp_path: Path, capsys: pytest.CaptureFix
     assert "a comparison needs two or more" in capsys.readouterr().err
 
 
-def _set(place: int, name: str, value: object) -> Callable[[list[dict[str, Any]]], None]:
-    return lambda rows: rows[place].__setitem__(name, value)
-
-
-def _drop(place: int, name: str) -> Callable[[list[dict[str, Any]]], None]:
-    return lambda rows: rows[place].__delitem__(name)
-
-
-BAD_ROWS = [
-    (
-        _drop(1, "reference"),
-        ":2: field 'reference' is missing; it is a string with at least one word",
-    ),
-    (
-        lambda rows: rows[1].update(row=rows[1].pop("raw")),
-        ":2: field 'raw' is missing; did you mean 'raw' by 'row'?",
-    ),
-    (
-        _set(2, "reference", " "),
-        ":3: field 'reference' is ' ', expected a string with at least one word",
-    ),
-    (_set(2, "raw", None), ":3: field 'raw' is None, expected a string"),
-    (_set(0, "index", True), ":1: field 'index' is True, expected a whole number from 0 on"),
-    (_set(3, "index", 1), ":4: index 1 again, first on line 2"),
-    (_set(3, "index", 4), ":4: index 4, expected 3; an example is missing or out of order"),
-    (_set(0, "prompt", 4), ":1: field 'prompt' is 4, but 'scores' is over 4 prompts (0 to 3)"),
-    (
-        _set(0, "scores", [0.1, "x"]),
-        ":1: field 'scores' is [0.1, 'x'], expected a list of finite numbers",
-    ),
-    (
-        _set(0, "scores", [0.1, float("nan")]),
-        ":1: field 'scores' is [0.1, nan], expected a list of finite numbers",
-    ),
-    (_set(0, "scores", [10**400]), ":1: field 'scores' is [1000"),
-    (_set(4, "scores", [1.0] * 5), ":5: field 'scores' has 5 numbers, 4 on line 1"),
-    (_set(4, "prompt", None), ":5: field 'prompt' is on some lines and not on others"),
-    (_set(0, "nll_sum", 3.0), ":1: fields 'nll_sum' and 'nll_tokens' come together"),
-    (
-        lambda rows: rows[0].update(nll_sum=-1.0, nll_tokens=3),
-        ":1: field 'nll_sum' is -1.0, expected a finite number",
-    ),
-    (
-        lambda rows: rows[0].update(nll_sum=1.0, nll_tokens=0),
-        ":1: field 'nll_tokens' is 0, expected a whole number",
-    ),
-    (
-        lambda rows: rows[0].update(nll_sum=1e6, nll_tokens=9),
-        ":1: field 'nll_sum' is 1000000.0, more than 700 nats",
-    ),
-    (
-        lambda rows: rows[1].update(nll_sum=1.0, nll_tokens=3),
-        ":2: field 'nll_sum' is on some lines and not on others",
-    ),
-]
-
-
-@pytest.mark.parametrize(("edit", "message"), BAD_ROWS, ids=[message for _, message in BAD_ROWS])
-def test_bad_rows_are_named_by_line(
-    edit: Callable[[list[dict[str, Any]]], None], message: str, tmp_path: Path
-) -> None:
-    path = write(tmp_path / "predictions.jsonl", changed(edit))
-    with pytest.raises(DataError) as caught:
-        read_predictions(path)
-    assert str(caught.value).startswith(f"{path}{message}")
-
-
-GOOD_LINE = json.dumps(lines()[0]).encode()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", ": is empty; a predictions file holds one JSON object per line"),
-        (GOOD_LINE + b'\n{"index": 1, "id', ":2: not JSON at column 14 (Unterminated string"),
-        (GOOD_LINE + b"\n\n" + GOOD_LINE, ":2: not JSON at column 1"),
-        (b"[1, 2]\n", ":1: got a list, expected a JSON object"),
-        (GOOD_LINE + b'\n{"id": "\xff"}\n', ":2: not UTF-8 text (byte 8 of the line)"),
-    ],
-)
-def test_bad_files_are_named_by_line(content: bytes, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "predictions.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(DataError) as caught:
-        read_predictions(path)
-    assert str(caught.value).startswith(f"{path}{message}")
-
-
 def test_a_missing_file_names_what_writes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,40 +123,11 @@ def test_a_missing_file_names_what_writes_it(
     assert capsys.readouterr().err == f"spt-ds evaluate: {expected}\n"
 
 
-def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
-    rows = changed(_set(0, "raw", "one\u2028two\x85three"))
-    assert (
-        read_predictions(write(tmp_path / "p.jsonl", rows)).rows[0].raw == "one\u2028two\x85three"
-    )
-    with_returns = (tmp_path / "p.jsonl").read_bytes().replace(b"\n", b"\r\n")
-    (tmp_path / "p.jsonl").write_bytes(with_returns)
-    assert len(read_predictions(tmp_path / "p.jsonl").rows) == len(rows)
-
-
-def test_data_digest_knows_examples_and_not_replies(tmp_path: Path) -> None:
-    base = read_predictions(write(tmp_path / "a.jsonl", lines()))
-    other_reply = read_predictions(write(tmp_path / "b.jsonl", changed(_set(0, "raw", "else"))))
-    other_data = read_predictions(
-        write(tmp_path / "c.jsonl", changed(_set(4, "reference", "else")))
-    )
-    assert base.data_sha256 == other_reply.data_sha256 != other_data.data_sha256
-    assert base.sha256 != other_reply.sha256
-    check_same_examples(base, other_reply)
-    with pytest.raises(
-        DataError,
-        match=r"c\.jsonl:5: field 'reference' is 'else', but 'cats are nice \.' in .*a\.jsonl:5",
-    ):
-        check_same_examples(base, other_data)
-    shorter = read_predictions(write(tmp_path / "d.jsonl", lines()[:4]))
-    with pytest.raises(DataError, match=r"d\.jsonl: 4 examples, but 5 in"):
-        check_same_examples(base, shorter)
-
-
 def test_command_writes_json_csv_markdown_and_latex(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / "run" / "predictions.jsonl", lines())
-    other = write(tmp_path / "other.jsonl", changed(_set(1, "raw", "me too , a lot")))
+    other = write(tmp_path / "other.jsonl", changed(set_field(1, "raw", "me too , a lot")))
     assert (
         command.main(
             [
@@ -337,14 +175,14 @@ def test_command_writes_json_csv_markdown_and_latex(
 
 
 def test_against_is_antisymmetric_and_even_with_itself(tmp_path: Path) -> None:
-    ours = measure(read_predictions(write(tmp_path / "a.jsonl", lines())))
-    theirs = measure(
-        read_predictions(write(tmp_path / "b.jsonl", changed(_set(1, "raw", "i like dogs ."))))
+    ours = corpus_metrics(read_predictions(write(tmp_path / "a.jsonl", lines())))
+    theirs = corpus_metrics(
+        read_predictions(write(tmp_path / "b.jsonl", changed(set_field(1, "raw", "i like dogs ."))))
     )
     there, back = ours.against(theirs, 200, seed=0), theirs.against(ours, 200, seed=0)
     for key in ("f1_spt", "bleu", "dist1", "ead2"):
         assert there[key].difference == pytest.approx(
-            ours.measures[key].value() - theirs.measures[key].value()
+            ours.statistics[key].value() - theirs.statistics[key].value()
         )
         assert there[key].difference == pytest.approx(-back[key].difference)
         assert there[key].p == back[key].p
@@ -356,10 +194,10 @@ def test_systems_with_banks_of_two_sizes_can_be_compared(tmp_path: Path) -> None
     rows = lines()
     for row in rows:
         row.update(prompt=0, scores=[0.5])
-    one = measure(read_predictions(write(tmp_path / "a.jsonl", rows)))
-    four = measure(read_predictions(write(tmp_path / "b.jsonl", lines())))
+    one = corpus_metrics(read_predictions(write(tmp_path / "a.jsonl", rows)))
+    four = corpus_metrics(read_predictions(write(tmp_path / "b.jsonl", lines())))
     found = four.against(one, 20, seed=0)
-    assert found.keys() == four.measures.keys() - {"prompt_entropy"}
+    assert found.keys() == four.statistics.keys() - {"prompt_entropy"}
 
 
 @pytest.mark.parametrize(
@@ -406,7 +244,7 @@ def test_a_broken_scores_file_names_the_key(content: str, message: str, tmp_path
 def test_missing_libraries_are_said_with_the_way_to_install_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    monkeypatch.setattr(rouge_bert, "find_spec", lambda name: None)
     assert (
         command.main([str(write(tmp_path / "predictions.jsonl", lines())), "--bootstrap", "0"]) == 0
     )
@@ -468,18 +306,18 @@ def test_bert_score_is_called_as_the_paper_did(
         "huggingface_hub": _hub(tmp_path, whole),
         "bert_score": types.SimpleNamespace(BERTScorer=FakeScorer),
     }
-    monkeypatch.setattr(optional, "find_spec", lambda name: object())
+    monkeypatch.setattr(rouge_bert, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib, "import_module", lambda name: modules[name])
-    assert optional.bert_missing() is None
+    assert rouge_bert.bert_missing() is None
     # Columns F1, precision, recall; a reply without a word scores 0 and is not handed over.
-    assert optional.bert_rows(["ab", " ", "c"], ["x", "y", "z"]).tolist() == [
+    assert rouge_bert.bert_rows(["ab", " ", "c"], ["x", "y", "z"]).tolist() == [
         [6, 2, 4],
         [0, 0, 0],
         [3, 1, 2],
     ]
     assert FakeScorer.made == [{"model_type": str(tmp_path), "num_layers": 40}]
     modules["huggingface_hub"] = _hub(tmp_path, whole - {"pytorch_model.bin"})
-    assert "hf download microsoft/deberta-xlarge-mnli" in str(optional.bert_missing())
+    assert "hf download microsoft/deberta-xlarge-mnli" in str(rouge_bert.bert_missing())
 
 
 def test_hub_cache_lookup_has_the_form_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,10 +371,10 @@ def test_the_commands_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_guide_defines_every_score() -> None:
     guide = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert [metric.key for metric in scores.METRICS if f"`{metric.key}`" not in guide] == []
+    assert [metric.key for metric in METRICS if f"`{metric.key}`" not in guide] == []
 
 
-@pytest.mark.parametrize("module", ["command", "compare"])
+@pytest.mark.parametrize("module", ["command", "compare_command"])
 def test_the_command_starts_without_torch_and_the_heavy_libraries(module: str) -> None:
     code = (
         f"import sys, spt_ds.evaluate.{module}\nprint([name for name in ('torch', 'transformers',"

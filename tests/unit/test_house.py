@@ -22,8 +22,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file imports only from lower layers, or from its own layer inside its own folder.
 LAYERS = [
-    {"errors", "log", "rng"},
-    {"config", "dist", "batch", "data", "evaluate", "plan"},
+    {"display", "errors", "json_input", "log", "rng"},
+    {"config", "dist", "batch", "data", "evaluate", "plan", "run"},
     {"model"},
     {"engine", "export"},
     {
@@ -36,7 +36,7 @@ LAYERS = [
         "doctor",
         "chat",
         "report",
-        "bench",
+        "costs",
         "sweep",
         "tools",
         "api",
@@ -54,7 +54,7 @@ FENCES = {
 WITHOUT_TORCH = [
     "spt_ds.config.load",
     "spt_ds.plan",
-    "spt_ds.evaluate.scores",
+    "spt_ds.evaluate.text_metrics",
     "spt_ds.data.readers",
     "spt_ds.data.encode",
     "spt_ds.cli",

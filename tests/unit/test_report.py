@@ -21,11 +21,17 @@ import pytest
 
 from spt_ds.errors import ConfigError, DataError, SptError
 from spt_ds.evaluate.command import main as evaluate
-from spt_ds.report import plots, sections
+from spt_ds.report import plots
 from spt_ds.report.command import main
 from spt_ds.report.markup import VOID, Markup, join, table, tag
 from spt_ds.report.plots import Heat, Line
 from spt_ds.report.runs import extremes, read_lines, read_run, read_runs
+from spt_ds.report.sections import prompts
+from spt_ds.report.sections.prompts import bank_scores, prompt_use
+from spt_ds.report.sections.replies import examples
+from spt_ds.report.sections.scores import text_scores
+from spt_ds.report.sections.setup import configuration
+from spt_ds.report.sections.training import throughput
 
 MALICE = (
     '<script>document.title="owned"</script><img src="http://evil.example/x"'
@@ -285,8 +291,8 @@ def test_runs_that_answered_different_examples_are_told_apart(
     path.write_text(path.read_text().replace("i like my two dogs", "we all like cats"))
     assert evaluate([str(folder), "--bootstrap", "0"]) == 0
     said = "answered different examples"
-    assert said in sections.scores(read_runs([runs["full"], folder]))
-    assert said not in sections.scores(read_runs([runs["full"]]))
+    assert said in text_scores(read_runs([runs["full"], folder]))
+    assert said not in text_scores(read_runs([runs["full"]]))
 
 
 def test_pace_leaves_out_validation_and_warm_up(runs: dict[str, Path]) -> None:
@@ -299,19 +305,17 @@ def test_pace_leaves_out_validation_and_warm_up(runs: dict[str, Path]) -> None:
     only = [line for line in run.lines if line["step"] < 10]
     assert only[1]["time"] - only[0]["time"] == 60
     batch = run.options["train.global_batch"]
-    assert f"<td>2</td><td>{2 * batch}</td><td>3</td><td>1 min 22 s</td>" in sections.throughput(
-        [run]
-    )
+    assert f"<td>2</td><td>{2 * batch}</td><td>3</td><td>1 min 22 s</td>" in throughput([run])
 
 
 def test_differences_between_runs(runs: dict[str, Path]) -> None:
-    pair = sections.configuration(read_runs([runs["full"], runs["other"]]))
+    pair = configuration(read_runs([runs["full"], runs["other"]]))
     first = pair.partition("<details>")[0]
     assert re.findall(r'<th scope="row">([^<]+)</th><td>([^<]+)</td><td>([^<]+)</td>', first) == [
         ("name", "tiny", "other"),
         ("prompts.count", "4", "3"),
     ]
-    alone = sections.configuration(read_runs([runs["other"]])).partition("<details>")[0]
+    alone = configuration(read_runs([runs["other"]])).partition("<details>")[0]
     assert ("prompts.count", "4", "3") in re.findall(
         r'<th scope="row">([^<]+)</th><td>([^<]+)</td><td>([^<]+)</td>', alone
     )
@@ -344,9 +348,9 @@ def test_replies_of_no_single_prompt(tmp_path: Path) -> None:
         [prediction(0, "hello", None), prediction(1, "you", None)],
     )
     found = read_runs([folder])
-    assert "no use per dialogue turn" in sections.prompt_use(found)
-    assert "No replies with scores" in sections.bank_scores(found)
-    assert "prompt" not in "".join(re.findall(r"<h4>(.*?)</h4>", sections.examples(found)))
+    assert "no use per dialogue turn" in prompt_use(found)
+    assert "No replies with scores" in bank_scores(found)
+    assert "prompt" not in "".join(re.findall(r"<h4>(.*?)</h4>", examples(found)))
 
 
 def test_runs_are_named_by_their_folder_or_whole_path(
@@ -362,8 +366,8 @@ def test_shares_of_prompts_over_time(
 ) -> None:
     seen: list[Heat] = []
     monkeypatch.setattr(plots, "heat", lambda name, alt, one: seen.append(one) or Markup(""))
-    monkeypatch.setattr(sections, "MOST_BINS", 2)
-    sections.prompt_use([read_run(runs["other"], "other")])
+    monkeypatch.setattr(prompts, "MOST_BINS", 2)
+    prompt_use([read_run(runs["other"], "other")])
     counts = np.asarray(
         [[1, 1, 0], [3, 1, 0], [6, 1, 0], [2, 1, 0]]
     )  # step % 7 of steps 1, 10, 20, 30
@@ -375,7 +379,7 @@ def test_shares_of_prompts_over_time(
 def test_mean_scores_by_speaker(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Heat] = []
     monkeypatch.setattr(plots, "heat", lambda name, alt, one: seen.append(one) or Markup(""))
-    sections.bank_scores([read_run(runs["full"], "full")])
+    bank_scores([read_run(runs["full"], "full")])
     assert list(seen[0].marked) == [0, 1, 0, 1, 0, 1]
     assert seen[0].values.shape == (3, 6)
     assert seen[1].columns == ["0", "1"]
@@ -549,10 +553,10 @@ def test_options_set_for_the_replies_alone_are_shown(tmp_path: Path) -> None:
             "config": {"name": "tiny", "generate": {"mode": mode}},
         }
         (run / "generate" / "generate.json").write_text(json.dumps(record))
-    shown = Page(sections.configuration(read_runs(runs))).text()
+    shown = Page(configuration(read_runs(runs))).text()
     assert "The runs were trained with the same configuration." in shown
     assert "Options set for the replies alone. key a b generate.mode select random" in shown
-    assert "replies alone" not in Page(sections.configuration([read_run(runs[0], "a")])).text()
+    assert "replies alone" not in Page(configuration([read_run(runs[0], "a")])).text()
     (runs[1] / "generate" / "generate.json").write_text(
         json.dumps({**record, "config": {"generate": {"mode": 3}}})
     )

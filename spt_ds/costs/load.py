@@ -1,6 +1,4 @@
-"""What happens before the first step: reading the base's weights and proving it usable, and
-tokenising a data set.
-"""
+"""What happens before the first step: reading the base and proving it usable, and tokenising."""
 
 from __future__ import annotations
 
@@ -14,9 +12,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from spt_ds.bench.measuring import Clock, peak_bytes, reset_peak, timed
-from spt_ds.bench.shapes import SHAPES
 from spt_ds.config.schema import ModelConfig
+from spt_ds.costs.meters import Clock, peak_bytes, reset_peak, timed
+from spt_ds.costs.random_bases import SHAPES
 from spt_ds.data.encode import encode_many
 from spt_ds.data.readers import read
 from spt_ds.model.backbone import base_dtype, build_backbone, load_tokenizer

@@ -1,5 +1,6 @@
-"""Bases of real shape with random weights, and micro-batches of real lengths, for benchmarks
-without downloads.
+"""Bases of real shape with random weights, and micro-batches of real lengths.
+
+With them costs are measured without downloads.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ SHAPES = {
 def build(shape: str, config: Config, device: torch.device) -> tuple[Backbone, Spt]:
     """A backbone of random weights and the method on it.
 
-    With `config.model.base_bits` 4 or 8 each layer is drawn and quantised before the next one: the
-    base never is in 16 bits as a whole.
+    With `config.model.base_bits` 4 or 8 each layer is drawn and quantised before the next, so that
+    the whole base never exists in 16 bits.
     """
     torch.manual_seed(0)
     dtype = base_dtype(config.model.base_bits)
@@ -70,9 +71,8 @@ def build(shape: str, config: Config, device: torch.device) -> tuple[Backbone, S
         from spt_ds.model.quant_load import load_quantized
 
         drawn = config.model.model_copy(update={"random_init": True})
-        lm: Any = load_quantized(drawn, SHAPES[shape](), shape, None, dtype).to(
-            device
-        )  # the buffers are still behind
+        lm: Any = load_quantized(drawn, SHAPES[shape](), shape, None, dtype)
+        lm.to(device)  # the weights are there already, the buffers are not
     else:
         with device:
             lm = AutoModelForCausalLM.from_config(
@@ -86,17 +86,18 @@ def build(shape: str, config: Config, device: torch.device) -> tuple[Backbone, S
 
 
 def micro_batch(source: str, tokenizer: str, size: int, vocabulary: int, max_tokens: int) -> Batch:
-    """A micro-batch whose lengths stand for those of a real data set: examples at evenly spaced
-    quantiles of length.
+    """A micro-batch whose lengths stand for those of a real data set.
+
+    Its examples lie at evenly spaced quantiles of length.
     """
     loaded = load_tokenizer(ModelConfig(base=tokenizer))
-    encoded = [
-        one for _, one in encode_many(islice(read(source, "auto"), SAMPLE), loaded, max_tokens)
-    ]
-    encoded.sort(key=lambda one: len(one.context_ids) + len(one.response_ids))
-    chosen = [encoded[(2 * place + 1) * len(encoded) // (2 * size)] for place in range(size)]
-    contexts = [torch.tensor(one.context_ids) % vocabulary for one in chosen]
-    responses = [torch.tensor(one.response_ids) % vocabulary for one in chosen]
+    dialogues = islice(read(source, "auto"), SAMPLE)
+    encoded = [example for _, example in encode_many(dialogues, loaded, max_tokens)]
+    encoded.sort(key=lambda example: len(example.context_ids) + len(example.response_ids))
+    chosen = [encoded[(2 * row + 1) * len(encoded) // (2 * size)] for row in range(size)]
+    # The tokenizer may know more ids than the base: a cost does not depend on which token it is.
+    contexts = [torch.tensor(example.context_ids) % vocabulary for example in chosen]
+    responses = [torch.tensor(example.response_ids) % vocabulary for example in chosen]
     return Batch(
         torch.cat(contexts),
         torch.cat(responses),

@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spt_ds.batch import Batch
-from spt_ds.bench import command
-from spt_ds.bench.measuring import Clock, Inside
-from spt_ds.bench.naive import naive_loss
-from spt_ds.bench.shapes import build, micro_batch
-from spt_ds.bench.step import Reads
 from spt_ds.config.load import load_config
+from spt_ds.costs import command
+from spt_ds.costs.meters import Clock, Inside
+from spt_ds.costs.naive_step import naive_loss
+from spt_ds.costs.random_bases import build, micro_batch
+from spt_ds.costs.step import Reads
 from spt_ds.model.attention import PACKED, Layout
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.spt import Counts

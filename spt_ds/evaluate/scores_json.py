@@ -11,10 +11,16 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 import spt_ds
+from spt_ds.display import printable, shortened
 from spt_ds.errors import DataError
-from spt_ds.evaluate import scores as text
-from spt_ds.evaluate.measures import OPT_VOCABULARY, Measured, measure, prompt_rows
-from spt_ds.evaluate.predictions import PredictionFile, read_predictions
+from spt_ds.evaluate import text_metrics
+from spt_ds.evaluate.corpus_metrics import (
+    OPT_VOCABULARY,
+    CorpusMetrics,
+    corpus_metrics,
+    prompt_rows,
+)
+from spt_ds.run.predictions import read_predictions
 
 FILE_NAME = "scores.json"
 LIBRARIES = ("sacrebleu", "rouge-score", "bert-score", "numpy")
@@ -39,9 +45,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of one file. Keys are those of `scores.METRICS`; a metric that was skipped has no
-    key.
-    """
+    """The scores of one file. Keys are those of `columns.METRICS`; a skipped metric has no key."""
 
     values: dict[str, float]
     intervals: dict[str, tuple[float, float]]
@@ -66,29 +70,30 @@ def evaluate(
 
     Raises DataError for a file that cannot be used.
     """
-    return score(measure(read_predictions(path), ead_vocabulary), resamples=resamples, seed=seed)
+    metrics = corpus_metrics(read_predictions(path), ead_vocabulary)
+    return scores_of(metrics, resamples=resamples, seed=seed)
 
 
-def score(measured: Measured, *, resamples: int = 0, seed: int = 0) -> Scores:
-    """Turn the measures of a file into its scores."""
-    file = measured.file
+def scores_of(metrics: CorpusMetrics, *, resamples: int = 0, seed: int = 0) -> Scores:
+    """Turn the metrics of a file into its scores."""
+    file = metrics.file
     return Scores(
-        values={key: one.value() for key, one in measured.measures.items()},
-        intervals=measured.intervals(resamples, seed),
+        values={key: statistic.value() for key, statistic in metrics.statistics.items()},
+        intervals=metrics.intervals(resamples, seed),
         prompt_counts=(
             []
-            if "prompt use" in measured.skipped
+            if "prompt use" in metrics.skipped
             else prompt_rows(file).sum(axis=0).astype(int).tolist()
         ),
-        lengths=_lengths(measured),
-        skipped=measured.skipped,
+        lengths=_lengths(metrics),
+        skipped=metrics.skipped,
         settings=Settings(
             examples=len(file.rows),
             dialogues=max(file.units) + 1,
             predictions_sha256=file.sha256,
             data_sha256=file.data_sha256,
-            bleu_signature=text.bleu_signature(),
-            ead_vocabulary=measured.ead_vocabulary,
+            bleu_signature=text_metrics.bleu_signature(),
+            ead_vocabulary=metrics.ead_vocabulary,
             resamples=resamples,
             seed=seed,
             versions={"spt-ds": spt_ds.__version__, **_versions()},
@@ -105,25 +110,23 @@ def load_scores(path: Path) -> Scores:
             f"{path}: cannot be read ({error.strerror}); `spt-ds evaluate` writes one"
         ) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
+        fault = error.errors(include_url=False, include_context=False)[0]
+        key = shortened(printable(".".join(map(str, fault["loc"])))) or "the file"
         raise DataError(
-            f"{path}: {key}: {first['msg']}; write the file again with: spt-ds evaluate"
+            f"{path}: {key}: {shortened(fault['msg'])}; write the file again with: spt-ds evaluate"
             f" {path.parent}"
         ) from error
 
 
-def _lengths(measured: Measured) -> dict[str, dict[str, float]]:
-    file: PredictionFile = measured.file
-    found = {
-        "reply_words": [len(reply.split()) for reply in measured.replies],
-        "reference_words": [len(row.reference.split()) for row in file.rows],
-        "new_tokens": [row.new_tokens for row in file.rows if row.new_tokens is not None],
-        "context_tokens": [
-            row.context_tokens for row in file.rows if row.context_tokens is not None
-        ],
+def _lengths(metrics: CorpusMetrics) -> dict[str, dict[str, float]]:
+    rows = metrics.file.rows
+    columns = {
+        "reply_words": [len(reply.split()) for reply in metrics.replies],
+        "reference_words": [len(row.reference.split()) for row in rows],
+        "new_tokens": [row.new_tokens for row in rows if row.new_tokens is not None],
+        "context_tokens": [row.context_tokens for row in rows if row.context_tokens is not None],
     }
-    return {name: text.summary(values) for name, values in found.items() if values}
+    return {name: text_metrics.summary(values) for name, values in columns.items() if values}
 
 
 def _versions() -> dict[str, str]:

@@ -1,6 +1,4 @@
-"""Tables of numbers as text, Markdown, LaTeX and CSV, and files that are written whole or not at
-all.
-"""
+"""Tables of numbers as text, Markdown, LaTeX and CSV, and their files, written whole or not."""
 
 from __future__ import annotations
 
@@ -27,8 +25,9 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Table:
-    """Headings and rows; the first column names the row. None is an empty cell, a float shows two
-    decimals.
+    """Headings and rows; the first column names the row.
+
+    None is an empty cell, a float shows two decimals.
     """
 
     columns: Sequence[str]
@@ -40,8 +39,8 @@ class Table:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
             "  ".join(
-                cell.rjust(width) if place else cell.ljust(width)
-                for place, (cell, width) in enumerate(pairs)
+                cell.rjust(width) if column else cell.ljust(width)
+                for column, (cell, width) in enumerate(pairs)
             )
             for pairs in (list(zip(row, widths, strict=True)) for row in cells)
         ]

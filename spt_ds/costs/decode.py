@@ -1,5 +1,4 @@
-"""Decoding over several prompts: each example once, against the whole batch once per distinct
-prompt.
+"""Decoding over several prompts: each example once, beside the whole batch once per prompt.
 
 A row-step is one row of one forward call of the base: what decoding costs, counted rather than
 timed.
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 
 from spt_ds.batch import Batch
-from spt_ds.bench.measuring import Clock, peak_bytes, reset_peak, timed
-from spt_ds.bench.shapes import build, micro_batch
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import GenerateConfig
+from spt_ds.costs.meters import Clock, peak_bytes, reset_peak, timed
+from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.decode import choose_prompts, decode
 from spt_ds.model.spt import Spt
@@ -38,9 +37,7 @@ class _RowSteps:
 
 
 def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens, row-steps, cost and peak memory of decoding `args.batch` examples over `prompts`
-    prompts.
-    """
+    """Tokens, row-steps, cost and peak memory of decoding `args.batch` examples."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     overrides = [
         f"prompts.count={prompts}",
@@ -69,8 +66,7 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
 def _decode(
     backbone: Backbone, spt: Spt, batch: Batch, mode: str, new_tokens: int
 ) -> tuple[list[list[int]], list[Any]]:
-    # Prompts drawn per example: with random weights the retriever would choose the same one for
-    # all.
+    # The prompt of each example is drawn: random weights would choose the same one for all.
     options = GenerateConfig(mode=mode, max_new_tokens=new_tokens)
     with torch.no_grad():
         out = backbone(decode, spt, batch, options, (NO_END, 0), False)
@@ -89,4 +85,4 @@ def _once_per_prompt(
     )
     distinct = sorted({k for k in chosen if k is not None})
     whole = {k: _decode(backbone, spt, batch, f"fixed:{k}", new_tokens)[0] for k in distinct}
-    return [whole[k][place] for place, k in enumerate(chosen) if k is not None]
+    return [whole[k][row] for row, k in enumerate(chosen) if k is not None]

@@ -1,7 +1,6 @@
-"""What one prompt more in the bank costs: steps with K and with K + 1 prompts, in turn on the same
-base.
+"""What one prompt more in the bank costs: steps with K and with K + 1 prompts on the same base.
 
-In turn, because on a shared machine two runs one after the other differ by more than a prompt
+The two take turns. On a shared machine two runs one after the other differ by more than a prompt
 costs.
 """
 
@@ -13,34 +12,35 @@ from typing import Any
 
 import torch
 
-from spt_ds.bench.measuring import Inside, peak_bytes, reset_peak
-from spt_ds.bench.shapes import build, micro_batch
-from spt_ds.bench.step import Stepper, config_of
+from spt_ds.costs.meters import Inside, peak_bytes, reset_peak
+from spt_ds.costs.random_bases import build, micro_batch
+from spt_ds.costs.step import Stepper, config_of
 from spt_ds.model.spt import Spt, build_trainables
 
 CASES = ("prefix", "suffix")
 
 
 def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Cost of a step of K prompts, and the median over pairs of steps of what K + 1 cost beyond
-    that, as a share.
+    """Cost of a step of K prompts, and the share by which K + 1 prompts cost more.
+
+    The share is the median over pairs of steps.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone, spt = build(args.shape, config_of(case, prompts, args), device)
     config = config_of(case, prompts + 1, args)
     larger = Spt(config, build_trainables(config, backbone, [], seed=0), pad_id=0)
     batch = micro_batch(args.data, args.tokenizer, args.batch, backbone.vocabulary, args.max_tokens)
-    steppers = [Stepper(case, backbone, one, batch, args) for one in (spt, larger)]
+    steppers = [Stepper(case, backbone, bank, batch, args) for bank in (spt, larger)]
     inside = Inside(backbone.lm.base_model, steppers[0].clock)
     reset_peak(device)
     pairs = [
         [sum(stepper.step(inside).values()) for stepper in steppers] for _ in range(args.steps + 1)
     ][1:]
-    share = statistics.median((more - one) / one for one, more in pairs)
+    share = statistics.median((more - less) / less for less, more in pairs)
     return {
         "case": case,
         "prompts": prompts,
-        "cost": statistics.median(one for one, _ in pairs),
+        "cost": statistics.median(less for less, _ in pairs),
         "cost_unit": steppers[0].clock.unit,
         "cost_of_one_more": statistics.median(more for _, more in pairs),
         "share_of_one_more": share,

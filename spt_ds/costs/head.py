@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from spt_ds.bench.measuring import Clock, peak_bytes, reset_peak, timed
+from spt_ds.costs.meters import Clock, peak_bytes, reset_peak, timed
 from spt_ds.model.head import FrozenHead
 
 CASES = ("naive", "ours")

@@ -1,14 +1,9 @@
-"""`spt-ds compare`: one table of several runs, seeds of a recipe averaged, with the gains over a
-baseline.
-"""
+"""Several runs in one table: seeds of a recipe averaged, with the gains over a baseline."""
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +11,14 @@ from typing import Any
 
 import yaml
 
-from spt_ds.errors import DataError, SptError
-from spt_ds.evaluate import evaluation, predictions, report_tables
-from spt_ds.evaluate.evaluation import Scores
-from spt_ds.evaluate.report_tables import Cell, Table
-from spt_ds.evaluate.scores import METRICS, WIDE_COLUMNS
+from spt_ds.config.load import flatten
+from spt_ds.display import shown
+from spt_ds.errors import DataError
+from spt_ds.evaluate import scores_json
+from spt_ds.evaluate.columns import METRICS, WIDE_COLUMNS
+from spt_ds.evaluate.scores_json import Scores
+from spt_ds.evaluate.tables import Cell, Table
+from spt_ds.run import predictions
 
 CONFIG = "config.yaml"
 # What two runs must share for a gain between them to mean anything.
@@ -31,7 +29,7 @@ FREE = ("train.seed", "engine.", "checkpoint.", "log.")
 
 
 @dataclass(frozen=True)
-class Run:
+class ScoredRun:
     """A run folder: recipe name and seed from its configuration, and its scores."""
 
     folder: Path
@@ -44,12 +42,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one recipe: mean and sample standard deviation of each metric that all of them
-    have.
+    """The runs of one recipe, with mean and sample standard deviation of their metrics.
+
+    A metric counts only where all of the runs have it.
     """
 
     name: str
-    runs: list[Run]
+    runs: list[ScoredRun]
     mean: dict[str, float]
     std: dict[str, float]
     """Empty for a single run."""
@@ -68,51 +67,41 @@ class Comparison:
         return self.groups[0]
 
     def gains(self, group: Group) -> dict[str, tuple[float, float | None]]:
-        """Absolute gain over the baseline and the same in percent of it (None where the baseline is
-        0).
-        """
+        """Gain over the baseline by metric, absolute and in percent (None over a baseline of 0)."""
         base = self.baseline.mean
-        found = {key: value - base[key] for key, value in group.mean.items() if key in base}
         return {
-            key: (gain, 100.0 * gain / base[key] if base[key] else None)
-            for key, gain in found.items()
+            key: (value - base[key], 100.0 * (value - base[key]) / base[key] if base[key] else None)
+            for key, value in group.mean.items()
+            if key in base
         }
 
     def diversity_gain(self, group: Group) -> float | None:
-        """The mean of DIST-1's and DIST-2's gains in percent: the paper's measure of added
-        diversity.
+        """The mean of DIST-1's and DIST-2's gains in percent.
+
+        It is the paper's measure of added diversity.
         """
         gains = self.gains(group)
-        parts = [gains[key][1] for key in ("dist1", "dist2")]
-        known = [part for part in parts if part is not None]
+        known = [gain for key in ("dist1", "dist2") if (gain := gains[key][1]) is not None]
         return sum(known) / 2 if len(known) == 2 else None
 
     def wide(self) -> Table:
-        """Recipes in rows, metrics in the order of the paper's table; two rows of gains under each
-        recipe.
-        """
+        """Recipes in rows, metrics in the order of the paper's table; gains under each recipe."""
         columns = [
-            one
-            for one in METRICS
-            if one.key in WIDE_COLUMNS and any(one.key in g.mean for g in self.groups)
+            metric
+            for metric in METRICS
+            if metric.key in WIDE_COLUMNS and any(metric.key in g.mean for g in self.groups)
         ]
         rows: list[list[Cell]] = []
         for group in self.groups:
-            rows.append(
-                [group.name, len(group.runs), *(_spread(group, one.key) for one in columns)]
-            )
+            spreads = (_spread(group, metric.key) for metric in columns)
+            rows.append([group.name, len(group.runs), *spreads])
             if group is not self.baseline:
                 gains = self.gains(group)
                 for label, part, sign in (("  gain", 0, ""), ("  gain %", 1, " %")):
-                    cells = (gains.get(one.key, (None, None))[part] for one in columns)
-                    rows.append(
-                        [
-                            label,
-                            None,
-                            *(None if gain is None else f"{gain:+.2f}{sign}" for gain in cells),
-                        ]
-                    )
-        return Table(["recipe", "runs", *(one.label for one in columns)], rows)
+                    cells = (gains.get(metric.key, (None, None))[part] for metric in columns)
+                    told = (None if gain is None else f"{gain:+.2f}{sign}" for gain in cells)
+                    rows.append([label, None, *told])
+        return Table(["recipe", "runs", *(metric.label for metric in columns)], rows)
 
     def long(self) -> Table:
         """A row per recipe and metric, for other programs."""
@@ -150,28 +139,28 @@ class Comparison:
 
 
 def compare(runs: Sequence[str | Path], baseline: str | Path) -> Comparison:
-    """Read the runs, average those that share a recipe name, and set them against the recipe of
-    `baseline`.
+    """Read the runs, average those that share a recipe name, and set them against the baseline's.
 
     The baseline need not be among `runs`. Raises DataError for a folder without scores or
     predictions, and for runs that answered other examples or were scored with other settings than
     the baseline.
     """
-    folders = {Path(one).resolve(): Path(one) for one in (baseline, *runs)}
-    found = [read_run(folder) for folder in folders.values()]
-    for run in found[1:]:
-        _check_comparable(found[0], run)
-    names = dict.fromkeys(run.name for run in found)
-    groups = [_group(name, [run for run in found if run.name == name]) for name in names]
+    folders = {Path(folder).resolve(): Path(folder) for folder in (baseline, *runs)}
+    scored = [read_run(folder) for folder in folders.values()]
+    for run in scored[1:]:
+        _check_comparable(scored[0], run)
+    names = dict.fromkeys(run.name for run in scored)
+    groups = [_group(name, [run for run in scored if run.name == name]) for name in names]
     skipped = dict.fromkeys(
-        f"{family} skipped: {why}" for run in found for family, why in run.scores.skipped.items()
+        f"{family} skipped: {why}" for run in scored for family, why in run.scores.skipped.items()
     )
     return Comparison(groups, [*(note for group in groups for note in _notes(group)), *skipped])
 
 
-def read_run(folder: Path) -> Run:
-    """Read a run folder. Its scores.json counts when it belongs to the predictions beside it; else
-    they are scored.
+def read_run(folder: Path) -> ScoredRun:
+    """Read a run folder.
+
+    Its scores.json counts when it belongs to the predictions beside it; else they are scored.
     """
     if not folder.is_dir():
         raise DataError(
@@ -180,60 +169,13 @@ def read_run(folder: Path) -> Run:
     options = _read_options(folder / CONFIG)
     name, seed = options.get("name", folder.resolve().name), options.get("train.seed")
     if not isinstance(name, str):
-        raise DataError(f"{folder / CONFIG}: name is {name!r}, expected a string")
+        raise DataError(f"{folder / CONFIG}: name is {shown(name)}, expected a string")
     if seed is not None and not isinstance(seed, int):
-        raise DataError(f"{folder / CONFIG}: train.seed is {seed!r}, expected a whole number")
+        raise DataError(f"{folder / CONFIG}: train.seed is {shown(seed)}, expected a whole number")
     scores = _read_scores(folder)
-    place = predictions.locate(folder, predictions.FILE_NAME, evaluation.FILE_NAME)
-    options |= _flat("", predictions.generated_with(place, scores.settings.predictions_sha256))
-    return Run(folder, name, seed, options, scores)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Compare, print and, with --out, write; return 0, or 2 for a fault of the user's, told in one
-    line on stderr.
-    """
-    parser = argparse.ArgumentParser(
-        prog="spt-ds compare", description="One table of several runs."
-    )
-    parser.add_argument(
-        "runs",
-        type=Path,
-        nargs="+",
-        metavar="RUN",
-        help="folder with predictions.jsonl or scores.json",
-    )
-    parser.add_argument(
-        "--baseline",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="run that gains are measured over",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for compare.json, .csv, .md and .tex"
-    )
-    args = parser.parse_args(argv)
-    try:
-        result = compare(args.runs, args.baseline)
-        print(result.wide().text())
-        for group in result.groups[1:]:
-            gain = result.diversity_gain(group)
-            if gain is not None:
-                print(
-                    f"{group.name}: mean gain of DIST-1 and DIST-2 over {result.baseline.name}"
-                    f" {gain:+.1f} %"
-                )
-        print("".join(f"{note}\n" for note in result.notes), end="")
-        if args.out is not None:
-            paths = report_tables.write_files(
-                args.out, "compare", result.to_json(), result.long(), result.wide()
-            )
-            print("written: " + " ".join(map(str, paths)))
-    except SptError as error:
-        print(f"spt-ds compare: {error}", file=sys.stderr)
-        return 2
-    return 0
+    answers = predictions.locate(folder, predictions.FILE_NAME, scores_json.FILE_NAME)
+    options |= flatten(predictions.generated_with(answers, scores.settings.predictions_sha256))
+    return ScoredRun(folder, name, seed, options, scores)
 
 
 def _read_options(path: Path) -> dict[str, Any]:
@@ -244,50 +186,40 @@ def _read_options(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise DataError(f"{path}:{line}: not YAML ({error.problem})") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read as YAML ({error})") from error
+    # PyYAML recurses into nested values, and Python limits the digits of a number.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read as YAML ({shown(error)})") from error
     if not isinstance(tree, dict):
         raise DataError(
             f"{path}: got a {type(tree).__name__}, expected keys such as 'name' and 'train'"
         )
-    return dict(_flat("", tree))
-
-
-def _flat(prefix: str, tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(f"{prefix}{key}.", value)
-        else:
-            yield f"{prefix}{key}", value
+    return flatten(tree)
 
 
 def _read_scores(run: Path) -> Scores:
-    folder = predictions.locate(run, predictions.FILE_NAME, evaluation.FILE_NAME)
-    written, source = folder / evaluation.FILE_NAME, folder / predictions.FILE_NAME
+    folder = predictions.locate(run, predictions.FILE_NAME, scores_json.FILE_NAME)
+    written, source = folder / scores_json.FILE_NAME, folder / predictions.FILE_NAME
     if not written.exists():
-        return evaluation.evaluate(folder)
-    scores = evaluation.load_scores(written)
-    if (
-        source.exists()
-        and hashlib.sha256(source.read_bytes()).hexdigest() != scores.settings.predictions_sha256
-    ):
-        return evaluation.evaluate(folder)
+        return scores_json.evaluate(folder)
+    scores = scores_json.load_scores(written)
+    if source.exists() and predictions.sha256_of(source) != scores.settings.predictions_sha256:
+        return scores_json.evaluate(folder)
     return scores
 
 
-def _check_comparable(base: Run, other: Run) -> None:
+def _check_comparable(base: ScoredRun, other: ScoredRun) -> None:
     for name in COMMON:
         expected, got = getattr(base.scores.settings, name), getattr(other.scores.settings, name)
         if got != expected:
             raise DataError(
-                f"{other.folder}: {name} is {got!r}, but {expected!r} in the baseline"
+                f"{other.folder}: {name} is {shown(got)}, but {shown(expected)} in the baseline"
                 f" {base.folder}; runs are compared on the same examples, scored alike: generate"
                 " from the same data and run `spt-ds evaluate` on both"
             )
 
 
-def _group(name: str, runs: list[Run]) -> Group:
-    shared = [one.key for one in METRICS if all(one.key in run.scores.values for run in runs)]
+def _group(name: str, runs: list[ScoredRun]) -> Group:
+    shared = [m.key for m in METRICS if all(m.key in run.scores.values for run in runs)]
     columns = {key: [run.scores.values[key] for run in runs] for key in shared}
     mean = {key: math.fsum(values) / len(values) for key, values in columns.items()}
     std = (

@@ -57,9 +57,7 @@ def naive_loss(backbone: Backbone, spt: Spt, batch: Batch, length: int) -> torch
 def _logits(
     backbone: Backbone, prompt: torch.Tensor, text: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """prompt [P, D], text [B, T], mask [B, P + T] -> fp32 logits [B, P + T, V] of one pass of the
-    base.
-    """
+    """prompt [P, D], text [B, T], mask [B, P + T] -> fp32 logits [B, P + T, V] of one pass."""
     table = backbone.embed(text)
     rows = torch.cat([prompt.to(table.dtype).expand(len(text), -1, -1), table], dim=1)
     logits: torch.Tensor = backbone.lm(
@@ -71,8 +69,9 @@ def _logits(
 def _padded(
     batch: Batch, length: int, virtual: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids [B, T], the target that each position predicts [B, P + T] (-100: none), and the
-    padding mask.
+    """Token ids [B, T], targets [B, P + T] (-100: none) and padding mask [B, P + T].
+
+    A target is what the position before it predicts.
     """
     text = torch.zeros(len(batch), length, dtype=torch.long)
     targets = torch.full((len(batch), virtual + length), -100)

@@ -1,5 +1,4 @@
-"""A training step of one case at a given shape: forward pass of the base, losses, backward pass and
-optimizer apart.
+"""A training step at a given shape: base's forward, losses, backward and optimizer apart.
 
 FLOPs are counted as 4N for each position that is read, N the weights of the layers: frozen weights
 need the forward pass and the gradient of activations, none of weights. A context that is read
@@ -17,28 +16,25 @@ from typing import Any
 import torch
 
 from spt_ds.batch import Batch
-from spt_ds.bench.measuring import Clock, Inside, matmul_ceiling, peak_bytes, reset_peak
-from spt_ds.bench.naive import naive_loss
-from spt_ds.bench.shapes import build, micro_batch
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
+from spt_ds.costs.meters import Clock, Inside, matmul_ceiling, peak_bytes, reset_peak
+from spt_ds.costs.naive_step import naive_loss
+from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.model.backbone import Backbone, base_dtype
 from spt_ds.model.spt import Counts, Spt
 from spt_ds.plan import BaseShape
 
-CASES = (
-    "naive",
-    "prefix",
-    "suffix",
-    "precise",
-)  # precise: prefix in float64, to see whose rounding a difference is
+# precise is prefix in float64: it shows whose rounding a difference is.
+CASES = ("naive", "prefix", "suffix", "precise")
 DEFAULT = CASES[:3]
 PARTS = ("forward", "losses", "backward", "optimizer")
 
 
 def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Losses, gradients, cost of each part, peak memory, and throughput beside the matmul ceiling,
-    of one case.
+    """Losses, gradients, cost of each part, peak memory and throughput of one case.
+
+    Beside the throughput is what matrix products reach on this device.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config_of(case, prompts, args)
@@ -83,9 +79,8 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
 
 def config_of(case: str, prompts: int, args: argparse.Namespace) -> Config:
     """The settings of one case with so many prompts."""
-    recompute = (
-        "non_reentrant" if case == "naive" else args.checkpointing
-    )  # the reference always recomputes
+    # The reference always computes activations again in the backward pass.
+    recompute = "non_reentrant" if case == "naive" else args.checkpointing
     return load_config(
         "demo",
         [
@@ -101,8 +96,9 @@ def config_of(case: str, prompts: int, args: argparse.Namespace) -> Config:
 
 
 class Stepper:
-    """Takes the same training step again and again: at a rate of 0 the optimizer does all of its
-    work for nothing.
+    """Takes the same training step again and again.
+
+    At a learning rate of 0 the optimizer does all of its work and moves nothing.
     """
 
     def __init__(

@@ -1,6 +1,4 @@
-"""Cost and peak memory of a piece of work, and what the device's matrix products reach in the same
-run.
-"""
+"""Cost and peak memory of a piece of work, and what matrix products reach in the same run."""
 
 from __future__ import annotations
 
@@ -31,9 +29,8 @@ class Inside:
 
     def __init__(self, base: torch.nn.Module, clock: Clock) -> None:
         self.clock, self.start, self.total = clock, 0.0, 0.0
-        module = getattr(
-            base, "decoder", base
-        )  # OPT's causal LM calls the decoder in its base model directly
+        # OPT's causal LM calls the decoder in its base model directly.
+        module = getattr(base, "decoder", base)
         module.register_forward_pre_hook(self._enter)
         module.register_forward_hook(self._leave)
 
@@ -63,8 +60,9 @@ def timed(step: Callable[[], Any], device: torch.device, steps: int) -> tuple[li
 def matmul_ceiling(
     device: torch.device, dtype: torch.dtype, rows: int, hidden: int, ffn: int
 ) -> float:
-    """TFLOP per cost of the best of five products [rows, hidden] x [hidden, ffn], the largest of a
-    layer.
+    """TFLOP per cost of the best of five products [rows, hidden] x [hidden, ffn].
+
+    It is the largest product of a layer.
     """
     left = torch.randn(rows, hidden, device=device).to(dtype)
     right = torch.randn(hidden, ffn, device=device).to(dtype)
@@ -79,10 +77,11 @@ def matmul_ceiling(
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the largest memory so far (Linux: 5 written to clear_refs resets the high-water mark)."""
+    """Forget the largest memory so far."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        # On Linux a 5 resets the high-water mark of the resident memory.
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 

@@ -1,7 +1,7 @@
-"""Text scores as pure functions over replies and references; docs/metrics.md holds each
-definition's source.
+"""Text metrics as pure functions over replies and references.
 
-Percentages are on a scale of 0 to 100. Nothing here reads files or draws random numbers.
+Percentages are on a scale of 0 to 100; docs/metrics.md holds each definition's source. Nothing here
+reads files or draws random numbers. Shape letters: N examples, R rows of sums or counts, K prompts.
 """
 
 from __future__ import annotations
@@ -10,46 +10,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A column of the tables: its key in `scores.json`, its heading, its meaning in a few words."""
-
-    key: str
-    label: str
-    meaning: str
-
-
-METRICS = (
-    Metric("f1_spt", "F1", "word overlap with the reference, %, words as they stand"),
-    Metric("bleu", "BLEU", "corpus BLEU of sacrebleu"),
-    Metric("rouge1", "R-1", "ROUGE-1 F-measure, %"),
-    Metric("rouge2", "R-2", "ROUGE-2 F-measure, %"),
-    Metric("rougeL", "R-L", "ROUGE-L F-measure, %"),
-    Metric("bert_f1", "BERT-F1", "BERTScore F1, %"),
-    Metric("bert_p", "BERT-P", "BERTScore precision, %"),
-    Metric("bert_r", "BERT-R", "BERTScore recall, %"),
-    Metric("dist1", "DIST-1", "distinct over total words of all replies, %"),
-    Metric("dist2", "DIST-2", "distinct over total bigrams of all replies, %"),
-    Metric("f1_parlai", "F1-ParlAI", "word overlap after ParlAI's normalisation, %"),
-    Metric("dist3", "DIST-3", "distinct over total trigrams of all replies, %"),
-    Metric("ead1", "EAD-1", "distinct over expected distinct words, %"),
-    Metric("ead2", "EAD-2", "distinct over expected distinct bigrams, %"),
-    Metric("ppl_token", "PPL/token", "perplexity of the reference per token; lower is better"),
-    Metric("ppl_word", "PPL/word", "perplexity of the reference per word; lower is better"),
-    Metric("reply_words", "words", "mean words per reply"),
-    Metric("empty_replies", "empty %", "replies without a word, %"),
-    Metric("prompt_entropy", "prompt H", "normalised entropy of the prompts' use, 0 to 1"),
-)
-PAPER_COLUMNS = tuple(metric.key for metric in METRICS[:10])
-WIDE_COLUMNS = (*PAPER_COLUMNS, "ead1", "ead2", "ppl_token")  # of a table with a system in each row
 
 _STOP = re.compile(r"R:|Q:|Summary:|\n|:")
 _PUNCTUATION = re.compile(r'[!"#$%&()*+,-./:;<=>?@\[\]\\^`{|}~_\']')
@@ -58,8 +23,9 @@ BLEU_ORDERS = 4
 
 
 def clean(prediction: str) -> str:
-    """Cut a raw prediction before the first `R:`, `Q:`, `Summary:`, line end or colon, as the
-    paper's scores do.
+    """Cut a raw prediction before the first `R:`, `Q:`, `Summary:`, line end or colon.
+
+    The paper's scores do the same. The reference is not cut.
     """
     return _STOP.split(prediction, maxsplit=1)[0]
 
@@ -86,21 +52,19 @@ def _overlap(reply: list[str], reference: list[str]) -> float:
 
 
 def bleu_rows(replies: Sequence[str], references: Sequence[str]) -> Floats:
-    """Return `[N, 10]`: reply length, reference length, matches and totals of 1- to 4-grams of
-    every example.
+    """Return `[N, 10]` of every example: lengths of reply and reference, then n-gram counts.
 
-    Summed over examples and given to `bleu_of_sums` they are the corpus BLEU of sacrebleu's
-    defaults.
+    The counts are the matches and the totals of 1- to 4-grams. Summed over examples and given to
+    `bleu_of_sums` the rows are the corpus BLEU of sacrebleu's defaults.
     """
     from sacrebleu.metrics import BLEU
 
-    scorer = BLEU(
-        effective_order=True
-    )  # moves only the sentence score, which is not used; spares a warning
+    # The option changes the sentence score alone, which is not used. It spares a warning.
+    scorer = BLEU(effective_order=True)
     rows = []
     for reply, reference in zip(replies, references, strict=True):
-        one = scorer.sentence_score(reply, [reference])
-        rows.append([one.sys_len, one.ref_len, *one.counts, *one.totals])
+        sentence = scorer.sentence_score(reply, [reference])
+        rows.append([sentence.sys_len, sentence.ref_len, *sentence.counts, *sentence.totals])
     return np.asarray(rows, dtype=np.float64)
 
 
@@ -116,15 +80,15 @@ def bleu_of_sums(sums: Floats) -> Floats:
 
 
 def bleu_signature() -> str:
-    """Return sacrebleu's signature of the corpus score: what must agree for two BLEU figures to be
-    comparable.
+    """Return sacrebleu's signature of the corpus score.
+
+    It must agree for two BLEU figures to be comparable.
     """
     from sacrebleu.metrics import BLEU
 
     scorer = BLEU()
-    scorer.corpus_score(
-        ["a"], [["a"]]
-    )  # the signature holds the number of references, known from a first use
+    # The signature holds the number of references, which the scorer learns from a first use.
+    scorer.corpus_score(["a"], [["a"]])
     return str(scorer.get_signature())
 
 
@@ -150,10 +114,10 @@ def dist_of_counts(distinct: Floats, total: Floats) -> Floats:
 
 
 def ead_of_counts(distinct: Floats, total: Floats, vocabulary: int) -> Floats:
-    """Return EAD in percent: distinct n-grams over those expected of `total` uniform draws from
-    `vocabulary`.
+    """Return EAD in percent; 0 where there is no n-gram. Any shape.
 
-    `100 N / (V (1 - ((V - 1) / V)^C))` of arXiv 2202.13587; 0 where there is no n-gram. Any shape.
+    It divides the distinct n-grams by those expected of `total` uniform draws from `vocabulary`:
+    `100 N / (V (1 - ((V - 1) / V)^C))` of arXiv 2202.13587.
     """
     # expm1 and log1p keep all digits where C is much smaller than V.
     expected = -vocabulary * np.expm1(np.maximum(total, 1.0) * math.log1p(-1.0 / vocabulary))
@@ -173,16 +137,16 @@ def ead(replies: Iterable[str], n: int, vocabulary: int) -> float:
 
 
 def normalised_entropy(counts: Floats) -> Floats:
-    """Return `[R]`, the entropy of each row of `counts` `[R, K]` over log K: 1 all alike, 0 one
-    prompt alone.
+    """Return `[R]`, the entropy of each row of `counts` `[R, K]` over log K.
 
-    A bank of one prompt has entropy 0.
+    1 means that all prompts are used alike, 0 that one prompt is used alone. A bank of one prompt
+    has entropy 0.
     """
     share = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1.0)
     logs = np.log(np.where(share > 0, share, 1.0))
     bank = counts.shape[-1]
     entropy = -(share * logs).sum(axis=-1) / (math.log(bank) if bank > 1 else 1.0)
-    return np.abs(entropy)  # no minus zero
+    return np.abs(entropy)  # the sum of a bank in which one prompt speaks is -0.0
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

@@ -1,0 +1,39 @@
+"""The columns of every table of scores: key in `scores.json`, heading, meaning in a few words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column. docs/metrics.md holds its definition and source."""
+
+    key: str
+    label: str
+    meaning: str
+
+
+METRICS = (
+    Metric("f1_spt", "F1", "word overlap with the reference, %, words as they stand"),
+    Metric("bleu", "BLEU", "corpus BLEU of sacrebleu"),
+    Metric("rouge1", "R-1", "ROUGE-1 F-measure, %"),
+    Metric("rouge2", "R-2", "ROUGE-2 F-measure, %"),
+    Metric("rougeL", "R-L", "ROUGE-L F-measure, %"),
+    Metric("bert_f1", "BERT-F1", "BERTScore F1, %"),
+    Metric("bert_p", "BERT-P", "BERTScore precision, %"),
+    Metric("bert_r", "BERT-R", "BERTScore recall, %"),
+    Metric("dist1", "DIST-1", "distinct over total words of all replies, %"),
+    Metric("dist2", "DIST-2", "distinct over total bigrams of all replies, %"),
+    Metric("f1_parlai", "F1-ParlAI", "word overlap after ParlAI's normalisation, %"),
+    Metric("dist3", "DIST-3", "distinct over total trigrams of all replies, %"),
+    Metric("ead1", "EAD-1", "distinct over expected distinct words, %"),
+    Metric("ead2", "EAD-2", "distinct over expected distinct bigrams, %"),
+    Metric("ppl_token", "PPL/token", "perplexity of the reference per token; lower is better"),
+    Metric("ppl_word", "PPL/word", "perplexity of the reference per word; lower is better"),
+    Metric("reply_words", "words", "mean words per reply"),
+    Metric("empty_replies", "empty %", "replies without a word, %"),
+    Metric("prompt_entropy", "prompt H", "normalised entropy of the prompts' use, 0 to 1"),
+)
+PAPER_COLUMNS = tuple(metric.key for metric in METRICS[:10])
+WIDE_COLUMNS = (*PAPER_COLUMNS, "ead1", "ead2", "ppl_token")  # of a table with a system in each row

@@ -1,0 +1,60 @@
+"""`spt-ds compare`: one table of several runs, on the screen and in files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from spt_ds.errors import SptError
+from spt_ds.evaluate import tables
+from spt_ds.evaluate.comparison import compare
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compare, print and, with --out, write.
+
+    Return 0, or 2 for a fault of the user's, told in one line on stderr.
+    """
+    parser = argparse.ArgumentParser(
+        prog="spt-ds compare", description="One table of several runs."
+    )
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="folder with predictions.jsonl or scores.json",
+    )
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="run that gains are measured over",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for compare.json, .csv, .md and .tex"
+    )
+    args = parser.parse_args(argv)
+    try:
+        result = compare(args.runs, args.baseline)
+        print(result.wide().text())
+        for group in result.groups[1:]:
+            gain = result.diversity_gain(group)
+            if gain is not None:
+                print(
+                    f"{group.name}: mean gain of DIST-1 and DIST-2 over {result.baseline.name}"
+                    f" {gain:+.1f} %"
+                )
+        print("".join(f"{note}\n" for note in result.notes), end="")
+        if args.out is not None:
+            paths = tables.write_files(
+                args.out, "compare", result.to_json(), result.long(), result.wide()
+            )
+            print("written: " + " ".join(map(str, paths)))
+    except SptError as error:
+        print(f"spt-ds compare: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,57 @@
+"""Examples: what was asked, what was expected and what was answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from spt_ds.report.markup import Markup, absent, bullets, join, tag
+from spt_ds.report.runs import Reply, Run, extremes
+
+EXTREMES = 4
+LATEST = 4  # utterances of a history that are open at first
+
+
+def examples(runs: Sequence[Run]) -> Markup:
+    """Replies of highest and lowest F1 against the reference."""
+    parts: list[Markup] = []
+    for run in runs:
+        parts.append(tag("h3", run.label))
+        if not run.replies:
+            parts.append(absent("No replies yet."))
+            continue
+        best, worst = extremes(run.replies, EXTREMES)
+        for heading, replies in (("Best", best), ("Worst", worst)):
+            if replies:
+                cards = tag("div", *map(_card, replies), class_="cards")
+                parts += [tag("p", f"{heading} by F1 against the reference", class_="soft"), cards]
+    return join(parts)
+
+
+def _card(reply: Reply) -> Markup:
+    row = reply.row
+    facts = [f"F1 {100 * reply.f1:.1f}", *([] if row.prompt is None else [f"prompt {row.prompt}"])]
+    facts += [] if row.turn is None else [f"utterance {row.turn}"]
+    parts: list[Markup] = [tag("h4", " · ".join(facts)), tag("p", row.id, class_="soft")]
+    if row.persona:
+        parts += [tag("p", "Persona", class_="soft"), bullets(row.persona)]
+    if row.history:
+        parts += _history(row.history)
+    pairs = [("Reference", row.reference), ("Reply", reply.text or "(empty)")]
+    if row.raw != reply.text:
+        pairs.append(("As decoded, before it was cut", row.raw))
+    texts = (part for name, text in pairs for part in (tag("dt", name), tag("dd", text)))
+    return tag("article", *parts, tag("dl", *texts))
+
+
+def _history(utterances: Sequence[str]) -> list[Markup]:
+    """The last utterance is the partner's, and the two take turns."""
+    items = []
+    for number, text in enumerate(utterances):
+        who = "partner: " if (len(utterances) - number) % 2 else "self: "
+        items.append(tag("li", tag("span", who, class_="who"), text))
+    earlier, latest = items[:-LATEST], items[-LATEST:]
+    parts = [tag("p", "History", class_="soft")]
+    if earlier:
+        heading = tag("summary", f"{len(earlier)} earlier utterances")
+        parts.append(tag("details", heading, tag("ul", *earlier)))
+    return [*parts, tag("ul", *latest)]
