@@ -26,12 +26,12 @@ from typing import Any
 from spt_ds.config.load import load_config
 from spt_ds.engine.stop import EXIT_DONE, EXIT_USER_ERROR
 from spt_ds.errors import EngineError, SptError
+from spt_ds.files import STALE_LOCK_S, build_locks, sha256
 from spt_ds.plan import GIB
 
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes")
 MIN_DISK_GIB = 5.0
 MAX_CLOCK_SPREAD_S = 2.0
-STALE_LOCK_S = 900  # no build of an extension takes that long
 MEASURED_MIB, REPEATS = 16, 5
 
 
@@ -153,14 +153,10 @@ def _disk(what: str, folder: Path) -> Finding:
 
 
 def _stale_locks(folder: Path) -> Iterator[Finding]:
-    """A build of a DeepSpeed op that was killed leaves a lock on which every later start waits for
-    ever.
-    """
-    for lock in sorted(folder.glob("**/lock")):
-        age = time.time() - lock.stat().st_mtime
-        if age > STALE_LOCK_S:
+    for lock, age_s in build_locks(folder):
+        if age_s > STALE_LOCK_S:
             yield Finding(
-                "FAIL", f"{lock}: a killed build left this lock {age / 3600:.1f} h ago; remove it"
+                "FAIL", f"{lock}: a killed build left this lock {age_s / 3600:.1f} h ago; remove it"
             )
 
 
@@ -259,9 +255,7 @@ def _job(args: argparse.Namespace, size: int) -> dict[str, str]:
     }
     if args.deepspeed_config is not None:
         load_ds_config(args.deepspeed_config, config, size)
-        found["DeepSpeed file"] = hashlib.sha256(
-            Path(args.deepspeed_config).read_bytes()
-        ).hexdigest()[:16]
+        found["DeepSpeed file"] = sha256(Path(args.deepspeed_config))[:16]
     return found
 
 

@@ -8,12 +8,9 @@ and one layer.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ConfigError, SptError
+from spt_ds.files import new_folder
 from spt_ds.log import get_logger
 from spt_ds.model.backbone import base_path, load_base_config, load_tokenizer
 from spt_ds.model.quant import Packing, QuantLinear
@@ -97,7 +95,7 @@ def write_quantised(config: ModelConfig, out: Path) -> None:
     base, path = load_base_config(config), base_path(config.base)
     refuse_foreign_quantisation(base, config, path)
     try:
-        with _new_folder(out) as part:
+        with new_folder(out, to_disk=True) as part:
             total = _fill(part, config, base, path)
     except (OSError, SafetensorError) as error:
         free = "make room there, or give a folder that can be written; nothing was left behind"
@@ -105,34 +103,6 @@ def write_quantised(config: ModelConfig, out: Path) -> None:
             f"{out}: the quantised base cannot be written: {str(error).strip()}; {free}"
         ) from error
     get_logger().info("%s: %.1f MiB", out, total / 2**20)
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out`, on disk, if the block ends well and goes
-    otherwise.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # a name nobody else has
-    try:
-        yield part
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o777 & ~mask)  # mkdtemp makes it for the owner alone
-        for path in (*sorted(part.rglob("*")), part):
-            _to_disk(path)
-        part.rename(out)
-        _to_disk(out.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # nothing has that name once it is renamed
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fill(part: Path, config: ModelConfig, base: PretrainedConfig, path: str) -> int:

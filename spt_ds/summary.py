@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_ds.errors import DataError, SptError
+from spt_ds.files import sha256
 
 LOSSES = (
     ("validation loss (nll, selection, fusion)", "loss"),
@@ -72,7 +72,7 @@ def summary_rows(run: Path) -> list[tuple[str, str]]:
 
 def _score_rows(scores: dict[str, Any], predictions: Path) -> list[tuple[str, str]]:
     if predictions.is_file():
-        digest = hashlib.sha256(predictions.read_bytes()).hexdigest()
+        digest = sha256(predictions)
         if scores["settings"]["predictions_sha256"] != digest:
             return [("scores", "those of other replies; run `spt-ds evaluate` again")]
     return [(name, f"{scores['values'][key]:.2f}") for name, key in SCORES]

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from spt_ds.errors import DataError
 from spt_ds.evaluate.predictions import FILE_NAME as PREDICTIONS
 from spt_ds.evaluate.predictions import RECORD
 from spt_ds.evaluate.scores import clean
+from spt_ds.files import sha256, write_whole
 from spt_ds.log import get_logger
 from spt_ds.model.conversation import Live
 from spt_ds.model.decode import Decoded, decode
@@ -80,7 +81,7 @@ class Generator:
         self.parts = out / f".parts-{self.identity[:16]}"
 
     def run(self) -> Path:
-        """Generate what is not done yet, merge on rank 0, and return the path of the predictions."""
+        """Generate what is missing, merge on rank 0, and return the path of the predictions."""
         world, final = self.session.world, self.out / PREDICTIONS
         if dist.broadcast_json(world.rank == 0 and self._is_done(final)):
             get_logger().info(f"{final} holds these replies already")
@@ -167,7 +168,7 @@ class Generator:
             record = json.loads((self.out / RECORD).read_text(encoding="utf-8"))
             return [record["identity"], record["predictions_sha256"]] == [
                 self.identity,
-                _sha256(final),
+                sha256(final),
             ]
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -180,7 +181,7 @@ class Generator:
                 f"{self.parts}: {missing} of {len(self.store)} replies are missing; run the command"
                 " again"
             )
-        _write(
+        write_whole(
             final,
             (
                 json.dumps(lines[index], ensure_ascii=False) + "\n"
@@ -189,24 +190,12 @@ class Generator:
         )
         record = {
             "identity": self.identity,
-            "predictions_sha256": _sha256(final),
+            "predictions_sha256": sha256(final),
             "checkpoint": self.checkpoint,
         }
         config = self.session.config.model_dump(mode="json")
-        _write(self.out / RECORD, [json.dumps({**record, "config": config}, indent=1) + "\n"])
+        write_whole(self.out / RECORD, json.dumps({**record, "config": config}, indent=1) + "\n")
         shutil.rmtree(self.parts)
-
-
-def _write(path: Path, texts: Iterable[str]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(texts)
-    temporary.replace(path)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spt_ds.engine.run_folder import METRICS, write_text
+from spt_ds.engine.run_folder import METRICS
 from spt_ds.errors import ConfigError
+from spt_ds.files import write_whole
 from spt_ds.log import say_once
 
 
@@ -60,7 +61,7 @@ class Metrics:
             lines = self._path.read_text(encoding="utf-8").splitlines()
             first_lost = (step, True) if revalidates else (step + 1, False)
             kept = [line for line in lines if _mark(line) < first_lost]
-            write_text(self._path, "".join(f"{line}\n" for line in kept))
+            write_whole(self._path, "".join(f"{line}\n" for line in kept))
 
     def tick(self) -> None:
         """One step done."""

@@ -17,6 +17,7 @@ import spt_ds
 from spt_ds.config.load import dump_config, load_config
 from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
+from spt_ds.files import write_whole
 
 CONFIG, DONE, METRICS, ENVIRONMENT = "config.yaml", "DONE.json", "metrics.jsonl", "environment.json"
 CHECKPOINTS = "checkpoints"
@@ -52,10 +53,10 @@ def prepare(run_dir: Path, config: Config, deepspeed_config: str | None) -> None
     try:
         (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         (run_dir / DONE).unlink(missing_ok=True)
-        write_text(run_dir / CONFIG, dump_config(config))
-        write_text(run_dir / ENVIRONMENT, json.dumps(environment(), indent=2))
+        write_whole(run_dir / CONFIG, dump_config(config))
+        write_whole(run_dir / ENVIRONMENT, json.dumps(environment(), indent=2))
         if deepspeed_config is not None:
-            write_text(
+            write_whole(
                 run_dir / "deepspeed.json", Path(deepspeed_config).read_text(encoding="utf-8")
             )
     except OSError as error:
@@ -136,7 +137,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The package's git commit with `-dirty` where files changed, or `unknown` outside a checkout."""
+    """The git commit, with `-dirty` where files changed, or `unknown` outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "unknown"
@@ -151,10 +152,3 @@ def commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return told.stdout.strip()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -24,6 +24,7 @@ from spt_ds.engine.metrics import Metrics
 from spt_ds.engine.session import open_session, open_split
 from spt_ds.engine.stop import EXIT_DONE, EXIT_STOPPED, StopRequests
 from spt_ds.errors import CheckpointError
+from spt_ds.files import write_whole
 from spt_ds.log import get_logger
 
 
@@ -249,7 +250,7 @@ class Trainer:
         summary["trained_parameters"] = sum(
             parameter.numel() for parameter in self.engine.trainables.parameters()
         )
-        run_folder.write_text(self.run_dir / run_folder.DONE, json.dumps(summary, indent=2))
+        write_whole(self.run_dir / run_folder.DONE, json.dumps(summary, indent=2))
         get_logger().info(f"done: {self.state.step} steps; run folder {self.run_dir}")
 
 

@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file imports only from lower layers, or from its own layer inside its own folder.
 LAYERS = [
-    {"errors", "log", "rng"},
+    {"errors", "files", "log", "rng"},
     {"config", "dist", "batch", "data", "evaluate", "plan"},
     {"model"},
     {"engine", "export"},

@@ -152,18 +152,3 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         ConfigError, match=r"file/run: cannot be written .*choose another --run-dir"
     ):
         run_folder.prepare(tmp_path / "file" / "run", config(), None)
-
-
-def test_a_file_is_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "DONE.json"
-    run_folder.write_text(target, "old")
-
-    def full(self: Path, *args: object, **kwargs: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
-        run_folder.write_text(target, "new")
-    assert target.read_text() == "old"
