@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,14 @@ from transformers import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from spt_ds.config.schema import ModelConfig
-from spt_ds.errors import ConfigError, SptError
+from spt_ds.errors import ConfigError
 from spt_ds.files import new_folder
 from spt_ds.log import get_logger
 from spt_ds.model.backbone import base_path, load_base_config, load_tokenizer
 from spt_ds.model.quant import Packing, QuantLinear
 from spt_ds.model.quant_load import finished_modules, report, skeleton
 from spt_ds.model.quant_source import SECTION, open_source, refuse_foreign_quantisation, section
+from spt_ds.run.command import run_command
 
 FILE_BYTES = 2**30
 
@@ -39,17 +39,10 @@ Tensors = dict[str, torch.Tensor]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    try:
-        config, out = _arguments(argv)
-        write_quantised(config, out)
-    except SptError as error:
-        print(f"spt-ds quantize: {error}", file=sys.stderr)
-        return 2
-    print(f"{out}: set model.base to it and model.base_bits: {config.base_bits}")
-    return 0
+    return run_command(_parser(), argv, _quantise)
 
 
-def _arguments(argv: Sequence[str] | None) -> tuple[ModelConfig, Path]:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="spt-ds quantize", description=(__doc__ or "").partition("\n")[0]
     )
@@ -70,7 +63,16 @@ def _arguments(argv: Sequence[str] | None) -> tuple[ModelConfig, Path]:
         metavar="NAME",
         help="linear layers that stay in 16 bits (default lm_head)",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _quantise(args: argparse.Namespace) -> None:
+    config = _config(args)
+    write_quantised(config, args.out)
+    print(f"{args.out}: set model.base to it and model.base_bits: {config.base_bits}")
+
+
+def _config(args: argparse.Namespace) -> ModelConfig:
     quant = {"type": args.type, "block_size": args.block_size, "double_quant": args.double_quant}
     if args.skip is not None:
         quant["skip_modules"] = args.skip
@@ -85,7 +87,7 @@ def _arguments(argv: Sequence[str] | None) -> tuple[ModelConfig, Path]:
         raise ConfigError(problems) from error
     if args.out.exists():
         raise ConfigError(f"{args.out} is already there; give a folder that is not, or delete it")
-    return config, args.out
+    return config
 
 
 def write_quantised(config: ModelConfig, out: Path) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spt_ds.errors import DataError, SptError
+from spt_ds.errors import DataError
 from spt_ds.files import sha256
+from spt_ds.run.command import run_command
+from spt_ds.run.folder import RunFolder
 
 LOSSES = (
     ("validation loss (nll, selection, fusion)", "loss"),
@@ -36,26 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="run folder with DONE.json, and generate/scores.json where it is scored",
     )
-    args = parser.parse_args(argv)
-    try:
-        rows = summary_rows(args.run)
-    except SptError as error:
-        print(f"spt-ds summary: {error}", file=sys.stderr)
-        return 2
+    return run_command(parser, argv, _print_table)
+
+
+def _print_table(args: argparse.Namespace) -> None:
+    rows = summary_rows(args.run)
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    return 0
 
 
 def summary_rows(run: Path) -> list[tuple[str, str]]:
     """(name, value) rows; raise DataError when the run is not done."""
-    done = _read(run / "DONE.json", "train it to the end first")
+    folder = RunFolder(run)
+    done = _read(folder.done, "train it to the end first")
     before, after = done["valid_before"], done["valid_after"]
     rows = [("steps", f"{done['step']} on {done['world_size']} rank(s)")]
     rows.append(("trained parameters", f"{done['trained_parameters']:,}"))
     rows += [(name, f"{before[key]:.4f} before, {after[key]:.4f} after") for name, key in LOSSES]
-    predictions = run / "generate" / "predictions.jsonl"
-    scores = run / "generate" / "scores.json"
+    scores, predictions = folder.replies.scores, folder.replies.predictions
     if scores.is_file():
         rows += _score_rows(_read(scores, "run `spt-ds evaluate` again"), predictions)
     if predictions.is_file():

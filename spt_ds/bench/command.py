@@ -17,7 +17,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from spt_ds.errors import SptError
+from spt_ds.errors import ConfigError, SptError
+from spt_ds.run.command import run_command
 
 SUBJECTS = {
     "step": (
@@ -41,25 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the cases one after another and print a table and a JSON line; exit code 1 when one
     failed.
     """
-    args = _arguments(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    return run_command(_parser(), given, lambda args: _measure_all(args, given))
+
+
+def _measure_all(args: argparse.Namespace, given: Sequence[str]) -> int:
     subject = importlib.import_module(SUBJECTS[args.subject])
     cases = (
         args.cases.split(",") if args.cases else list(getattr(subject, "DEFAULT", subject.CASES))
     )
     unknown = [case for case in cases if case not in subject.CASES]
     if unknown:
-        print(
-            f"spt-ds bench: no case {unknown[0]!r}; {args.subject} has {', '.join(subject.CASES)}",
-            file=sys.stderr,
-        )
-        return 2
+        raise ConfigError(f"no case {unknown[0]!r}; {args.subject} has {', '.join(subject.CASES)}")
     results = []
     for case in cases:
         for prompts in (int(part) for part in args.prompts.split(",")):
             result = _in_own_process(case, prompts, args)
             print(_row(result), flush=True)
             results.append(result)
-    given = sys.argv[2:] if argv is None else argv
     report: dict[str, Any] = {"command": " ".join(["spt-ds bench", *given]), "machine": _machine()}
     report |= {"ratios": _ratios(results), "same": _same(results)}
     shown = [
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any("error" in result for result in results))
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spt-ds bench", description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=SUBJECTS, help="what to measure")
     parser.add_argument(
@@ -112,7 +112,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--head-chunk-mib", type=int, default=128, help="head: as losses.head_chunk_mib"
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 def _in_own_process(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _same(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _gaps(result: dict[str, Any], right: dict[str, Any]) -> dict[str, float]:
-    """Relative difference of the loss; norm of the gradients' difference over the gradient's norm."""
+    """Relative differences of the loss and of the gradient, the latter by norms."""
     import numpy as np
 
     loss = abs(result["loss"] - right["loss"]) / abs(right["loss"])

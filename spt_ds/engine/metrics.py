@@ -14,10 +14,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spt_ds.engine.run_folder import METRICS
 from spt_ds.errors import ConfigError
 from spt_ds.files import write_whole
 from spt_ds.log import say_once
+from spt_ds.run.folder import RunFolder
 
 
 class Metrics:
@@ -25,7 +25,7 @@ class Metrics:
 
     def __init__(
         self,
-        run_dir: Path,
+        folder: RunFolder,
         total_steps: int,
         start_step: int,
         *,
@@ -41,7 +41,7 @@ class Metrics:
         self._board: Any = None
         if not active:
             return
-        self._path = run_dir / METRICS
+        self._path = folder.metrics
         self._forget_after(start_step, revalidates)
         self._bar = tqdm(
             total=total_steps,
@@ -53,7 +53,7 @@ class Metrics:
             mininterval=0.5 if sys.stderr.isatty() else 20.0,
         )
         if tensorboard:
-            self._board = _writer(run_dir)
+            self._board = _writer(folder.tensorboard)
 
     def _forget_after(self, step: int, revalidates: bool) -> None:
         """Drop lines of what a killed run did after its last checkpoint: it is done again."""
@@ -115,7 +115,7 @@ def _mark(line: str) -> tuple[float, bool]:
         return math.inf, True
 
 
-def _writer(run_dir: Path) -> Any:
+def _writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -123,4 +123,4 @@ def _writer(run_dir: Path) -> Any:
             "log.tensorboard: the tensorboard package is missing; install the extra `tensorboard`"
             " or set it to false"
         ) from error
-    return SummaryWriter(str(run_dir / "tensorboard"))
+    return SummaryWriter(str(folder))

@@ -14,16 +14,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from spt_ds.config.load import key_paths, load_config
+from spt_ds.config.load import key_paths
 from spt_ds.config.schema import Config
-from spt_ds.engine import run_folder
 from spt_ds.errors import DataError
 from spt_ds.evaluate import evaluation, predictions
 from spt_ds.evaluate.evaluation import Scores
 from spt_ds.evaluate.predictions import Prediction, PredictionFile
 from spt_ds.evaluate.scores import clean, f1_spt
-
-DEEPSPEED = "deepspeed.json"
+from spt_ds.run.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def read_run(folder: Path, label: str) -> Run:
     """Read one run folder."""
-    config = folder / run_folder.CONFIG
-    if not config.is_file():
-        what = f"holds no {run_folder.CONFIG}" if folder.is_dir() else "no such folder"
+    run = RunFolder(folder)
+    if not run.config.is_file():
+        what = f"holds no {run.config.name}" if folder.is_dir() else "no such folder"
         raise DataError(f"{folder}: {what}; give a run folder, as `spt-ds train` writes one")
-    loaded = load_config(str(config))
+    loaded = run.load_config()
     missing: list[str] = []
 
     def present(path: Path, mend: str) -> bool:
@@ -119,11 +117,9 @@ def read_run(folder: Path, label: str) -> Run:
             missing.append(f"{path.name} is not there: {mend}")
         return path.is_file()
 
-    environment, done = folder / run_folder.ENVIRONMENT, folder / run_folder.DONE
-    metrics, deepspeed = folder / run_folder.METRICS, folder / DEEPSPEED
-    has_environment = present(environment, "hardware and versions are not known")
-    lines = read_lines(metrics) if present(metrics, "no step has been logged yet") else []
-    is_done = present(done, "training has not come to its end")
+    has_environment = present(run.environment, "hardware and versions are not known")
+    lines = read_lines(run.metrics) if present(run.metrics, "no step has been logged yet") else []
+    is_done = present(run.done, "training has not come to its end")
     file, scores = _scored(folder, missing)
     options = options_of(loaded)
     return Run(
@@ -131,10 +127,10 @@ def read_run(folder: Path, label: str) -> Run:
         label=label,
         options=options,
         generated=(_generated(file) if file else None) or options,
-        environment=_flat("", _object(environment)) if has_environment else {},
+        environment=_flat("", _object(run.environment)) if has_environment else {},
         lines=lines,
-        done=_object(done) if is_done else None,
-        deepspeed=_text(deepspeed) if deepspeed.is_file() else None,
+        done=_object(run.done) if is_done else None,
+        deepspeed=_text(run.deepspeed) if run.deepspeed.is_file() else None,
         replies=_replies(file) if file else [],
         scores=scores,
         missing=missing,

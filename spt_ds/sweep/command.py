@@ -15,19 +15,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spt_ds.engine.stop import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
-from spt_ds.errors import ConfigError, SptError
+from spt_ds.errors import ConfigError
 from spt_ds.evaluate import report_tables
 from spt_ds.evaluate.compare import compare
 from spt_ds.evaluate.report_tables import Cell as TableCell
 from spt_ds.evaluate.report_tables import Table
+from spt_ds.run.command import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    add_overrides,
+    at_least,
+    run_command,
+)
 from spt_ds.sweep.cells import Cell, load_cells
 from spt_ds.sweep.runner import Runner
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a sweep; return 0 when every cell is finished, 75 when stopped, 1 when one failed, 2 for
-    an error to mend.
+    """Run a sweep.
+
+    Returns 0 when every cell is finished, 75 when stopped, 1 when one failed, 2 for an error to
+    mend.
     """
     parser = argparse.ArgumentParser(
         prog="spt-ds sweep",
@@ -37,19 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="folder of all runs and of the table; default runs/NAME"
     )
+    add_overrides(parser, "set an option in every cell, such as data.train=FILE")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="set an option in every cell, such as data.train=FILE",
+        "--jobs",
+        type=at_least(1),
+        default=1,
+        help="cells at a time on this machine (default %(default)s)",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, help="cells at a time on this machine (default %(default)s)"
-    )
-    parser.add_argument(
-        "--ranks", type=int, default=1, help="processes of each cell (default %(default)s)"
+        "--ranks", type=at_least(1), default=1, help="processes of each cell (default %(default)s)"
     )
     parser.add_argument(
         "--task", type=int, metavar="N", help="this cell alone, counted from 0; makes no table"
@@ -64,14 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument(
         "--table", action="store_true", help="run nothing; write the table of what is finished"
     )
-    args = parser.parse_args(argv)
-    if min(args.jobs, args.ranks) < 1:
-        parser.error("--jobs and --ranks are 1 or more")
-    try:
-        return _run(args)
-    except SptError as error:
-        print(f"spt-ds sweep: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    return run_command(parser, argv, _run)
 
 
 def _run(args: argparse.Namespace) -> int:
