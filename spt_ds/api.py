@@ -18,7 +18,6 @@ from transformers import TextIteratorStreamer
 
 from spt_ds import dist
 from spt_ds.batch import Batch
-from spt_ds.config.load import load_config
 from spt_ds.config.schema import GenerateConfig
 from spt_ds.data.encode import encode_context
 from spt_ds.engine.generator import decode_batch, reply_text
@@ -27,6 +26,7 @@ from spt_ds.errors import ConfigError, DataError, EngineError
 from spt_ds.evaluate.text_metrics import clean
 from spt_ds.generate import open_run
 from spt_ds.model.conversation import ContextCache, Live
+from spt_ds.run.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,16 @@ def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
         raise EngineError(
             f"a conversation takes one process, this is one of {size}; start it without a launcher"
         )
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run}: no config.yaml in it; give the folder of a run that was trained")
+    folder = RunFolder(run)
+    if not folder.config.is_file():
+        raise ConfigError(
+            f"{run}: no {folder.config.name} in it; give the folder of a run that was trained"
+        )
     overrides = [*overrides, "generate.perplexity=false"]  # a conversation has no reference reply
-    config = load_config(str(run / "config.yaml"), overrides)
+    config = folder.load_config(overrides)
     world = dist.init(config.engine.collective_timeout_s)
     atexit.register(dist.shutdown)  # NCCL complains of a group that is left open
-    return Bot(open_run(config, run, checkpoint, None, world)[0])
+    return Bot(open_run(config, folder, checkpoint, None, world)[0])
 
 
 class Bot:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spt_ds.errors import DataError, SptError
+from spt_ds.run.command import add_overrides, run_command
 
 if TYPE_CHECKING:
     from spt_ds.api import Bot, Reply
@@ -51,27 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="the bot's persona, a sentence a line; else typed",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override an option, such as generate.do_sample=true",
-    )
-    args = parser.parse_args(argv)
+    add_overrides(parser, "override an option, such as generate.do_sample=true")
+    return run_command(parser, argv, _talk)
+
+
+def _talk(args: argparse.Namespace) -> None:
     from spt_ds.api import open_bot
 
-    try:
-        persona = read_persona(args.persona) if args.persona else None
-        bot = open_bot(args.run, args.checkpoint, args.overrides)
-    except SptError as error:
-        print(f"spt-ds chat: {error}", file=sys.stderr)
-        return 2
+    persona = read_persona(args.persona) if args.persona else None
+    bot = open_bot(args.run, args.checkpoint, args.overrides)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (lines can be edited and recalled; not on every system)
     Conversation(bot, persona).run()
-    return 0
 
 
 def read_persona(path: Path) -> tuple[str, ...]:

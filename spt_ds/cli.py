@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import spt_ds
 from spt_ds.config.load import dump_config, json_schema, load_config, recipe_names
-from spt_ds.errors import SptError
+from spt_ds.run.command import add_overrides, run_command
 
 COMMANDS = {
     "train": ("spt_ds.train", "train prompt bank and retriever"),
@@ -61,22 +61,20 @@ def config_main(argv: Sequence[str]) -> int:
     """`spt-ds config`: print a resolved configuration, the JSON schema, or the shipped recipes."""
     parser = argparse.ArgumentParser(prog="spt-ds config")
     parser.add_argument("config", nargs="?", help="YAML file or recipe to resolve")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    add_overrides(parser, "override one option, such as losses.tau_gold=0.5")
     parser.add_argument(
         "--schema", action="store_true", help="print the JSON schema of the YAML file"
     )
-    args = parser.parse_args(argv)
+    return run_command(parser, argv, _show_config)
+
+
+def _show_config(args: argparse.Namespace) -> None:
     if args.schema:
         print(json_schema())
     elif args.config is None:
         print("\n".join(recipe_names()))
     else:
-        try:
-            print(dump_config(load_config(args.config, args.overrides)), end="")
-        except SptError as error:
-            print(f"spt-ds config: {error}", file=sys.stderr)
-            return 2
-    return 0
+        print(dump_config(load_config(args.config, args.overrides)), end="")
 
 
 if __name__ == "__main__":

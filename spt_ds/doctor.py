@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from spt_ds.config.load import load_config
-from spt_ds.engine.stop import EXIT_DONE, EXIT_USER_ERROR
-from spt_ds.errors import EngineError, SptError
+from spt_ds.errors import ConfigError, EngineError, SptError
+from spt_ds.files import STALE_LOCK_S, build_locks, sha256
 from spt_ds.plan import GIB
+from spt_ds.run.command import EXIT_DONE, EXIT_USER_ERROR, add_overrides, run_command
 
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes")
 MIN_DISK_GIB = 5.0
 MAX_CLOCK_SPREAD_S = 2.0
-STALE_LOCK_S = 900  # no build of an extension takes that long
 MEASURED_MIB, REPEATS = 16, 5
 
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--config", help="recipe or YAML file whose data is to be there, and the same on every rank"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    add_overrides(parser, "override an option of --config, such as data.train=FILE")
     parser.add_argument(
         "--deepspeed_config",
         metavar="JSON",
@@ -73,9 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--timeout", type=int, default=60, metavar="S", help="seconds to wait for the other ranks"
     )
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
-    args = parser.parse_args(argv)
+    return run_command(parser, argv, _report)
+
+
+def _report(args: argparse.Namespace) -> int:
     if args.deepspeed_config and not args.config:
-        parser.error("--deepspeed_config is checked against a --config; give both")
+        raise ConfigError("--deepspeed_config is checked against a --config; give both")
     findings, everybody_knows = list(machine(os.environ, args.run_dir)), False
     try:
         if not args.distributed:
@@ -153,14 +156,10 @@ def _disk(what: str, folder: Path) -> Finding:
 
 
 def _stale_locks(folder: Path) -> Iterator[Finding]:
-    """A build of a DeepSpeed op that was killed leaves a lock on which every later start waits for
-    ever.
-    """
-    for lock in sorted(folder.glob("**/lock")):
-        age = time.time() - lock.stat().st_mtime
-        if age > STALE_LOCK_S:
+    for lock, age_s in build_locks(folder):
+        if age_s > STALE_LOCK_S:
             yield Finding(
-                "FAIL", f"{lock}: a killed build left this lock {age / 3600:.1f} h ago; remove it"
+                "FAIL", f"{lock}: a killed build left this lock {age_s / 3600:.1f} h ago; remove it"
             )
 
 
@@ -220,7 +219,7 @@ def across_ranks(args: argparse.Namespace, here: list[Finding]) -> list[Finding]
 
 
 def _facts(args: argparse.Namespace, size: int) -> dict[str, Any]:
-    from spt_ds.engine.run_folder import commit
+    from spt_ds.run.environment import commit
 
     facts: dict[str, Any] = {
         "host": socket.gethostname(),
@@ -259,9 +258,7 @@ def _job(args: argparse.Namespace, size: int) -> dict[str, str]:
     }
     if args.deepspeed_config is not None:
         load_ds_config(args.deepspeed_config, config, size)
-        found["DeepSpeed file"] = hashlib.sha256(
-            Path(args.deepspeed_config).read_bytes()
-        ).hexdigest()[:16]
+        found["DeepSpeed file"] = sha256(Path(args.deepspeed_config))[:16]
     return found
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spt_ds.config.schema import Config
-from spt_ds.errors import CheckpointError, SptError
-from spt_ds.train import exit_with, join, run_job
+from spt_ds.run.command import add_deepspeed, add_overrides
+from spt_ds.run.folder import ReplyFolder, RunFolder
+from spt_ds.run.job import exit_with, join, run_job
 
 if TYPE_CHECKING:
     from spt_ds.dist import World
@@ -30,14 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="folder for predictions.jsonl; default RUN/generate"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override an option, such as data.test=FILE or generate.mode=fuse",
-    )
+    add_overrides(parser, "override an option, such as data.test=FILE or generate.mode=fuse")
     parser.add_argument(
         "--ppl",
         action="append_const",
@@ -45,40 +39,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         dest="overrides",
         help="measure the perplexity of the reference replies too",
     )
-    parser.add_argument(
-        "--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives"
-    )
-    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+    add_deepspeed(parser)
     args = parser.parse_args(argv)
-    args.config, args.run_dir = str(args.run / "config.yaml"), args.run
 
-    def work(config: Config, run_dir: Path) -> int:
+    def work(config: Config, folder: RunFolder) -> int:
         from spt_ds import dist
 
-        world = join(config, run_dir)
-        _generate(
-            config,
-            run_dir,
-            args.out or run_dir / "generate",
-            args.checkpoint,
-            args.deepspeed_config,
-            world,
-        )
+        world = join(config, folder)
+        out = ReplyFolder(args.out) if args.out else folder.replies
+        _generate(config, folder, out, args.checkpoint, args.deepspeed_config, world)
         dist.shutdown()
         return 0
 
-    return run_job(args, work)
+    return run_job(str(RunFolder(args.run).config), args.overrides, args.run, work)
 
 
 def _generate(
-    config: Config, run_dir: Path, out: Path, which: str, deepspeed_config: str | None, world: World
+    config: Config,
+    folder: RunFolder,
+    out: ReplyFolder,
+    which: str,
+    deepspeed_config: str | None,
+    world: World,
 ) -> None:
-    from spt_ds.engine import checkpoint
     from spt_ds.engine.generator import Generator
     from spt_ds.engine.session import open_split
     from spt_ds.log import get_logger
+    from spt_ds.run import checkpoint
 
-    session, path = open_run(config, run_dir, which, deepspeed_config, world)
+    session, path = open_run(config, folder, which, deepspeed_config, world)
     store = open_split(session, "test")
     marker = (path / checkpoint.MARKER).read_text(encoding="utf-8")
     try:
@@ -101,52 +90,18 @@ def identity(config: Config, marker: str, data_hash: str) -> str:
 
 
 def open_run(
-    config: Config, run_dir: Path, which: str, deepspeed_config: str | None, world: World
+    config: Config, folder: RunFolder, which: str, deepspeed_config: str | None, world: World
 ) -> tuple[Session, Path]:
-    """Open a run with the tensors of one of its checkpoints; also return the checkpoint's folder."""
+    """Open a run with the tensors of one of its checkpoints, whose folder is returned too."""
     from spt_ds import dist
-    from spt_ds.engine import checkpoint
     from spt_ds.engine.session import open_session
+    from spt_ds.run import checkpoint
 
-    path = dist.agreed(lambda: find_checkpoint(run_dir, which))
+    path = dist.agreed(lambda: checkpoint.find(folder.checkpoints, which))
     session = open_session(config, deepspeed_config, world)
     saved = dist.agreed(lambda: checkpoint.load(path))
     checkpoint.restore_trainables(session.spt.trainables, saved.trainables, path)
     return session, path
-
-
-def find_checkpoint(run_dir: Path, which: str) -> Path:
-    """The folder of a run's `best`, `last` or numbered checkpoint; raise CheckpointError when there
-    is none.
-    """
-    from spt_ds.engine import checkpoint, run_folder
-    from spt_ds.log import get_logger
-
-    folder = run_dir / run_folder.CHECKPOINTS
-    if which.isdigit():
-        path = folder / f"step-{int(which):08d}"
-        if not path.is_dir():
-            there = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
-            raise CheckpointError(f"{path}: no such checkpoint; there are: {there}")
-        return path
-    if which not in ("best", "last"):
-        raise SptError(f"--checkpoint {which}: give best, last or the number of a step")
-    newest = checkpoint.load_newest(folder)
-    if newest is None:
-        raise CheckpointError(
-            f"{folder}: no good checkpoint; train first, or give another run folder"
-        )
-    path, saved = newest
-    best = saved.state["run"]["best_step"]
-    if which == "last" or best is None:
-        return path
-    found = folder / f"step-{best:08d}"
-    if found.is_dir():
-        return found
-    get_logger().warning(
-        f"{found}: the best checkpoint is missing; taking the last one, {path.name}, in its place"
-    )
-    return path
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Reads the base's config.json alone. Exit code 2 where `engine.placement: auto` f
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -16,9 +15,10 @@ from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
 from spt_ds.engine.ds_config import remove_swap_files
 from spt_ds.engine.session import Memory, settle
-from spt_ds.errors import ConfigError, SptError
+from spt_ds.errors import ConfigError
 from spt_ds.model.backbone import load_base_config
 from spt_ds.plan import GIB, BaseShape
+from spt_ds.run.command import add_overrides, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="spt-ds plan", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--config", required=True, help="YAML file or name of a shipped recipe")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    add_overrides(parser, "override one option, such as model.base_bits=4")
     parser.add_argument(
         "--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives"
     )
@@ -46,24 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="G",
         help="host memory beside each GPU; default this host's, shared by N",
     )
-    args = parser.parse_args(argv)
-    try:
-        for name in ("ranks", "memory_gib", "host_gib"):
-            value = getattr(args, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number above 0")
-        config = load_config(args.config, args.overrides)
-        shape = BaseShape.from_config(load_base_config(config.model).to_dict())
-        memory = _memory(args.memory_gib, args.host_gib, args.ranks)
-        print("\n".join(sizes(config, shape, args.ranks, memory)))
-        ds_plan, _, lines = settle(config, shape, args.deepspeed_config, args.ranks, memory)
-        remove_swap_files(ds_plan)  # a dry run leaves no folder behind
-        print("\n".join(lines))
-    except SptError as error:
-        sys.stdout.flush()
-        print(f"spt-ds plan: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(parser, argv, _plan)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    for name in ("ranks", "memory_gib", "host_gib"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    config = load_config(args.config, args.overrides)
+    shape = BaseShape.from_config(load_base_config(config.model).to_dict())
+    memory = _memory(args.memory_gib, args.host_gib, args.ranks)
+    print("\n".join(sizes(config, shape, args.ranks, memory)))
+    ds_plan, _, lines = settle(config, shape, args.deepspeed_config, args.ranks, memory)
+    remove_swap_files(ds_plan)  # a dry run leaves no folder behind
+    print("\n".join(lines))
 
 
 def _memory(gpu_gib: float | None, host_gib: float | None, ranks: int) -> Memory:

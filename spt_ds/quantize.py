@@ -8,12 +8,8 @@ and one layer.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import shutil
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +23,14 @@ from transformers import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from spt_ds.config.schema import ModelConfig
-from spt_ds.errors import ConfigError, SptError
+from spt_ds.errors import ConfigError
+from spt_ds.files import new_folder
 from spt_ds.log import get_logger
 from spt_ds.model.backbone import base_path, load_base_config, load_tokenizer
 from spt_ds.model.quant import Packing, QuantLinear
 from spt_ds.model.quant_load import finished_modules, report, skeleton
 from spt_ds.model.quant_source import SECTION, open_source, refuse_foreign_quantisation, section
+from spt_ds.run.command import run_command
 
 FILE_BYTES = 2**30
 
@@ -41,17 +39,10 @@ Tensors = dict[str, torch.Tensor]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    try:
-        config, out = _arguments(argv)
-        write_quantised(config, out)
-    except SptError as error:
-        print(f"spt-ds quantize: {error}", file=sys.stderr)
-        return 2
-    print(f"{out}: set model.base to it and model.base_bits: {config.base_bits}")
-    return 0
+    return run_command(_parser(), argv, _quantise)
 
 
-def _arguments(argv: Sequence[str] | None) -> tuple[ModelConfig, Path]:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="spt-ds quantize", description=(__doc__ or "").partition("\n")[0]
     )
@@ -72,7 +63,16 @@ def _arguments(argv: Sequence[str] | None) -> tuple[ModelConfig, Path]:
         metavar="NAME",
         help="linear layers that stay in 16 bits (default lm_head)",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _quantise(args: argparse.Namespace) -> None:
+    config = _config(args)
+    write_quantised(config, args.out)
+    print(f"{args.out}: set model.base to it and model.base_bits: {config.base_bits}")
+
+
+def _config(args: argparse.Namespace) -> ModelConfig:
     quant = {"type": args.type, "block_size": args.block_size, "double_quant": args.double_quant}
     if args.skip is not None:
         quant["skip_modules"] = args.skip
@@ -87,7 +87,7 @@ def _arguments(argv: Sequence[str] | None) -> tuple[ModelConfig, Path]:
         raise ConfigError(problems) from error
     if args.out.exists():
         raise ConfigError(f"{args.out} is already there; give a folder that is not, or delete it")
-    return config, args.out
+    return config
 
 
 def write_quantised(config: ModelConfig, out: Path) -> None:
@@ -97,7 +97,7 @@ def write_quantised(config: ModelConfig, out: Path) -> None:
     base, path = load_base_config(config), base_path(config.base)
     refuse_foreign_quantisation(base, config, path)
     try:
-        with _new_folder(out) as part:
+        with new_folder(out, to_disk=True) as part:
             total = _fill(part, config, base, path)
     except (OSError, SafetensorError) as error:
         free = "make room there, or give a folder that can be written; nothing was left behind"
@@ -105,34 +105,6 @@ def write_quantised(config: ModelConfig, out: Path) -> None:
             f"{out}: the quantised base cannot be written: {str(error).strip()}; {free}"
         ) from error
     get_logger().info("%s: %.1f MiB", out, total / 2**20)
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out`, on disk, if the block ends well and goes
-    otherwise.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # a name nobody else has
-    try:
-        yield part
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o777 & ~mask)  # mkdtemp makes it for the owner alone
-        for path in (*sorted(part.rglob("*")), part):
-            _to_disk(path)
-        part.rename(out)
-        _to_disk(out.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # nothing has that name once it is renamed
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fill(part: Path, config: ModelConfig, base: PretrainedConfig, path: str) -> int:

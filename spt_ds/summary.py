@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,12 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from spt_ds.display import shown
-from spt_ds.errors import DataError, SptError
+from spt_ds.errors import DataError
+from spt_ds.files import sha256
 from spt_ds.json_input import parse_object
-from spt_ds.run.predictions import MEND_LINE, sha256_of
+from spt_ds.run.command import run_command
+from spt_ds.run.folder import RunFolder
+from spt_ds.run.predictions import MEND_LINE
 
 LOSSES = (
     ("validation loss (nll, selection, fusion)", "loss"),
@@ -69,27 +71,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="run folder with DONE.json, and generate/scores.json where it is scored",
     )
-    args = parser.parse_args(argv)
-    try:
-        rows = summary_rows(args.run)
-    except SptError as error:
-        print(f"spt-ds summary: {error}", file=sys.stderr)
-        return 2
+    return run_command(parser, argv, _print_table)
+
+
+def _print_table(args: argparse.Namespace) -> None:
+    rows = summary_rows(args.run)
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    return 0
 
 
 def summary_rows(run: Path) -> list[tuple[str, str]]:
     """(name, value) rows; raise DataError when the run is not done."""
-    done = _read(run / "DONE.json", Done, "train it to the end first")
+    folder = RunFolder(run)
+    done = _read(folder.done, Done, "train it to the end first")
     rows = [("steps", f"{done.step} on {done.world_size} rank(s)")]
     rows.append(("trained parameters", f"{done.trained_parameters:,}"))
     for name, key in LOSSES:
         before, after = getattr(done.valid_before, key), getattr(done.valid_after, key)
         rows.append((name, f"{before:.4f} before, {after:.4f} after"))
-    predictions = run / "generate" / "predictions.jsonl"
-    scores = run / "generate" / "scores.json"
+    scores, predictions = folder.replies.scores, folder.replies.predictions
     if scores.is_file():
         mend = "run `spt-ds evaluate` again"
         rows += _score_rows(_read(scores, RunScores, mend), predictions, mend)
@@ -104,7 +104,7 @@ def summary_rows(run: Path) -> list[tuple[str, str]]:
 
 
 def _score_rows(scores: RunScores, predictions: Path, mend: str) -> list[tuple[str, str]]:
-    if predictions.is_file() and scores.settings.predictions_sha256 != sha256_of(predictions):
+    if predictions.is_file() and scores.settings.predictions_sha256 != sha256(predictions):
         return [("scores", f"those of other replies; {mend}")]
     return [(name, f"{scores.values[key]:.2f}") for name, key in SCORES if key in scores.values]
 

@@ -1,14 +1,14 @@
-"""Reads a YAML file or a shipped recipe, applies overrides, and reports every problem in one error."""
+"""Reads a YAML file or a recipe, applies overrides, and reports every problem in one error."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -222,12 +222,15 @@ def key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def options_of(config: BaseModel, mode: Literal["python", "json"] = "python") -> dict[str, Any]:
+    """Return the value of every option by its dotted path; in `json` mode as JSON would hold it."""
+    return flatten(config.model_dump(mode=mode))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the leaves of nested mappings by their dotted path."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
-            leaves |= flatten(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
+        path = f"{prefix}{key}"
+        leaves |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
     return leaves

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from spt_ds.costs.results import agreement, machine, ratios, row, without_arrays
-from spt_ds.errors import SptError
+from spt_ds.errors import ConfigError, SptError
+from spt_ds.run.command import run_command
 
 SUBJECTS = {
     # Its naive twin makes K passes, padded to one length, checkpointed, with all logits in fp32.
@@ -32,25 +33,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The exit code is 1 when a case failed, 2 for a case that does not exist.
     """
-    args = _arguments(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    return run_command(_parser(), given, lambda args: _measure_all(args, given))
+
+
+def _measure_all(args: argparse.Namespace, given: Sequence[str]) -> int:
     subject = importlib.import_module(SUBJECTS[args.subject])
     cases = (
         args.cases.split(",") if args.cases else list(getattr(subject, "DEFAULT", subject.CASES))
     )
     unknown = [case for case in cases if case not in subject.CASES]
     if unknown:
-        print(
-            f"spt-ds bench: no case {unknown[0]!r}; {args.subject} has {', '.join(subject.CASES)}",
-            file=sys.stderr,
-        )
-        return 2
+        raise ConfigError(f"no case {unknown[0]!r}; {args.subject} has {', '.join(subject.CASES)}")
     results = []
     for case in cases:
         for prompts in (int(part) for part in args.prompts.split(",")):
             result = _in_own_process(case, prompts, args)
             print(row(result), flush=True)
             results.append(result)
-    given = sys.argv[2:] if argv is None else argv
     report = {
         "command": " ".join(["spt-ds bench", *given]),
         "machine": machine(),
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any("error" in result for result in results))
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spt-ds bench", description=__doc__.split("\n")[0])
     parser.add_argument("subject", choices=SUBJECTS, help="what to measure")
     parser.add_argument(
@@ -105,7 +105,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--head-chunk-mib", type=int, default=128, help="head: as losses.head_chunk_mib"
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 def _in_own_process(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from spt_ds.data.dialogue import Example, replies
 from spt_ds.data.parlai import read_parlai
 from spt_ds.data.textfile import lines
 from spt_ds.errors import DataError
+from spt_ds.files import sha256
 from spt_ds.log import get_logger
 
 Format = Literal["auto", "parlai", "spc_csv", "jsonl"]
@@ -31,7 +32,7 @@ _SPC_TURN = re.compile(r"(\*[* ]*)?User ([12]):(.*)", re.DOTALL)
 
 
 def read(source: str, format: Format = "auto") -> Iterator[Example]:
-    """Yield the examples of `source`; DataError where it is missing, malformed or holds no example."""
+    """Yield the examples of `source`; DataError where it is missing, malformed or empty."""
     if source.startswith("hub:"):
         examples = _read_hub(source)
     else:
@@ -71,14 +72,10 @@ def digest(source: str) -> str:
     """Return the SHA-256 (hex) of the bytes of `source`; of a hub data set, of its name and content
     fingerprint.
     """
-    state = hashlib.sha256()
     if source.startswith("hub:"):
-        state.update(f"{source} {_load_hub(source)._fingerprint}".encode())
-        return state.hexdigest()
-    with resolve(source).open("rb") as file:
-        while block := file.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
+        fingerprint = f"{source} {_load_hub(source)._fingerprint}"
+        return hashlib.sha256(fingerprint.encode()).hexdigest()
+    return sha256(resolve(source))
 
 
 def detect(path: Path) -> Format:

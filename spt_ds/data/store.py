@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -24,6 +23,7 @@ from spt_ds.data.dialogue import Example
 from spt_ds.data.encode import PLAIN, TEMPLATE_VERSION, Encoded, Shown, encode_many, fingerprint
 from spt_ds.data.readers import Format, digest, read
 from spt_ds.errors import DataError
+from spt_ds.files import new_folder
 from spt_ds.log import get_logger
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Lengths(NamedTuple):
 
 
 class ExampleStore:
-    """A built store, read-only; `store[i]` is the row of example i with the columns of `_FEATURES`."""
+    """A built store, read-only: `store[i]` is row i with the columns of `_FEATURES`."""
 
     def __init__(self, path: Path) -> None:
         """Open the folder `path`; DataError when it is not a whole store."""
@@ -94,7 +94,7 @@ class ExampleStore:
         return dict(self._data[int(index)])
 
     def ids(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return context and response ids of the given examples, each one int64 array, end to end."""
+        """Return context and response ids of the given examples, end to end in two int64 arrays."""
         rows = self._ids[list(indices)]
         flat = [
             rows.column(name).combine_chunks().flatten().to_numpy()
@@ -150,9 +150,10 @@ def build_store(
             pairs = encode_many(examples, tokenizer, max_tokens, shown, reserved)
             _write(path, pairs, {"key": key, "source": source, **parts})
         except OSError as error:
-            raise DataError(
-                f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir"
-            ) from error
+            if not (path / _META).exists():  # else another process was first, with the same data
+                raise DataError(
+                    f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir"
+                ) from error
         seconds = time.monotonic() - started
         get_logger().info(f"tokenised {source} into {path} in {seconds:.1f} s")
     store = ExampleStore(path)
@@ -170,13 +171,8 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def _write(path: Path, pairs: Iterator[tuple[Example, Encoded]], meta: dict[str, Any]) -> None:
-    """Write the table and, last, its description into a new folder beside `path`, then rename it to
-    `path`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as parent:
-        folder = Path(parent) / "store"
-        folder.mkdir()
+    """Write the table and, last, its description into the new folder `path`."""
+    with new_folder(path) as folder:
         with ArrowWriter(path=str(folder / _TABLE), features=_FEATURES) as writer:
             for example, encoded in pairs:
                 context, response = len(encoded.context_ids), len(encoded.response_ids)
@@ -190,10 +186,3 @@ def _write(path: Path, pairs: Iterator[tuple[Example, Encoded]], meta: dict[str,
                 )
             writer.finalize()
         (folder / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        try:
-            folder.rename(path)
-        except OSError:
-            if not (
-                path / _META
-            ).exists():  # else another process was first, with the same contents
-                raise

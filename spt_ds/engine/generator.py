@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,11 @@ from spt_ds.data.store import ExampleStore
 from spt_ds.engine.session import Session
 from spt_ds.errors import DataError
 from spt_ds.evaluate.text_metrics import clean
+from spt_ds.files import sha256, write_whole
 from spt_ds.log import get_logger
 from spt_ds.model.conversation import Live
 from spt_ds.model.decode import Decoded, decode
-from spt_ds.run.predictions import FILE_NAME as PREDICTIONS
-from spt_ds.run.predictions import RECORD
+from spt_ds.run.folder import ReplyFolder
 
 
 def plan_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
@@ -64,10 +64,15 @@ def reply_text(session: Session, tokens: list[int]) -> tuple[str, str]:
 
 
 class Generator:
-    """Writes `out/predictions.jsonl` for one store under one set of options."""
+    """Writes `predictions.jsonl` into `out` for one store under one set of options."""
 
     def __init__(
-        self, session: Session, store: ExampleStore, out: Path, identity: str, checkpoint: str
+        self,
+        session: Session,
+        store: ExampleStore,
+        out: ReplyFolder,
+        identity: str,
+        checkpoint: str,
     ) -> None:
         """`identity` is all that the replies depend on (trained tensors, data, options): what
         another one left is not taken over. `checkpoint` names the tensors for the reader.
@@ -77,11 +82,11 @@ class Generator:
         self.out = out
         self.checkpoint = checkpoint
         self.identity = hashlib.sha256(identity.encode()).hexdigest()
-        self.parts = out / f".parts-{self.identity[:16]}"
+        self.parts = out.path / f".parts-{self.identity[:16]}"
 
     def run(self) -> Path:
-        """Generate what is not done yet, merge on rank 0, and return the path of the predictions."""
-        world, final = self.session.world, self.out / PREDICTIONS
+        """Generate what is missing, merge on rank 0, and return the path of the predictions."""
+        world, final = self.session.world, self.out.predictions
         if dist.broadcast_json(world.rank == 0 and self._is_done(final)):
             get_logger().info(f"{final} holds these replies already")
             return final
@@ -164,10 +169,10 @@ class Generator:
 
     def _is_done(self, final: Path) -> bool:
         try:
-            record = json.loads((self.out / RECORD).read_text(encoding="utf-8"))
+            record = json.loads(self.out.record.read_text(encoding="utf-8"))
             return [record["identity"], record["predictions_sha256"]] == [
                 self.identity,
-                _sha256(final),
+                sha256(final),
             ]
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -180,7 +185,7 @@ class Generator:
                 f"{self.parts}: {missing} of {len(self.store)} replies are missing; run the command"
                 " again"
             )
-        _write(
+        write_whole(
             final,
             (
                 json.dumps(lines[index], ensure_ascii=False) + "\n"
@@ -189,24 +194,12 @@ class Generator:
         )
         record = {
             "identity": self.identity,
-            "predictions_sha256": _sha256(final),
+            "predictions_sha256": sha256(final),
             "checkpoint": self.checkpoint,
         }
         config = self.session.config.model_dump(mode="json")
-        _write(self.out / RECORD, [json.dumps({**record, "config": config}, indent=1) + "\n"])
+        write_whole(self.out.record, json.dumps({**record, "config": config}, indent=1) + "\n")
         shutil.rmtree(self.parts)
-
-
-def _write(path: Path, texts: Iterable[str]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(texts)
-    temporary.replace(path)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spt_ds.engine.run_folder import METRICS, write_text
 from spt_ds.errors import ConfigError
+from spt_ds.files import write_whole
 from spt_ds.log import say_once
+from spt_ds.run.folder import RunFolder
 
 
 class Metrics:
@@ -24,7 +25,7 @@ class Metrics:
 
     def __init__(
         self,
-        run_dir: Path,
+        folder: RunFolder,
         total_steps: int,
         start_step: int,
         *,
@@ -40,7 +41,7 @@ class Metrics:
         self._board: Any = None
         if not active:
             return
-        self._path = run_dir / METRICS
+        self._path = folder.metrics
         self._forget_after(start_step, revalidates)
         self._bar = tqdm(
             total=total_steps,
@@ -52,7 +53,7 @@ class Metrics:
             mininterval=0.5 if sys.stderr.isatty() else 20.0,
         )
         if tensorboard:
-            self._board = _writer(run_dir)
+            self._board = _writer(folder.tensorboard)
 
     def _forget_after(self, step: int, revalidates: bool) -> None:
         """Drop lines of what a killed run did after its last checkpoint: it is done again."""
@@ -60,7 +61,7 @@ class Metrics:
             lines = self._path.read_text(encoding="utf-8").splitlines()
             first_lost = (step, True) if revalidates else (step + 1, False)
             kept = [line for line in lines if _mark(line) < first_lost]
-            write_text(self._path, "".join(f"{line}\n" for line in kept))
+            write_whole(self._path, "".join(f"{line}\n" for line in kept))
 
     def tick(self) -> None:
         """One step done."""
@@ -114,7 +115,7 @@ def _mark(line: str) -> tuple[float, bool]:
         return math.inf, True
 
 
-def _writer(run_dir: Path) -> Any:
+def _writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -122,4 +123,4 @@ def _writer(run_dir: Path) -> Any:
             "log.tensorboard: the tensorboard package is missing; install the extra `tensorboard`"
             " or set it to false"
         ) from error
-    return SummaryWriter(str(run_dir / "tensorboard"))
+    return SummaryWriter(str(folder))

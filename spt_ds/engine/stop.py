@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 0, 1, 2, 75
+from spt_ds.run.folder import RunFolder
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -22,9 +23,14 @@ class StopRequests:
     """
 
     def __init__(
-        self, run_dir: Path, max_hours: float, *, watch_files: bool, started_s: float | None = None
+        self,
+        folder: RunFolder,
+        max_hours: float,
+        *,
+        watch_files: bool,
+        started_s: float | None = None,
     ) -> None:
-        self.run_dir = run_dir
+        self.folder = folder
         started_s = time.monotonic() if started_s is None else started_s
         self.deadline_s = started_s + max_hours * 3600 if max_hours else None
         self.watch_files = watch_files  # one rank looks, the reduction tells the others
@@ -46,14 +52,14 @@ class StopRequests:
         """
         if self.deadline_s is not None and time.monotonic() > self.deadline_s:
             self.reason = self.reason or "wall-clock budget"
-        save = self.watch_files and self._take("SAVE")
-        if self.watch_files and self._take("STOP"):
+        save = self.watch_files and _take(self.folder.save)
+        if self.watch_files and _take(self.folder.stop):
             self.reason = self.reason or "STOP file"
         return float(bool(self.reason)), float(save)
 
-    def _take(self, name: str) -> bool:
-        path = self.run_dir / name
-        found = path.exists()
-        if found:
-            path.unlink(missing_ok=True)
-        return found
+
+def _take(path: Path) -> bool:
+    there = path.exists()
+    if there:
+        path.unlink(missing_ok=True)
+    return there

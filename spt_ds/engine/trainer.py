@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from spt_ds import dist
@@ -17,14 +16,18 @@ from spt_ds.config.schema import Config
 from spt_ds.data.loader import TrainLoader, eval_batches
 from spt_ds.data.sampler import total_steps
 from spt_ds.data.store import ExampleStore
-from spt_ds.engine import checkpoint, run_folder
 from spt_ds.engine.ds_config import load_ds_config
 from spt_ds.engine.engine import Engine
 from spt_ds.engine.metrics import Metrics
 from spt_ds.engine.session import open_session, open_split
-from spt_ds.engine.stop import EXIT_DONE, EXIT_STOPPED, StopRequests
+from spt_ds.engine.stop import StopRequests
 from spt_ds.errors import CheckpointError
+from spt_ds.files import write_whole
 from spt_ds.log import get_logger
+from spt_ds.run import checkpoint
+from spt_ds.run.command import EXIT_DONE, EXIT_STOPPED
+from spt_ds.run.environment import environment
+from spt_ds.run.folder import RunFolder
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        run_dir: Path,
+        folder: RunFolder,
         deepspeed_config: str | None,
         world: dist.World,
         started_s: (
@@ -53,7 +56,7 @@ class Trainer:
         ) = None,  # time.monotonic() of the program's start, for train.max_hours
     ) -> None:
         self.config = config
-        self.run_dir = run_dir
+        self.folder = folder
         self.deepspeed_config = deepspeed_config
         self.world = world
         self.started_s = time.monotonic() if started_s is None else started_s
@@ -62,11 +65,9 @@ class Trainer:
     def run(self) -> int:
         """Train to the end (exit code 0) or to an agreed stop with a checkpoint (75)."""
         leads = self.world.rank == 0
-        if dist.broadcast_json(
-            dist.agreed(lambda: leads and run_folder.is_done(self.run_dir, self.config))
-        ):
+        if dist.broadcast_json(dist.agreed(lambda: leads and self.folder.is_done(self.config))):
             get_logger().info(
-                f"{self.run_dir}: this run is done ({run_folder.DONE} is there); nothing to do"
+                f"{self.folder}: this run is done ({self.folder.done.name} is there); nothing to do"
             )
             return EXIT_DONE
         dist.agreed(self._prepare_folder)
@@ -76,7 +77,7 @@ class Trainer:
         self.engine = Engine(self.config, self.world, session.sharding, session.root, session.spt)
         self._resume()
         self.metrics = Metrics(
-            self.run_dir,
+            self.folder,
             self.total,
             self.state.step,
             revalidates=self.state.owes_validation or self.state.step in (0, self.total),
@@ -84,7 +85,7 @@ class Trainer:
             tensorboard=self.config.log.tensorboard,
         )
         self.stop = StopRequests(
-            self.run_dir, self.config.train.max_hours, watch_files=leads, started_s=self.started_s
+            self.folder, self.config.train.max_hours, watch_files=leads, started_s=self.started_s
         )
         self.stop.install()
         try:
@@ -103,7 +104,7 @@ class Trainer:
         if self.world.rank == 0:
             if self.deepspeed_config is not None:  # a file that cannot be used leaves no folder
                 load_ds_config(self.deepspeed_config, self.config, self.world.size)
-            run_folder.prepare(self.run_dir, self.config, self.deepspeed_config)
+            self.folder.prepare(self.config, self.deepspeed_config)
 
     def _loop(self, train: ExampleStore, valid: ExampleStore) -> int:
         config, state = self.config, self.state
@@ -189,7 +190,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go on from the newest good checkpoint; rank 0 looks and all take the one it found."""
-        folder = self.run_dir / run_folder.CHECKPOINTS
+        folder = self.folder.checkpoints
         found = checkpoint.load_newest(folder) if self.world.rank == 0 else None
         name = dist.broadcast_json(found[0].name if found else None)
         step = found[1].state["step"] if found else 0
@@ -220,9 +221,9 @@ class Trainer:
         def write() -> None:
             if self.world.rank != 0:
                 return
-            folder = self.run_dir / run_folder.CHECKPOINTS
+            folder = self.folder.checkpoints
             told = {"step": state.step, "run": asdict(state), "total_steps": self.total}
-            told |= {"config": dump_config(self.config), "environment": run_folder.environment()}
+            told |= {"config": dump_config(self.config), "environment": environment()}
             tensors = dict(self.engine.trainables.named_parameters())
             moments = checkpoint.optimizer_tensors(self.engine.optimizer, self.engine.names)
             checkpoint.save(folder, checkpoint.Checkpoint(dict(tensors), moments, told))
@@ -249,8 +250,8 @@ class Trainer:
         summary["trained_parameters"] = sum(
             parameter.numel() for parameter in self.engine.trainables.parameters()
         )
-        run_folder.write_text(self.run_dir / run_folder.DONE, json.dumps(summary, indent=2))
-        get_logger().info(f"done: {self.state.step} steps; run folder {self.run_dir}")
+        write_whole(self.folder.done, json.dumps(summary, indent=2))
+        get_logger().info(f"done: {self.state.step} steps; run folder {self.folder}")
 
 
 def _due(every: int, step: int) -> bool:

@@ -21,9 +21,8 @@ from torch import nn
 from spt_ds import dist
 from spt_ds.engine.ds_config import DsPlan, remove_swap_files
 from spt_ds.errors import EngineError
+from spt_ds.files import STALE_LOCK_S, build_locks
 from spt_ds.log import say_once
-
-STALE_LOCK_S = 600.0  # the slowest extension takes two minutes
 
 
 class Sharding:
@@ -173,12 +172,8 @@ def check_build_locks() -> None:
     from torch.utils.cpp_extension import get_default_build_root
 
     build_root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    while locks := sorted(build_root.glob("**/lock")):
-        for lock in locks:
-            try:
-                age_s = time.time() - lock.stat().st_mtime
-            except FileNotFoundError:
-                continue  # built
+    while locks := build_locks(build_root):
+        for lock, age_s in locks:
             if age_s > STALE_LOCK_S:
                 raise EngineError(
                     f"{lock}: a build lock is {age_s / 60:.0f} minutes old; a killed build left it"

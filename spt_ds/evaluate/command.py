@@ -6,36 +6,31 @@ They go to the screen and into files as JSON, CSV, Markdown and LaTeX.
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from spt_ds.errors import SptError
 from spt_ds.evaluate import tables
 from spt_ds.evaluate.columns import METRICS, WIDE_COLUMNS
 from spt_ds.evaluate.corpus_metrics import OPT_VOCABULARY, corpus_metrics
 from spt_ds.evaluate.scores_json import Scores, scores_of
 from spt_ds.evaluate.significance import Paired
 from spt_ds.evaluate.tables import Cell, Table
-from spt_ds.run.predictions import DEFAULT_FOLDER, read_predictions
+from spt_ds.run.command import at_least, run_command
+from spt_ds.run.folder import RunFolder
+from spt_ds.run.predictions import read_predictions
 
 
 def main(argv: Sequence[str]) -> int:
-    """Score, print and write.
-
-    Return 0, or 2 for a fault of the user's, told in one line on stderr.
-    """
+    """Score, print and write; return the exit code."""
     parser = _parser()
-    args = parser.parse_args(argv)
-    if args.against is not None and args.bootstrap == 0:
-        parser.error("--against needs resamples: leave --bootstrap out or give 1 or more")
-    try:
+
+    def work(args: argparse.Namespace) -> None:
+        if args.against is not None and args.bootstrap == 0:
+            parser.error("--against needs resamples: leave --bootstrap out or give 1 or more")
         _run(args)
-    except SptError as error:
-        print(f"spt-ds evaluate: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(parser, argv, work)
 
 
 def long_table(scores: Scores, against: dict[str, Paired] | None = None) -> Table:
@@ -136,33 +131,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--bootstrap",
-        type=_at_least(0),
+        type=at_least(0),
         default=1000,
         metavar="N",
         help="resamples for intervals and p-values; 0 for none (default %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=_at_least(0), default=0, help="seed of the resampling (default %(default)s)"
+        "--seed", type=at_least(0), default=0, help="seed of the resampling (default %(default)s)"
     )
     parser.add_argument(
         "--ead-vocabulary",
-        type=_at_least(2),
+        type=at_least(2),
         default=OPT_VOCABULARY,
         metavar="V",
         help="vocabulary size in EAD, one for all systems compared (default %(default)s)",
     )
     return parser
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(given: str) -> int:
-        if not given.isdecimal() or int(given) < least:
-            raise argparse.ArgumentTypeError(
-                f"got {given!r}, expected a whole number from {least} on"
-            )
-        return int(given)
-
-    return number
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -181,7 +165,7 @@ def _run(args: argparse.Namespace) -> None:
     print("\n".join(notes(scores)))
     folder = args.out or metrics.file.path.parent
     home = metrics.file.path.resolve().parent
-    name = (home.parent if home.name == DEFAULT_FOLDER else home).name
+    name = (home.parent if home == RunFolder(home.parent).replies.path else home).name
     paths = tables.write_files(
         folder, "scores", data, long=table, wide=wide_table(name, scores, pairs)
     )

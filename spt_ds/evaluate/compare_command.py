@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spt_ds.errors import SptError
 from spt_ds.evaluate import tables
 from spt_ds.evaluate.comparison import compare
+from spt_ds.run.command import run_command
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compare, print and, with --out, write.
+    """Compare, print and, with --out, write; return the exit code."""
+    return run_command(_parser(), argv, _compare)
 
-    Return 0, or 2 for a fault of the user's, told in one line on stderr.
-    """
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="spt-ds compare", description="One table of several runs."
     )
@@ -37,24 +37,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for compare.json, .csv, .md and .tex"
     )
-    args = parser.parse_args(argv)
-    try:
-        result = compare(args.runs, args.baseline)
-        print(result.wide().text())
-        for group in result.groups[1:]:
-            gain = result.diversity_gain(group)
-            if gain is not None:
-                print(
-                    f"{group.name}: mean gain of DIST-1 and DIST-2 over {result.baseline.name}"
-                    f" {gain:+.1f} %"
-                )
-        print("".join(f"{note}\n" for note in result.notes), end="")
-        if args.out is not None:
-            paths = tables.write_files(
-                args.out, "compare", result.to_json(), result.long(), result.wide()
+    return parser
+
+
+def _compare(args: argparse.Namespace) -> None:
+    result = compare(args.runs, args.baseline)
+    print(result.wide().text())
+    for group in result.groups[1:]:
+        gain = result.diversity_gain(group)
+        if gain is not None:
+            print(
+                f"{group.name}: mean gain of DIST-1 and DIST-2 over {result.baseline.name}"
+                f" {gain:+.1f} %"
             )
-            print("written: " + " ".join(map(str, paths)))
-    except SptError as error:
-        print(f"spt-ds compare: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print("".join(f"{note}\n" for note in result.notes), end="")
+    if args.out is not None:
+        paths = tables.write_files(
+            args.out, "compare", result.to_json(), result.long(), result.wide()
+        )
+        print("written: " + " ".join(map(str, paths)))

@@ -18,9 +18,10 @@ from spt_ds.evaluate import scores_json
 from spt_ds.evaluate.columns import METRICS, WIDE_COLUMNS
 from spt_ds.evaluate.scores_json import Scores
 from spt_ds.evaluate.tables import Cell, Table
+from spt_ds.files import sha256
 from spt_ds.run import predictions
+from spt_ds.run.folder import ReplyFolder, RunFolder
 
-CONFIG = "config.yaml"
 # What two runs must share for a gain between them to mean anything.
 COMMON = ("data_sha256", "bleu_signature", "ead_vocabulary")
 # Keys of the configuration in which runs of one recipe may differ: they name the repeat or move no
@@ -166,15 +167,16 @@ def read_run(folder: Path) -> ScoredRun:
         raise DataError(
             f"{folder}: no such run folder; give folders that hold predictions.jsonl or scores.json"
         )
-    options = _read_options(folder / CONFIG)
+    config = RunFolder(folder).config
+    options = _read_options(config)
     name, seed = options.get("name", folder.resolve().name), options.get("train.seed")
     if not isinstance(name, str):
-        raise DataError(f"{folder / CONFIG}: name is {shown(name)}, expected a string")
+        raise DataError(f"{config}: name is {shown(name)}, expected a string")
     if seed is not None and not isinstance(seed, int):
-        raise DataError(f"{folder / CONFIG}: train.seed is {shown(seed)}, expected a whole number")
+        raise DataError(f"{config}: train.seed is {shown(seed)}, expected a whole number")
     scores = _read_scores(folder)
-    answers = predictions.locate(folder, predictions.FILE_NAME, scores_json.FILE_NAME)
-    options |= flatten(predictions.generated_with(answers, scores.settings.predictions_sha256))
+    answers = ReplyFolder.of(folder)
+    options |= flatten(predictions.generated_with(answers.path, scores.settings.predictions_sha256))
     return ScoredRun(folder, name, seed, options, scores)
 
 
@@ -197,13 +199,13 @@ def _read_options(path: Path) -> dict[str, Any]:
 
 
 def _read_scores(run: Path) -> Scores:
-    folder = predictions.locate(run, predictions.FILE_NAME, scores_json.FILE_NAME)
-    written, source = folder / scores_json.FILE_NAME, folder / predictions.FILE_NAME
-    if not written.exists():
-        return scores_json.evaluate(folder)
-    scores = scores_json.load_scores(written)
-    if source.exists() and predictions.sha256_of(source) != scores.settings.predictions_sha256:
-        return scores_json.evaluate(folder)
+    folder = ReplyFolder.of(run)
+    if not folder.scores.exists():
+        return scores_json.evaluate(folder.path)
+    scores = scores_json.load_scores(folder.scores)
+    source = folder.predictions
+    if source.exists() and sha256(source) != scores.settings.predictions_sha256:
+        return scores_json.evaluate(folder.path)
     return scores
 
 

@@ -22,7 +22,6 @@ from spt_ds.evaluate.corpus_metrics import (
 )
 from spt_ds.run.predictions import read_predictions
 
-FILE_NAME = "scores.json"
 LIBRARIES = ("sacrebleu", "rouge-score", "bert-score", "numpy")
 
 

@@ -10,8 +10,8 @@ from importlib import resources
 from pathlib import Path
 
 import spt_ds
-from spt_ds.engine.run_folder import write_text
 from spt_ds.errors import SptError
+from spt_ds.files import write_whole
 from spt_ds.report.markup import Markup, join, tag
 from spt_ds.report.runs import Run, read_runs
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         text = page(read_runs(args.runs))
         try:
-            write_text(args.out, text)
+            write_whole(args.out, text)
         except OSError as error:
             raise SptError(
                 f"{args.out}: cannot be written ({error.strerror}); give another file with --out"

@@ -15,18 +15,17 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from spt_ds.config.load import flatten, key_paths, load_config
+from spt_ds.config.load import flatten, key_paths
 from spt_ds.config.schema import Config
-from spt_ds.engine import run_folder
 from spt_ds.errors import DataError
 from spt_ds.evaluate import scores_json
 from spt_ds.evaluate.scores_json import Scores
 from spt_ds.evaluate.text_metrics import clean, f1_spt
 from spt_ds.json_input import parse_object
 from spt_ds.run import predictions
+from spt_ds.run.folder import ReplyFolder, RunFolder
 from spt_ds.run.predictions import Count, Prediction, PredictionFile, Text, read_rows
 
-DEEPSPEED = "deepspeed.json"
 MEND_LINE = "remove the line"
 
 
@@ -119,11 +118,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def read_run(folder: Path, label: str) -> Run:
     """Read one run folder."""
-    config = folder / run_folder.CONFIG
-    if not config.is_file():
-        what = f"holds no {run_folder.CONFIG}" if folder.is_dir() else "no such folder"
+    run = RunFolder(folder)
+    if not run.config.is_file():
+        what = f"holds no {run.config.name}" if folder.is_dir() else "no such folder"
         raise DataError(f"{folder}: {what}; give a run folder, as `spt-ds train` writes one")
-    loaded = load_config(str(config))
+    loaded = run.load_config()
     missing: list[str] = []
 
     def present(path: Path, mend: str) -> bool:
@@ -131,11 +130,9 @@ def read_run(folder: Path, label: str) -> Run:
             missing.append(f"{path.name} is not there: {mend}")
         return path.is_file()
 
-    environment, done = folder / run_folder.ENVIRONMENT, folder / run_folder.DONE
-    metrics, deepspeed = folder / run_folder.METRICS, folder / DEEPSPEED
-    has_environment = present(environment, "hardware and versions are not known")
-    lines = read_lines(metrics) if present(metrics, "no step has been logged yet") else []
-    is_done = present(done, "training has not come to its end")
+    has_environment = present(run.environment, "hardware and versions are not known")
+    lines = read_lines(run.metrics) if present(run.metrics, "no step has been logged yet") else []
+    is_done = present(run.done, "training has not come to its end")
     file, scores = _scored(folder, missing)
     options = options_of(loaded)
     return Run(
@@ -143,10 +140,12 @@ def read_run(folder: Path, label: str) -> Run:
         label=label,
         options=options,
         generated=(_generated(file) if file else None) or options,
-        environment=flatten(_object(environment)) if has_environment else {},
+        environment=flatten(_object(run.environment)) if has_environment else {},
         lines=lines,
-        done=_object(done) if is_done else None,
-        deepspeed=_content(deepspeed).decode("utf-8", "replace") if deepspeed.is_file() else None,
+        done=_object(run.done) if is_done else None,
+        deepspeed=(
+            _content(run.deepspeed).decode("utf-8", "replace") if run.deepspeed.is_file() else None
+        ),
         replies=_replies(file) if file else [],
         scores=scores,
         missing=missing,
@@ -192,8 +191,8 @@ def _scored(
     folder: Path, missing: list[str]
 ) -> tuple[PredictionFile[PredictionInDialogue] | None, Scores | None]:
     """The predictions and the scores that belong to them."""
-    answers = predictions.locate(folder, predictions.FILE_NAME, scores_json.FILE_NAME)
-    source, written = answers / predictions.FILE_NAME, answers / scores_json.FILE_NAME
+    answers = ReplyFolder.of(folder)
+    source, written = answers.predictions, answers.scores
     file = read_rows(source, PredictionInDialogue) if source.is_file() else None
     if file is None:
         missing.append(f"{source.name} is not there: write it with `spt-ds generate {folder}`")
@@ -213,7 +212,7 @@ def _generated(file: PredictionFile[PredictionInDialogue]) -> dict[str, Any] | N
         return options_of(Config.model_validate_json(json.dumps(tree))) if tree else None
     except ValidationError as error:
         raise DataError(
-            f"{file.path.parent / predictions.RECORD}: {error}; generate again"
+            f"{ReplyFolder(file.path.parent).record}: {error}; generate again"
         ) from error
 
 

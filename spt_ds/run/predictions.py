@@ -19,10 +19,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from spt_ds.display import shown
 from spt_ds.errors import DataError
 from spt_ds.json_input import parse_json, parse_object
+from spt_ds.run.folder import ReplyFolder, RunFolder
 
-FILE_NAME = "predictions.jsonl"
-RECORD = "generate.json"  # beside it: how the replies were made
-DEFAULT_FOLDER = "generate"  # where `spt-ds generate` puts the file in a run folder
 MAX_NATS = 700  # exp(700) is about the largest double
 MAX_BANK = 4096  # prompts: a table of dialogues by prompts must fit into memory
 MAX_TOKENS = 2**53  # up to here a double holds every whole number
@@ -108,13 +106,6 @@ class PredictionFile(Generic[Row]):
         return [known.setdefault(row.dialogue_id, len(known)) for row in self.rows]
 
 
-def locate(folder: Path, *names: str) -> Path:
-    """Return `folder`, or its `generate` folder if only that one holds any file of `names`."""
-    inner = folder / DEFAULT_FOLDER
-    outside, inside = (any((home / name).exists() for name in names) for home in (folder, inner))
-    return inner if inside and not outside else folder
-
-
 def read_predictions(path: str | Path) -> PredictionFile[Prediction]:
     """Read and check a predictions file, or the one in a run folder or its folder `generate`.
 
@@ -132,7 +123,8 @@ def read_rows(path: str | Path, row_type: type[Row]) -> PredictionFile[Row]:
     """
     path = Path(path)
     if path.is_dir():
-        path = locate(path, FILE_NAME) / FILE_NAME
+        own, inner = ReplyFolder(path).predictions, RunFolder(path).replies.predictions
+        path = inner if inner.exists() and not own.exists() else own
     digest = hashlib.sha256()
     rows: list[Row] = []
     for number, line in enumerate(_lines(path), start=1):
@@ -149,14 +141,6 @@ def read_rows(path: str | Path, row_type: type[Row]) -> PredictionFile[Row]:
     return PredictionFile(path, digest.hexdigest(), tuple(rows))
 
 
-def sha256_of(path: Path) -> str:
-    """Digest of a file's bytes, as the records beside predictions hold it."""
-    digest = hashlib.sha256()
-    for line in _lines(path):
-        digest.update(line)
-    return digest.hexdigest()
-
-
 def generated_with(folder: Path, sha256: str) -> dict[str, Any]:
     """The configuration, as a tree, under which the predictions in `folder` were generated.
 
@@ -164,7 +148,7 @@ def generated_with(folder: Path, sha256: str) -> dict[str, Any]:
     other predictions than those whose bytes have the digest `sha256`; DataError where it cannot be
     read.
     """
-    path = folder / RECORD
+    path = ReplyFolder(folder).record
     if not path.is_file():
         return {}
     mend = "`spt-ds generate` writes it"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import itertools
 import json
 import re
@@ -14,12 +13,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from spt_ds.config.load import key_paths, load_config, load_yaml
+from spt_ds.config.load import key_paths, load_config, load_yaml, options_of
 from spt_ds.config.schema import Config, Section
-from spt_ds.engine import run_folder
 from spt_ds.errors import ConfigError
-from spt_ds.evaluate import scores_json
-from spt_ds.run import predictions
+from spt_ds.run.folder import RunFolder, differences
 
 SEED = "train.seed"
 NAME = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
@@ -81,6 +78,11 @@ class Cell:
     config: Config
 
     @property
+    def run(self) -> RunFolder:
+        """The files in the folder."""
+        return RunFolder(self.folder)
+
+    @property
     def options(self) -> list[str]:
         """The overrides as words of a command line."""
         return [word for override in self.overrides for word in ("--set", override)]
@@ -93,26 +95,26 @@ class Cell:
     @property
     def trained(self) -> bool:
         """Whether training has come to its end."""
-        return (self.folder / run_folder.DONE).is_file()
+        return self.run.done.is_file()
 
     @property
     def finished(self) -> bool:
         """Whether the scores are there."""
-        return (self.folder / predictions.DEFAULT_FOLDER / scores_json.FILE_NAME).is_file()
+        return self.run.replies.scores.is_file()
 
     def conflict(self) -> str | None:
         """How the run in the folder differs from this cell; None where it can be gone on with."""
-        there = self.folder / run_folder.CONFIG
-        if not there.is_file():
+        if not self.run.config.is_file():
             return None
-        old = load_config(str(there))
-        changed = run_folder.differences(old, self.config)
-        for key in key_paths(Config):
-            if self.trained and key.startswith(FIXED_BY_END) and key not in FREE:
-                before, after = (
-                    functools.reduce(getattr, key.split("."), one) for one in (old, self.config)
-                )
-                changed += [f"{key}: {before!r} -> {after!r}"] if before != after else []
+        old = self.run.load_config()
+        changed = differences(old, self.config)
+        if self.trained:
+            before, after = options_of(old), options_of(self.config)
+            changed += [
+                f"{key}: {before[key]!r} -> {after[key]!r}"
+                for key in before
+                if key.startswith(FIXED_BY_END) and key not in FREE and before[key] != after[key]
+            ]
         return "; ".join(changed) or None
 
 

@@ -15,19 +15,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spt_ds.engine.stop import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
-from spt_ds.errors import ConfigError, SptError
+from spt_ds.errors import ConfigError
 from spt_ds.evaluate import tables
 from spt_ds.evaluate.comparison import compare
 from spt_ds.evaluate.tables import Cell as TableCell
 from spt_ds.evaluate.tables import Table
+from spt_ds.run.command import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    add_overrides,
+    at_least,
+    run_command,
+)
 from spt_ds.sweep.cells import Cell, load_cells
 from spt_ds.sweep.runner import Runner
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a sweep; return 0 when every cell is finished, 75 when stopped, 1 when one failed, 2 for
-    an error to mend.
+    """Run a sweep.
+
+    Returns 0 when every cell is finished, 75 when stopped, 1 when one failed, 2 for an error to
+    mend.
     """
     parser = argparse.ArgumentParser(
         prog="spt-ds sweep",
@@ -37,19 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="folder of all runs and of the table; default runs/NAME"
     )
+    add_overrides(parser, "set an option in every cell, such as data.train=FILE")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="set an option in every cell, such as data.train=FILE",
+        "--jobs",
+        type=at_least(1),
+        default=1,
+        help="cells at a time on this machine (default %(default)s)",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, help="cells at a time on this machine (default %(default)s)"
-    )
-    parser.add_argument(
-        "--ranks", type=int, default=1, help="processes of each cell (default %(default)s)"
+        "--ranks", type=at_least(1), default=1, help="processes of each cell (default %(default)s)"
     )
     parser.add_argument(
         "--task", type=int, metavar="N", help="this cell alone, counted from 0; makes no table"
@@ -64,14 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument(
         "--table", action="store_true", help="run nothing; write the table of what is finished"
     )
-    args = parser.parse_args(argv)
-    if min(args.jobs, args.ranks) < 1:
-        parser.error("--jobs and --ranks are 1 or more")
-    try:
-        return _run(args)
-    except SptError as error:
-        print(f"spt-ds sweep: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    return run_command(parser, argv, _run)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -123,9 +121,7 @@ def write_table(root: Path, cells: Sequence[Cell], failures: dict[str, str]) -> 
     if not finished:
         rows: list[list[TableCell]] = [[f"{name}: {why}"] for name, why in missing.items()]
         table = Table(["recipe"], rows)
-        return tables.write_files(
-            root, "table", {"recipes": [], "failed": missing}, table, table
-        )
+        return tables.write_files(root, "table", {"recipes": [], "failed": missing}, table, table)
     result = compare([cell.folder for cell in finished], finished[0].folder)
     told = {}
     if finished[0].row != cells[0].row:
@@ -136,9 +132,7 @@ def write_table(root: Path, cells: Sequence[Cell], failures: dict[str, str]) -> 
         [*wide.rows, *_named(told, len(wide.columns)), *_named(missing, len(wide.columns))],
     )
     long = Table(long.columns, [*long.rows, *_named(missing, len(long.columns))])
-    paths = tables.write_files(
-        root, "table", {**result.to_json(), "failed": missing}, long, wide
-    )
+    paths = tables.write_files(root, "table", {**result.to_json(), "failed": missing}, long, wide)
     print(wide.text() + "".join(f"{note}\n" for note in result.notes), end="")
     return paths
 

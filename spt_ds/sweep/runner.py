@@ -21,7 +21,6 @@ from types import FrameType
 from typing import BinaryIO
 
 from spt_ds.errors import EngineError
-from spt_ds.run import predictions
 from spt_ds.sweep.cells import Cell
 
 
@@ -85,8 +84,8 @@ class Runner:
         return reason
 
     def _steps(self, cell: Cell, devices: tuple[str, ...]) -> str | None:
-        path = cell.folder / "logs" / "sweep.log"
-        written = cell.folder / predictions.DEFAULT_FOLDER / predictions.FILE_NAME
+        path = cell.run.sweep_log
+        written = cell.run.replies.predictions
         train, generate = (
             ["spt_ds.train", *cell.training],
             ["spt_ds.generate", str(cell.folder), *cell.options],

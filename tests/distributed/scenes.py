@@ -26,6 +26,8 @@ from spt_ds.config.schema import Config
 from spt_ds.data.loader import TrainLoader, eval_batches
 from spt_ds.engine.engine import Engine
 from spt_ds.engine.session import Session, open_session, open_split
+from spt_ds.engine.trainer import Trainer
+from spt_ds.run.folder import RunFolder
 from tests.helpers.tiny import tiny_lm
 from tests.helpers.tokenizers import byte_tokenizer
 
@@ -133,6 +135,13 @@ def open_engine(world: dist.World, setup: Setup) -> tuple[Config, Session, Engin
     return config, session, Engine(config, world, session.sharding, session.root, session.spt)
 
 
+def open_trainer(
+    world: dist.World, options: Sequence[str], run_dir: Path, ds: str | None = None
+) -> Trainer:
+    """The trainer of a run in `run_dir`, as `spt-ds train` makes it."""
+    return Trainer(load_config(CONFIG, options), RunFolder(run_dir), ds, world)
+
+
 def windows(config: Config, session: Session, world: dist.World) -> TrainLoader:
     return TrainLoader(
         open_split(session, "train"),
@@ -192,7 +201,7 @@ def shard_digest(root: torch.nn.Module) -> str:
 
 
 def differs_from_file(root: torch.nn.Module, folder: Path) -> list[str]:
-    """Names of parameters that are not, bit for bit, the file's (rounded once to the base's dtype)."""
+    """Names of parameters that are not, bit for bit, the file's rounded to the base's dtype."""
     import deepspeed
 
     saved = load_file(str(folder / "model.safetensors"))

@@ -12,12 +12,18 @@ import pytest
 import torch
 
 from spt_ds import dist, errors
-from spt_ds.config.load import load_config
-from spt_ds.engine import checkpoint
-from spt_ds.engine.stop import EXIT_STOPPED
 from spt_ds.engine.trainer import Trainer
 from spt_ds.model.spt import MicroLosses
-from tests.distributed.scenes import CONFIG, Scene, Setup, open_engine, windows, write_dialogues
+from spt_ds.run import checkpoint
+from spt_ds.run.command import EXIT_STOPPED
+from tests.distributed.scenes import (
+    Scene,
+    Setup,
+    open_engine,
+    open_trainer,
+    windows,
+    write_dialogues,
+)
 from tests.helpers.ranks import run_ranks
 
 
@@ -134,7 +140,7 @@ def train_and_ask(
     """Train; one rank asks to stop after its second step."""
     asker = 0 if how == "file" else 1
     more = ["train.max_hours=0.000001"] if how == "budget" and world.rank == asker else []
-    trainer = Trainer(load_config(CONFIG, [*overrides, *more]), run_dir, None, world)
+    trainer = open_trainer(world, [*overrides, *more], run_dir)
     ask_after(trainer, 2, lambda: None if world.rank != asker else request(trainer, how))
     return trainer.run(), trainer.state.step
 
@@ -156,7 +162,7 @@ def request(trainer: Trainer, how: str) -> None:
     if how == "signal":
         os.kill(os.getpid(), signal.SIGUSR1)
     elif how == "file":
-        (trainer.run_dir / "STOP").touch()
+        trainer.folder.stop.touch()
     elif how == "second budget":
         trainer.stop.deadline_s = 0.0
 
@@ -171,6 +177,6 @@ def test_a_save_file_saves_once_and_training_goes_on(scene: Scene, tmp_path: Pat
 
 
 def train_and_save(world: dist.World, overrides: list[str], run_dir: Path) -> int:
-    trainer = Trainer(load_config(CONFIG, overrides), run_dir, None, world)
+    trainer = open_trainer(world, overrides, run_dir)
     ask_after(trainer, 2, lambda: (run_dir / "SAVE").touch() if world.rank == 0 else None)
     return trainer.run()

@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 
 from spt_ds import dist
-from spt_ds.config.load import load_config
-from spt_ds.engine import checkpoint
 from spt_ds.engine.trainer import Trainer
 from spt_ds.errors import CheckpointError
-from spt_ds.generate import find_checkpoint
-from tests.distributed.scenes import CONFIG, Scene
+from spt_ds.run import checkpoint
+from spt_ds.run.folder import RunFolder
+from tests.distributed.scenes import Scene, open_trainer
 from tests.distributed.test_agree import ask_after
 from tests.helpers.ranks import run_ranks
 
@@ -38,7 +37,7 @@ def train(world: dist.World, options: list[str], run_dir: Path, full: list[int])
         write(path, data)
 
     checkpoint._write = refuse
-    trainer = Trainer(load_config(CONFIG, options), run_dir, None, world)
+    trainer = open_trainer(world, options, run_dir)
     try:
         return str(trainer.run()), trainer.state.step
     except CheckpointError as error:
@@ -101,7 +100,7 @@ def train_to_a_lost_best(world: dist.World, options: list[str], run_dir: Path) -
 
     checkpoint._write = refuse
     Trainer._validate = judged  # type: ignore[method-assign]
-    return Trainer(load_config(CONFIG, options), run_dir, None, world).run()
+    return open_trainer(world, options, run_dir).run()
 
 
 def test_a_best_one_that_could_not_be_saved_costs_no_other(scene: Scene, tmp_path: Path) -> None:
@@ -118,7 +117,7 @@ def test_a_best_one_that_could_not_be_saved_costs_no_other(scene: Scene, tmp_pat
     left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert left == ["step-00000002", "step-00000006"]
     assert json.loads((run_dir / "DONE.json").read_text())["best_step"] == 2
-    assert find_checkpoint(run_dir, "best").name == "step-00000002"
+    assert checkpoint.find(RunFolder(run_dir).checkpoints, "best").name == "step-00000002"
 
 
 @pytest.fixture
@@ -162,7 +161,7 @@ def train_while_full(world: dist.World, options: list[str], run_dir: Path) -> in
             while file.write(b"0" * 512):
                 pass
 
-    trainer = Trainer(load_config(CONFIG, options), run_dir, None, world)
+    trainer = open_trainer(world, options, run_dir)
     if world.rank == 0:
         ask_after(trainer, 2, fill)
         ask_after(trainer, 5, filler.unlink)

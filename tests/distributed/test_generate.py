@@ -21,6 +21,7 @@ from spt_ds.config.load import load_config
 from spt_ds.engine.generator import Generator
 from spt_ds.engine.session import Session, open_session, open_split
 from spt_ds.model.decode import Decoded
+from spt_ds.run.folder import ReplyFolder
 from tests.distributed.scenes import CONFIG, Scene, write_dialogues
 from tests.helpers.ranks import run_ranks
 
@@ -59,7 +60,7 @@ class Counting(Generator):
     """
 
     def __init__(self, session: Session, out: Path, die_after: int | None = None) -> None:
-        super().__init__(session, open_split(session, "test"), out, "test", "step-1")
+        super().__init__(session, open_split(session, "test"), ReplyFolder(out), "test", "step-1")
         self.decoded = 0
         self.batches = 0
         self.die_after = die_after

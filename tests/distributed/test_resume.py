@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 
 from spt_ds import dist
-from spt_ds.config.load import load_config
-from spt_ds.engine import checkpoint
-from spt_ds.engine.stop import EXIT_DONE, EXIT_STOPPED
-from spt_ds.engine.trainer import Trainer
-from tests.distributed.scenes import CONFIG, Scene, gap
+from spt_ds.run import checkpoint
+from spt_ds.run.command import EXIT_DONE, EXIT_STOPPED
+from tests.distributed.scenes import Scene, gap, open_trainer
 from tests.distributed.test_agree import ask_after
 from tests.helpers.ranks import run_ranks
 
@@ -39,7 +37,7 @@ class Run:
 
 
 def train(world: dist.World, options: list[str], run_dir: Path, ds: str | None) -> int:
-    return Trainer(load_config(CONFIG, options), run_dir, ds, world).run()
+    return open_trainer(world, options, run_dir, ds).run()
 
 
 def overrides(scene: Scene, steps: int, *more: str) -> list[str]:
@@ -136,7 +134,7 @@ def test_a_done_run_goes_on_to_a_new_length(scene: Scene, whole, tmp_path: Path)
 
 
 def stop_at(world: dist.World, options: list[str], run_dir: Path, step: int) -> int:
-    trainer = Trainer(load_config(CONFIG, options), run_dir, None, world)
+    trainer = open_trainer(world, options, run_dir)
     ask_after(trainer, step - 1, (run_dir / "STOP").touch)
     return trainer.run()
 

@@ -27,12 +27,13 @@ from spt_ds.batch import Batch
 from spt_ds.config.load import dump_config, load_config
 from spt_ds.config.schema import Config
 from spt_ds.data.encode import encode_context
-from spt_ds.engine import checkpoint
 from spt_ds.engine.generator import Generator, decode_batch
 from spt_ds.engine.session import open_split
 from spt_ds.errors import CheckpointError, ConfigError, DataError, EngineError
 from spt_ds.model.conversation import Live
 from spt_ds.model.decode import Decoded
+from spt_ds.run import checkpoint
+from spt_ds.run.folder import ReplyFolder
 from tests.helpers.tiny import tiny_backbone, tiny_lm, tiny_spt
 from tests.helpers.tokenizers import byte_tokenizer
 
@@ -237,7 +238,7 @@ def test_replies_are_those_of_generate(folder: Path, run: str, tmp_path: Path) -
     assert not bot._session.config.generate.perplexity, "a conversation has no reference reply"
     store = open_split(bot._session, "test")
     lines = (
-        Generator(bot._session, store, tmp_path, "test", "step-7")
+        Generator(bot._session, store, ReplyFolder(tmp_path), "test", "step-7")
         .run()
         .read_text(encoding="utf-8")
         .splitlines()

@@ -17,12 +17,13 @@ import spt_ds
 from spt_ds import dist
 from spt_ds.config.load import load_config, recipe_names
 from spt_ds.data.encode import encode_context
-from spt_ds.engine import checkpoint
 from spt_ds.engine.session import open_split
-from spt_ds.engine.stop import EXIT_DONE
 from spt_ds.engine.trainer import Trainer
 from spt_ds.evaluate import command, compare_command
 from spt_ds.generate import _generate
+from spt_ds.run import checkpoint
+from spt_ds.run.command import EXIT_DONE
+from spt_ds.run.folder import RunFolder
 from spt_ds.summary import summary_rows
 from tests.distributed.scenes import CONFIG, Scene, make_scene
 from tests.distributed.test_baselines import FULL, LORA
@@ -38,8 +39,9 @@ def train_and_generate(world: dist.World, jobs: list[tuple[str, list[str], Path]
     codes = []
     for source, overrides, folder in jobs:
         config = load_config(source, overrides)
-        codes.append(Trainer(config, folder, None, world).run())
-        _generate(config, folder, folder / "generate", "best", None, world)
+        run = RunFolder(folder)
+        codes.append(Trainer(config, run, None, world).run())
+        _generate(config, run, run.replies, "best", None, world)
     return codes
 
 

@@ -20,11 +20,9 @@ import numpy as np
 import pytest
 
 from spt_ds import dist
-from spt_ds.config.load import load_config
-from spt_ds.engine import checkpoint
-from spt_ds.engine.trainer import Trainer
 from spt_ds.errors import CheckpointError
-from tests.distributed.scenes import CONFIG, Scene, make_scene
+from spt_ds.run import checkpoint
+from tests.distributed.scenes import Scene, make_scene, open_trainer
 from tests.helpers.ranks import _context, _rank_main, free_port, run_ranks
 
 STEPS, SAVE_EVERY, RANKS = 6, 2, 2
@@ -46,7 +44,7 @@ def train(world: dist.World, options: list[str], run_dir: Path, ds: str, die_at:
     """
     if die_at is not None and world.rank == 0:
         kill_in_save(die_at)
-    return Trainer(load_config(CONFIG, options), run_dir, ds, world).run()
+    return open_trainer(world, options, run_dir, ds).run()
 
 
 def kill_in_save(die_at: int) -> None:

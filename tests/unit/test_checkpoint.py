@@ -20,10 +20,10 @@ import pytest
 import torch
 from torch import nn
 
-from spt_ds.engine import checkpoint
-from spt_ds.engine.checkpoint import MARKER, OPTIMIZER, STATE, TRAINABLES, Checkpoint
 from spt_ds.errors import CheckpointError
-from spt_ds.generate import find_checkpoint
+from spt_ds.run import checkpoint
+from spt_ds.run.checkpoint import MARKER, OPTIMIZER, STATE, TRAINABLES, Checkpoint
+from spt_ds.run.folder import RunFolder
 
 FILES = (TRAINABLES, OPTIMIZER, STATE, MARKER)
 
@@ -220,9 +220,9 @@ def test_a_missing_best_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFix
     saved.state["run"]["best_step"] = 2
     last = checkpoint.save(tmp_path / "checkpoints", saved)
     with caplog.at_level(logging.WARNING), listened(caplog):
-        assert find_checkpoint(tmp_path, "last") == last
+        assert checkpoint.find(RunFolder(tmp_path).checkpoints, "last") == last
         assert not caplog.records
-        assert find_checkpoint(tmp_path, "best") == last
+        assert checkpoint.find(RunFolder(tmp_path).checkpoints, "best") == last
     assert (
         "step-00000002: the best checkpoint is missing; taking the last one, step-00000003"
         in caplog.text

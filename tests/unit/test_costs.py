@@ -48,7 +48,8 @@ def test_naive_twin_has_our_losses_and_gradients(checkpointing: str) -> None:
 
 @pytest.mark.parametrize("case", ["prefix", "suffix", "naive"])
 def test_counted_tokens_are_those_the_layers_see(case: str) -> None:
-    args = command._arguments(["step", "--shape", "tiny", "--batch", "3", "--max-tokens", "256"])
+    words = ["step", "--shape", "tiny", "--batch", "3", "--max-tokens", "256"]
+    args = command._parser().parse_args(words)
     placement = "suffix" if case == "suffix" else "prefix"
     overrides = [
         f"prompts.placement={placement}",
@@ -152,7 +153,7 @@ def test_flops_by_hand() -> None:
     """4 for each weight of a layer and position, 2 where no gradient flows, 4 for each weight and
     row of the head.
     """
-    args = command._arguments(["step", "--tokens", "2", "--max-tokens", "10"])
+    args = command._parser().parse_args(["step", "--tokens", "2", "--max-tokens", "10"])
     batch = Batch(torch.arange(7), torch.arange(3), (7,), (3,), (0,), (1.0,))
     shape = BaseShape(
         experts=1,

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from spt_ds.config.load import load_config
-from spt_ds.engine import checkpoint
 from spt_ds.engine.ds_config import load_ds_config
 from spt_ds.errors import ConfigError
+from spt_ds.run import checkpoint
 from tests.helpers.tiny import tiny_backbone, tiny_spt
 
 PACKAGE = Path(checkpoint.__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spt_ds import quantize
+from spt_ds import files, quantize
 
 
 def test_a_place_that_cannot_be_written_is_an_error_with_its_reason(
@@ -42,14 +42,14 @@ def test_folders_of_others_stay_and_all_is_on_disk_before_the_name(
     mine.parent.mkdir()
     mine.write_text("years of work", encoding="utf-8")
     synced: list[str] = []
-    to_disk = quantize._to_disk
+    sync = files.sync
 
     def note(path: Path) -> None:
         assert (tmp_path / "q").exists() == (path == tmp_path)
         synced.append(path.name)
-        to_disk(path)
+        sync(path)
 
-    monkeypatch.setattr(quantize, "_to_disk", note)
+    monkeypatch.setattr(files, "sync", note)
     assert quantize.main(["embedded", str(tmp_path / "q")]) == 0
     assert mine.read_text(encoding="utf-8") == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["q", "q.part"]

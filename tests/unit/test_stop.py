@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from spt_ds.engine.stop import STOP_SIGNALS, StopRequests
+from spt_ds.run.folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +25,14 @@ def _handlers() -> Iterator[None]:
 
 
 def test_without_a_request_nothing_is_asked(tmp_path: Path) -> None:
-    stop = StopRequests(tmp_path, 0.0, watch_files=True)
+    stop = StopRequests(RunFolder(tmp_path), 0.0, watch_files=True)
     assert stop.poll() == (0.0, 0.0)
     assert stop.reason == ""
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_signals_ask_to_stop_and_keep_asking(tmp_path: Path, number: signal.Signals) -> None:
-    stop = StopRequests(tmp_path, 0.0, watch_files=False)
+    stop = StopRequests(RunFolder(tmp_path), 0.0, watch_files=False)
     stop.install()
     os.kill(os.getpid(), number)
     assert stop.poll() == (1.0, 0.0)
@@ -41,7 +42,7 @@ def test_signals_ask_to_stop_and_keep_asking(tmp_path: Path, number: signal.Sign
 
 def test_two_kinds_of_signals_still_wait_for_the_step(tmp_path: Path) -> None:
     """A scheduler's SIGTERM after one ctrl-C is no second ctrl-C."""
-    stop = StopRequests(tmp_path, 0.0, watch_files=False)
+    stop = StopRequests(RunFolder(tmp_path), 0.0, watch_files=False)
     stop.install()
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -49,7 +50,7 @@ def test_two_kinds_of_signals_still_wait_for_the_step(tmp_path: Path) -> None:
 
 
 def test_files_are_taken_away_once_seen(tmp_path: Path) -> None:
-    stop = StopRequests(tmp_path, 0.0, watch_files=True)
+    stop = StopRequests(RunFolder(tmp_path), 0.0, watch_files=True)
     (tmp_path / "SAVE").touch()
     assert stop.poll() == (0.0, 1.0)
     assert stop.poll() == (0.0, 0.0)
@@ -62,14 +63,14 @@ def test_files_are_taken_away_once_seen(tmp_path: Path) -> None:
 
 def test_one_rank_alone_looks_for_files(tmp_path: Path) -> None:
     (tmp_path / "STOP").touch()
-    assert StopRequests(tmp_path, 0.0, watch_files=False).poll() == (0.0, 0.0)
+    assert StopRequests(RunFolder(tmp_path), 0.0, watch_files=False).poll() == (0.0, 0.0)
     assert (tmp_path / "STOP").exists()
 
 
 def test_a_budget_is_wall_clock_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    stop = StopRequests(tmp_path, 2.0, watch_files=False)
+    stop = StopRequests(RunFolder(tmp_path), 2.0, watch_files=False)
     now += 2 * 3600
     assert stop.poll() == (0.0, 0.0)
     now += 1
@@ -83,7 +84,7 @@ def test_a_budget_includes_what_came_before(
     """Loading a large base takes its share of a job's time limit."""
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    stop = StopRequests(tmp_path, 2.0, watch_files=False, started_s=now - 3600)
+    stop = StopRequests(RunFolder(tmp_path), 2.0, watch_files=False, started_s=now - 3600)
     now += 3601
     assert stop.poll() == (1.0, 0.0)
 
@@ -92,7 +93,8 @@ TRAINING = """
 import sys, time
 from pathlib import Path
 from spt_ds.engine.stop import StopRequests
-stop = StopRequests(Path(sys.argv[1]), 0.0, watch_files=False)
+from spt_ds.run.folder import RunFolder
+stop = StopRequests(RunFolder(Path(sys.argv[1])), 0.0, watch_files=False)
 stop.install()
 print("ready", flush=True)
 end = time.monotonic() + 30

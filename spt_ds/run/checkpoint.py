@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from spt_ds.errors import CheckpointError
+from spt_ds.errors import CheckpointError, SptError
+from spt_ds.files import sync
 from spt_ds.log import get_logger
 
 MARKER = "COMPLETE.json"
@@ -72,10 +73,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         temporary.mkdir()
         for name, data in (*files.items(), (MARKER, json.dumps(marker, indent=2).encode())):
             _write(temporary / name, data)
-        _flush_folder(temporary)
+        sync(temporary)
         shutil.rmtree(final, ignore_errors=True)  # left by a kill without its marker
         temporary.rename(final)
-        _flush_folder(folder)
+        sync(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -108,6 +109,37 @@ def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
         except CheckpointError as error:
             get_logger().warning(f"{error}; trying an older checkpoint")
     return None
+
+
+def find(folder: Path, which: str) -> Path:
+    """Return a run's `best`, `last` or numbered checkpoint; CheckpointError when there is none.
+
+    `which` is what a user gave: anything else is an error that names the three.
+    """
+    if which.isdigit():
+        path = folder / f"step-{int(which):08d}"
+        if not path.is_dir():
+            there = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
+            raise CheckpointError(f"{path}: no such checkpoint; there are: {there}")
+        return path
+    if which not in ("best", "last"):
+        raise SptError(f"--checkpoint {which}: give best, last or the number of a step")
+    newest = load_newest(folder)
+    if newest is None:
+        raise CheckpointError(
+            f"{folder}: no good checkpoint; train first, or give another run folder"
+        )
+    path, saved = newest
+    best = saved.state["run"]["best_step"]
+    if which == "last" or best is None:
+        return path
+    wanted = folder / f"step-{best:08d}"
+    if wanted.is_dir():
+        return wanted
+    get_logger().warning(
+        f"{wanted}: the best checkpoint is missing; taking the last one, {path.name}, in its place"
+    )
+    return path
 
 
 def set_aside(folder: Path, step: int) -> None:
@@ -214,14 +246,6 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_whole(path: Path) -> bool:

@@ -1,0 +1,57 @@
+"""The frame of every command: shared options, errors as one line, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from spt_ds.errors import SptError
+
+EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 0, 1, 2, 75
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    work: Callable[[argparse.Namespace], int | None],
+) -> int:
+    """Parse `argv`, do `work` with the arguments and return its exit code, by default 0.
+
+    An error that the user can mend becomes one line on stderr and exit code 2.
+    """
+    args = parser.parse_args(argv)
+    try:
+        return work(args) or EXIT_DONE
+    except SptError as error:
+        sys.stdout.flush()  # what was printed before stands before the error, also in a log
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def add_overrides(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add `--set KEY=VALUE`, which may be given often and comes as `overrides`."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help
+    )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return an argument's type: a whole number from `least` on."""
+
+    def number(given: str) -> int:
+        if not given.isdecimal() or int(given) < least:
+            raise argparse.ArgumentTypeError(
+                f"got {given!r}, expected a whole number from {least} on"
+            )
+        return int(given)
+
+    return number
+
+
+def add_deepspeed(parser: argparse.ArgumentParser) -> None:
+    """Add `--deepspeed_config`, and what DeepSpeed's launcher passes of its own accord."""
+    parser.add_argument(
+        "--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives"
+    )
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")

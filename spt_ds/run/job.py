@@ -1,0 +1,143 @@
+"""A job on several ranks: they meet and work, and the first that fails speaks for all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import traceback
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spt_ds.config.load import load_config
+from spt_ds.config.schema import Config
+from spt_ds.errors import SptError
+from spt_ds.run.command import EXIT_FAILED, EXIT_USER_ERROR
+from spt_ds.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from spt_ds.dist import World
+
+_started: list[str] = []  # name of this start, the same on every rank, once they have met
+
+
+def join(config: Config, folder: RunFolder) -> World:
+    """Start the process group; the ranks agree on a name for this start, under which the first that
+    fails speaks.
+    """
+    from spt_ds import dist
+
+    world = dist.init(config.engine.collective_timeout_s)
+    if world.rank == 0:
+        for old in folder.errors.glob(".first-*"):
+            with contextlib.suppress(OSError):  # it is another start's, and harms none
+                old.unlink()
+    _started[:] = [dist.broadcast_json(uuid.uuid4().hex)]
+    return world
+
+
+def run_job(
+    source: str,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    work: Callable[[Config, RunFolder], int],
+) -> int:
+    """Read the configuration, do `work`, and turn what fails into one message and an exit code.
+
+    `run_dir` None is `runs/NAME`, the name being that of the configuration.
+
+    The first rank that fails speaks; the others, who fail because of it, only leave their traceback
+    in `RUN/errors/rank-N.txt`. When a rank is gone without a word, one survivor on each host says
+    what it sees from there.
+    """
+    folder: RunFolder | None = None
+    try:
+        config = load_config(source, overrides)
+        folder = RunFolder(run_dir or Path("runs") / config.name)
+        return work(config, folder)
+    except SptError as error:
+        _speak(folder, f"error: {error}")
+        return EXIT_USER_ERROR
+    # the last frame before the interpreter's: nothing is swallowed, the code says failed
+    except Exception as error:
+        text = traceback.format_exc()
+        kept = _keep_traceback(folder, text)
+        what, lost = _explained(error)
+        message = f"failed: {what}\n{text if kept is None else f'traceback in {kept}'}"
+        _speak(folder, message, socket.gethostname() if lost else "")
+        return EXIT_FAILED
+
+
+def _explained(error: Exception) -> tuple[str, bool]:
+    """What happened, and whether it is that a peer is gone."""
+    from spt_ds import dist
+
+    loss = dist.explain_loss(error)
+    if loss is None:
+        return f"{type(error).__name__}: {error}", False
+    return (
+        (
+            f"{loss}.\nThe same command goes on from the newest checkpoint. What the transport"
+            f" said: {error}"
+        ),
+        True,
+    )
+
+
+def exit_with(code: int) -> None:
+    """End the process now: after a failure, communication threads that wait for a dead peer must
+    not hold it.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+
+
+def _keep_traceback(folder: RunFolder | None, text: str) -> Path | None:
+    if folder is None or not folder.path.is_dir():
+        return None
+    path = folder.errors / f"rank-{_rank()}.txt"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError:
+        return None
+    return path
+
+
+def _speak(folder: RunFolder | None, message: str, host: str = "") -> None:
+    """Print `message` unless another rank of this start has spoken already; with `host`, another
+    rank of that host.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        if not _started:
+            # Nobody has met: the configuration fails alike on all ranks of a host, what comes after
+            # it does not.
+            if (
+                folder is None
+                and os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"
+            ):
+                return
+        elif folder is not None and folder.path.is_dir():
+            cause = folder.errors / f".first-{_started[0]}"
+            try:
+                if cause.exists():
+                    return
+                cause.parent.mkdir(exist_ok=True)
+                cause.with_name(cause.name + (host and f"-{host}")).touch(exist_ok=False)
+            except FileExistsError:
+                return
+            except OSError:
+                pass  # a full disk must not hide the message
+        elif _rank() != "0":
+            return  # there is no folder yet: what fails this early fails together
+    with contextlib.suppress(BrokenPipeError):
+        # On a line of its own: a progress bar may stand where the cursor is.
+        print(f"\nspt-ds [rank {_rank()}] {message}", file=sys.stderr, flush=True)
