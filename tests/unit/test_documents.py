@@ -13,13 +13,13 @@ from spt_ds.config.load import key_paths, recipe_names
 from spt_ds.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(path: Path) -> str:
     """The fenced code of a document, continued lines joined."""
     text = "\n".join(
-        re.findall(r"^```\w*\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+        re.findall(r"^ *```\w*\n(.*?)^ *```", path.read_text(encoding="utf-8"), re.M | re.S)
     )
     return text.replace("\\\n", " ")
 
@@ -60,7 +60,7 @@ def test_commands_and_options_exist(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_inside_sentences_exist(path: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    text = re.sub(r"^ *```.*?^ *```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
     for name in re.findall(r"`spt-ds\s+([a-z_]\w*)", text):
         assert name in COMMANDS, f"{path.name}: `spt-ds {name}`"
 
