@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from spt_ds.cli import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 INDEX = DOCS / "README.md"
@@ -52,3 +54,8 @@ def test_the_index_names_every_page() -> None:
 
 def test_the_readme_links_to_the_index() -> None:
     assert ("docs/README.md", "") in links(ROOT / "README.md")
+
+
+def test_the_reference_lists_every_command() -> None:
+    text = (DOCS / "reference" / "commands.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"| `spt-ds {name}` |" not in text] == []
