@@ -176,10 +176,10 @@ def reduced(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
     return {room: uses - set().union(*map(reach, uses)) for room, uses in graph.items()}
 
 
-def defined(file: str) -> set[str]:
-    """Names of the functions, classes and methods of a file of the package."""
+def defined(path: Path) -> set[str]:
+    """Names of the functions, classes and methods of a file, methods as `Class.method`."""
     names = set()
-    for node in ast.parse((PACKAGE / file).read_text(encoding="utf-8")).body:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
         if isinstance(node, ast.ClassDef):
@@ -323,7 +323,7 @@ def draw_step() -> str:
     y, last, parts = 84.0, None, []
     repeated: list[float] = []
     for box in STEP:
-        if gone := sorted(set(box.names) - defined(box.file)):
+        if gone := sorted(set(box.names) - defined(PACKAGE / box.file)):
             raise SystemExit(f"{__file__}: {box.file} does not define {', '.join(gone)}")
         lines = [("name", box.title), *wrapped("small", box.text, w)]
         lines += [("code", text) for text in (box.file, *box.names)]

@@ -72,6 +72,14 @@ def test_commands_that_messages_name_exist() -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_scripts_and_their_options_exist(path: Path) -> None:
+    for script, rest in re.findall(r"python ((?:benchmarks|docs)/[\w/]+\.py)(.*)", blocks(path)):
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for option in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", rest):
+            assert f'"{option}"' in source, f"{path.name}: {script} knows no {option}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_recipes_and_overrides_exist(path: Path) -> None:
     code = blocks(path)
     for name in re.findall(r"--config ([\w.-]+)", code):

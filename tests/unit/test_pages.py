@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from spt_ds.cli import COMMANDS
+from tests.helpers.pictures import draw_module
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -35,6 +36,15 @@ def anchors(path: Path) -> set[str]:
     """The anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", prose(path), re.M)
     return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_functions_that_a_link_names_exist(path: Path) -> None:
+    for name, file in re.findall(r"\[`([\w.]+)`\]\(([^)]+\.py)\)", prose(path)):
+        if not name.endswith(".py"):
+            assert name in draw_module().defined(path.parent / file), (
+                f"{name_of(path)}: {file} has no {name}"
+            )
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "pictures"
+from tests.helpers.pictures import FOLDER, draw_module
 
-
-@pytest.fixture(scope="module")
-def draw() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("draw", FOLDER / "draw.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["draw"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+draw = draw_module()
 
 
 @pytest.mark.parametrize("name", ["rooms.svg", "step.svg"])
-def test_committed_pictures_are_current(draw: ModuleType, name: str) -> None:
+def test_committed_pictures_are_current(name: str) -> None:
     committed = (FOLDER / name).read_text(encoding="utf-8")
     assert committed == draw.PICTURES[name](), "run `python docs/pictures/draw.py` and commit"
 
 
-def test_every_picture_is_committed_and_shown(draw: ModuleType) -> None:
+def test_every_picture_is_committed_and_shown() -> None:
     page = (FOLDER.parent / "architecture.md").read_text(encoding="utf-8")
     assert {path.name for path in FOLDER.glob("*.svg")} == set(draw.PICTURES)
     assert [name for name in draw.PICTURES if f"(pictures/{name})" not in page] == []
 
 
 def test_a_new_import_changes_the_picture_of_the_rooms(
-    draw: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for room, text in {"config": "", "model": "import torch\n", "engine": ""}.items():
         (tmp_path / room).mkdir()
@@ -51,9 +39,7 @@ def test_a_new_import_changes_the_picture_of_the_rooms(
         draw.draw_rooms()
 
 
-def test_a_function_that_is_gone_is_an_error(
-    draw: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_function_that_is_gone_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = draw.Box(0, "Step", "", "dist.py", ("no_such_function",), repeated=True)
     monkeypatch.setattr(draw, "STEP", (gone,))
     with pytest.raises(SystemExit, match=r"dist\.py does not define no_such_function"):
