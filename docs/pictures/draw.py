@@ -28,6 +28,7 @@ PURPOSE = {
     "data": "readers, encoding, stores, sampler, loader",
     "evaluate": "text scores, intervals, tables",
     "plan": "memory arithmetic of a run",
+    "run": "run folder, checkpoints, predictions",
     "model": "attention, bank, retriever, losses, head, decoding",
     "engine": "optimizer steps, checkpoints, loop, generation",
 }
