@@ -170,7 +170,7 @@ class _Checker:
             )
         if self.inert:
             self.notes.append(
-                "accepted without effect here (docs/deepspeed.md says why):"
+                "accepted without effect here (docs/reference/deepspeed.md says why):"
                 f" {', '.join(self.inert)}"
             )
         # DeepSpeed wants a batch size and uses it for nothing here.

@@ -1,4 +1,4 @@
-"""What can befall a job, and what it cost: the rows of the table in docs/clusters.md."""
+"""What can befall a job, and what it cost: the rows of the table in docs/how-to/clusters.md."""
 
 from __future__ import annotations
 

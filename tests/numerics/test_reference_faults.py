@@ -1,5 +1,5 @@
 """Faults of the public reference that the model layer does not repeat; numbers as in
-docs/numerics.md.
+docs/explanation/method.md.
 
 Fault 8 (noise on a probability instead of on logits) belongs to generation and is tested there.
 """

@@ -13,13 +13,16 @@ from spt_ds.config.load import key_paths, recipe_names
 from spt_ds.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def blocks(path: Path) -> str:
     """The fenced code of a document, continued lines joined."""
     text = "\n".join(
-        re.findall(r"^```\w*\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+        re.findall(r"^ *```\w*\n(.*?)^ *```", path.read_text(encoding="utf-8"), re.M | re.S)
     )
     return text.replace("\\\n", " ")
 
@@ -60,7 +63,7 @@ def test_commands_and_options_exist(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_inside_sentences_exist(path: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    text = re.sub(r"^ *```.*?^ *```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
     for name in re.findall(r"`spt-ds\s+([a-z_]\w*)", text):
         assert name in COMMANDS, f"{path.name}: `spt-ds {name}`"
 
@@ -69,6 +72,14 @@ def test_commands_that_messages_name_exist() -> None:
     for file in (ROOT / "spt_ds").rglob("*.py"):
         for name in re.findall(r"`spt-ds ([a-z_]\w*)", file.read_text(encoding="utf-8")):
             assert name in COMMANDS, f"{file.name}: `spt-ds {name}`"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_scripts_and_their_options_exist(path: Path) -> None:
+    for script, rest in re.findall(r"python ((?:benchmarks|docs)/[\w/]+\.py)(.*)", blocks(path)):
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for option in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", rest):
+            assert f'"{option}"' in source, f"{path.name}: {script} knows no {option}"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -133,7 +133,7 @@ def test_keys_without_effect_are_said_and_dropped(tmp_path: Path) -> None:
     assert plan.notes == (
         "aio has no effect without zero_optimization.offload_param.device nvme",
         (
-            "accepted without effect here (docs/deepspeed.md says why): steps_per_print, "
+            "accepted without effect here (docs/reference/deepspeed.md says why): steps_per_print, "
             "zero_optimization.reduce_bucket_size"
         ),
     )

@@ -313,7 +313,8 @@ def test_malformed_hub_source_is_an_error(source: str) -> None:
 
 
 def test_the_files_that_the_documentation_shows_can_be_read(tmp_path: Path) -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = Path(__file__).resolve().parents[2] / "docs" / "reference" / "data.md"
+    text = page.read_text(encoding="utf-8")
     _, parlai, _, jsonl, *_ = text.split("```")
     got = examples(tmp_path, "a.txt", parlai.partition("\n")[2])
     assert [(e.persona, e.response) for e in got] == [
