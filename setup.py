@@ -10,29 +10,32 @@ VERSION = re.search(
     r'__version__ = "([^"]+)"', (HERE / "spt_ds" / "__init__.py").read_text(encoding="utf-8")
 ).group(1)
 
+# Both ends of each range are run: `make test-versions` runs the oldest and the newest of everything
+# here but torch, and docs/versions.md tells which torch releases and Pythons were run.
 INSTALL = [
-    # 2.6 is the first with safe `torch.load` defaults and the attention interfaces used here; from
-    # 2.14 on the engine has not been measured.
-    "torch>=2.6,<2.14",
+    # 2.10 is the first whose `torch.load(weights_only=True)` is without CVE-2026-24747.
+    "torch>=2.10,<2.16",
     # The engine hooks (frozen base under ZeRO-3, offload) are measured on 0.19.8; minor releases
-    # move them.
+    # move them. DeepSpeed itself requires ninja, with which it builds its host ops at first use.
     "deepspeed>=0.19.8,<0.20",
-    # v5 names: `dtype`, the attention interface, position ids in OPT.
-    "transformers>=5.17,<6",
+    # v5 names: `dtype`, the attention interface, position ids in OPT. Minor releases rename
+    # arguments of forward and generate, so each is run before it is admitted.
+    "transformers>=5.17,<5.25",
     # 0.50 has CPU ops for 4-bit and 8-bit weights.
     "bitsandbytes>=0.50,<0.51",
     # transformers reads the ZeRO-3 configuration through it when it shards a base at load.
     "accelerate>=1.1,<2",
+    # Finds files that were fetched before; the oldest that transformers 5.17 takes.
+    "huggingface_hub>=1.5,<3",
     "datasets>=4,<6",
-    "pyyaml>=6",
+    "pyyaml>=6.0.2",
     "pydantic>=2.8,<3",
-    "safetensors>=0.5",
-    "numpy>=1.26",
+    "safetensors>=0.8",
+    # pyarrow, which datasets reads with, imports no older one.
+    "numpy>=2",
     # Sentence BLEU of context pairs in the contrastive loss, corpus BLEU in the scores.
     "sacrebleu>=2.4,<3",
-    # DeepSpeed builds its host ops with ninja at first use.
-    "ninja",
-    "tqdm>=4.66",
+    "tqdm>=4.66.3",
 ]
 EXTRAS = {
     "flash": ["flash-attn>=2.7"],  # compiles for many minutes: never a default
@@ -48,6 +51,7 @@ EXTRAS["dev"] = [
     *EXTRAS["baselines"],
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.9",
     "mypy>=1.11",

@@ -1,5 +1,6 @@
-"""The library's front door: `spt_ds.load(run).reply(persona, history)`. One process, one reply at a
-time.
+"""The library's front door: `spt_ds.load(run).reply(persona, history)`.
+
+One process, one reply at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextIteratorStreamer
 
 from spt_ds import dist
 from spt_ds.batch import Batch
@@ -25,7 +25,7 @@ from spt_ds.engine.session import Session, shown_to
 from spt_ds.errors import ConfigError, DataError, EngineError
 from spt_ds.evaluate.text_metrics import clean
 from spt_ds.generate import open_run
-from spt_ds.model.conversation import ContextCache, Live
+from spt_ds.model.conversation import ContextCache, Live, WholeWords
 from spt_ds.run.folder import RunFolder
 
 
@@ -52,9 +52,7 @@ def load(run: str | Path, checkpoint: str | int = "best", **overrides: Any) -> B
 
 
 def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
-    """Open a run as `load` does; overrides are written as those of the command line,
-    `key.path=value`.
-    """
+    """Open a run as `load` does, with overrides as on the command line: `key.path=value`."""
     size = dist.launch_variables(os.environ)["WORLD_SIZE"]
     if size != 1:
         raise EngineError(
@@ -73,8 +71,9 @@ def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
 
 
 class Bot:
-    """A trained run that answers. In suffix placement what it has read of a dialogue is kept from
-    call to call.
+    """A trained run that answers.
+
+    In suffix placement it keeps what it has read of a dialogue from call to call.
     """
 
     def __init__(self, session: Session) -> None:
@@ -104,13 +103,12 @@ class Bot:
     def stream(
         self, persona: Sequence[str], history: Sequence[str], *, prompt: int | None = None
     ) -> Generator[str, None, Reply]:
-        """Yield the text of a reply in pieces, whole words each; the generator returns what `reply`
-        would.
+        """Yield a reply in pieces of whole words; the generator returns what `reply` would.
 
         Joined, the pieces are `Reply.text`. Closing the generator ends decoding after the token at
         hand. With beams all of the text comes at once.
         """
-        streamer = _FirstRow(self._session.tokenizer, skip_special_tokens=True)
+        streamer = WholeWords(self._session.tokenizer)
         live = Live(streamer=streamer)
 
         def work() -> Reply:
@@ -120,12 +118,11 @@ class Bot:
                 # also when decoding failed or has no stream: the loop below waits for an end
                 streamer.end()
 
-        spoken, shown = "", 0
+        shown = 0
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work)
             try:
-                for piece in streamer:
-                    spoken += piece
+                for spoken in streamer:
                     text = clean(spoken).strip()
                     if len(text) > shown:
                         yield text[shown:]
@@ -200,10 +197,3 @@ class Bot:
             (1.0,),
         )
         return batch, encoded.dropped_turns
-
-
-class _FirstRow(TextIteratorStreamer):
-    """Streams the first row: fusion decodes K rows, which hold the same tokens."""
-
-    def put(self, value: torch.Tensor) -> None:
-        super().put(value.flatten()[:1])

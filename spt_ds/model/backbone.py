@@ -128,7 +128,11 @@ class Backbone(nn.Module):
         # that hangs on the pooled context would be freed by the first micro-batch's backward pass.
         self.lm.disable_input_require_grads()
         for module in self.modules():
-            if getattr(module, "gradient_checkpointing", None) is True:
+            # OPT's decoder carries the flag too. In training mode some transformers releases draw
+            # a number for each of its layers (LayerDrop), and the host would read it.
+            if getattr(module, "gradient_checkpointing", None) is True and not hasattr(
+                module, "layerdrop"
+            ):
                 # the layer's own flag alone: the modules in it stay in eval mode
                 module.training = True
 

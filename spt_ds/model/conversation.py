@@ -1,5 +1,4 @@
-"""What a conversation adds to decoding: a context that is read once, tokens as they come, a stop in
-between.
+"""What a conversation adds to decoding: a context read once, words as they come, an early stop.
 
 In suffix placement the context stands before the prompt, so its keys and values hold whichever
 prompt answers; from turn to turn a context only grows, because the last one ends where the reply
@@ -8,22 +7,30 @@ begins.
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
+from queue import SimpleQueue
 from threading import Event
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+# What may still grow with the next token. Chinese, Japanese and Korean signs stand without spaces:
+# each of them ends a word.
+_UNFINISHED = re.compile(r"[^\s\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]*\Z")
+
 
 class ContextCache:
-    """Keys and values of the context that was read last, [1, heads, tokens, head size] per layer,
-    and its ids.
+    """The context that was read last: its ids, and its keys and values in each layer.
+
+    Keys and values are [1, heads, tokens, head size].
     """
 
     def __init__(self) -> None:
@@ -38,8 +45,7 @@ class ContextCache:
 
     @contextmanager
     def reading(self, ids: list[int]) -> Iterator[DynamicCache]:
-        """Lend the cache cut to what it shares with the context `ids`; when decoding is done, cut
-        it to `ids`.
+        """Lend the cache cut to what it shares with `ids`; cut it to `ids` after decoding.
 
         Decoding leaves prompt and reply behind the context. When it fails, layers of unlike length
         may be left, so everything is forgotten.
@@ -59,6 +65,44 @@ def _cut(cache: DynamicCache, tokens: int) -> None:
     surplus = int(cache.get_seq_length()) - tokens
     if surplus > 0:
         cache.crop(-surplus)
+
+
+def cache_argument(lm: Any, cache: DynamicCache | None) -> dict[str, DynamicCache]:
+    """Return `cache` under the name that `lm.generate` hands on to its forward."""
+    if cache is None:
+        return {}
+    # transformers 5.24 renamed the argument, and warns of the old name for some releases more.
+    known = inspect.signature(lm.prepare_inputs_for_generation).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache}
+
+
+class WholeWords(BaseStreamer):
+    """Iterates over the text of a reply while it grows, each time ending behind a whole word.
+
+    transformers' own streamers cut words differently from release to release. `put` is called by
+    the thread that decodes, the iteration belongs to another one. The last word does not come: only
+    the finished reply tells that it is whole.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._texts: SimpleQueue[str | None] = SimpleQueue()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the next token, [rows]; before the first one the ids of the context, of which a row
+        of embeddings has none."""
+        # Fusion decodes K rows, which hold the same tokens.
+        self._tokens += value.flatten()[:1].tolist()
+        text = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        self._texts.put(_UNFINISHED.sub("", text))
+
+    def end(self) -> None:
+        """End the iteration."""
+        self._texts.put(None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts.get, None)
 
 
 class StopOn(StoppingCriteria):

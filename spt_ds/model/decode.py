@@ -27,7 +27,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from spt_ds.batch import Batch
 from spt_ds.config.schema import GenerateConfig
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.conversation import Live, StopOn
+from spt_ds.model.conversation import Live, StopOn, cache_argument
 from spt_ds.model.rows import Embedded, embed, read_context, target_states
 from spt_ds.model.spt import Spt
 from spt_ds.rng import keyed_generator
@@ -139,7 +139,7 @@ def decode(
             generation_config=settings,
             logits_processor=processors,
             synced_gpus=synced,
-            past_key_values=cache,
+            **cache_argument(backbone.lm, cache),
             **extra,
         )
     tokens = [_until(row, end) for row in out[: len(batch)].tolist()]

@@ -126,6 +126,7 @@ def peft_replies(lm: Any, prompt: torch.Tensor, contexts: list[torch.Tensor]) ->
         attention_mask=mask,
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
+        use_cache=False,
         eos_token_id=None,
         pad_token_id=PAD,
     )
