@@ -10,10 +10,17 @@ import logging
 import os
 import sys
 
-from spt_ds.errors import SptError
+from spt_ds.errors import SptError, printable
 
 _LOGGER = logging.getLogger("spt_ds")
 _said: set[str] = set()
+
+
+class _Printable(logging.Formatter):
+    """What a file or a model put into a message reaches the terminal as text alone."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def get_logger() -> logging.Logger:
@@ -24,7 +31,7 @@ def get_logger() -> logging.Logger:
         rank = os.environ.get("RANK", "0")
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(
-            logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", "%H:%M:%S")
+            _Printable(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", "%H:%M:%S")
         )
         _LOGGER.addHandler(handler)
         _LOGGER.propagate = False
