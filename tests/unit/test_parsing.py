@@ -1,4 +1,4 @@
-"""The door for JSON and YAML of others: each refusal is of the parser's own kind, with a position."""
+"""The door for JSON and YAML: each refusal is of the parser's own kind, with a position."""
 
 from __future__ import annotations
 
