@@ -23,7 +23,7 @@ from spt_ds.config.schema import GenerateConfig
 from spt_ds.data.encode import encode_context
 from spt_ds.engine.generator import decode_batch, reply_text
 from spt_ds.engine.session import Session, shown_to
-from spt_ds.errors import ConfigError, DataError, EngineError
+from spt_ds.errors import ConfigError, DataError, EngineError, holds_surrogate, quoted
 from spt_ds.evaluate.text_metrics import clean
 from spt_ds.generate import open_run
 from spt_ds.model.conversation import ContextCache, Live
@@ -47,8 +47,23 @@ def load(run: str | Path, checkpoint: str | int = "best", **overrides: Any) -> B
     two underscores for the point: `generate__max_new_tokens=64`. Raises SptError where run,
     checkpoint or an option cannot be used.
     """
-    options = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
-    return open_bot(Path(run), str(checkpoint), options)
+    if not isinstance(run, (str, os.PathLike)):
+        raise ConfigError(f"run: expected the path of a run folder, got {quoted(run)}")
+    if not isinstance(checkpoint, (str, int)) or isinstance(checkpoint, bool):
+        raise ConfigError(
+            f"checkpoint: expected best, last or the number of a step, got {quoted(checkpoint)}"
+        )
+    options = []
+    for key, value in overrides.items():
+        try:
+            options.append(f"{key.replace('__', '.')}={json.dumps(value, default=os.fspath)}")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"{key}: {quoted(value)} is no value of an option; give a text, a number, true or"
+                " false, or a list"
+            ) from error
+    which = checkpoint if isinstance(checkpoint, str) else quoted(checkpoint)
+    return open_bot(Path(run), which, options)
 
 
 def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
@@ -60,7 +75,7 @@ def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
         raise EngineError(
             f"a conversation takes one process, this is one of {size}; start it without a launcher"
         )
-    if not (run / "config.yaml").is_file():
+    if not os.path.isfile(run / "config.yaml"):  # pathlib raises on a name that no file can have
         raise ConfigError(f"{run}: no config.yaml in it; give the folder of a run that was trained")
     overrides = [*overrides, "generate.perplexity=false"]  # a conversation has no reference reply
     config = load_config(str(run / "config.yaml"), overrides)
@@ -80,6 +95,9 @@ class Bot:
         self._context = ContextCache()
         # each reply has noise of its own, where sampling or generate.mode draws any
         self._replies = 0
+        # The dialogue up to the last reply: turns bear no names, so that this bot's own words at
+        # the end of a history would be taken for the partner's.
+        self._answered: tuple[str, ...] = ()
 
     @property
     def prompts(self) -> int:
@@ -138,6 +156,12 @@ class Bot:
         self, persona: Sequence[str], history: Sequence[str], prompt: int | None, live: Live | None
     ) -> Reply:
         options = self._options(prompt)
+        persona, history = _texts("persona", persona), _texts("history", history)
+        if history and history == self._answered:
+            raise DataError(
+                f"history: ends with this bot's own reply {quoted(history[-1])}; add the partner's"
+                " next turn, which is to be answered"
+            )
         batch, dropped = self._batch(persona, history, options)
         alone = options.mode != "fuse" and options.num_beams == 1
         suffix = self._session.config.prompts.placement == "suffix"
@@ -150,27 +174,28 @@ class Bot:
         out = decode_batch(self._session, batch, options, live)
         text = reply_text(self._session, out.tokens[0])[1]
         scores = tuple(float(score) for score in out.scores[:, 0])
+        self._answered = (*history, text) if history else ()
         return Reply(text, out.chosen[0], scores, tuple(out.tokens[0]), dropped)
 
     def _options(self, prompt: int | None) -> GenerateConfig:
         options = self._session.config.generate
         if prompt is None:
             return options
+        if not isinstance(prompt, int) or isinstance(prompt, bool):
+            raise ConfigError(
+                f"prompt {quoted(prompt)}: expected a whole number; give 0 to {self.prompts - 1},"
+                " or None for what generate.mode says"
+            )
         if not 0 <= prompt < self.prompts:
             raise ConfigError(
-                f"prompt {prompt}: the bank has {self.prompts}; give 0 to {self.prompts - 1}"
+                f"prompt {quoted(prompt)}: the bank has {self.prompts};"
+                f" give 0 to {self.prompts - 1}"
             )
         return options.model_copy(update={"mode": f"fixed:{prompt}"})
 
     def _batch(
         self, persona: Sequence[str], history: Sequence[str], options: GenerateConfig
     ) -> tuple[Batch, int]:
-        for name, given in (("persona", persona), ("history", history)):
-            if isinstance(given, str):
-                raise DataError(
-                    f"{name}: expected a list of texts, got one text {given[:40]!r}; put it into a"
-                    " list"
-                )
         window = self._session.config.data.max_tokens
         encoded = encode_context(
             persona,
@@ -197,6 +222,27 @@ class Bot:
             (1.0,),
         )
         return batch, encoded.dropped_turns
+
+
+def _texts(name: str, given: Sequence[str]) -> tuple[str, ...]:
+    """Check an argument that is to be a list of texts."""
+    if isinstance(given, str):
+        raise DataError(
+            f"{name}: expected a list of texts, got one text {given[:40]!r}; put it into a list"
+        )
+    if not isinstance(given, Sequence):
+        raise DataError(
+            f"{name}: expected a list of texts, got {quoted(given)}; give [] where there is none"
+        )
+    for place, text in enumerate(given):
+        if not isinstance(text, str):
+            raise DataError(f"{name}[{place}]: expected a text, got {quoted(text)}")
+        if holds_surrogate(text):
+            raise DataError(
+                f"{name}[{place}]: {quoted(text)} holds half a surrogate pair, which is no"
+                " character; decode its bytes as UTF-8"
+            )
+    return tuple(given)
 
 
 class _FirstRow(TextIteratorStreamer):

@@ -24,6 +24,15 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def holds_surrogate(text: str) -> bool:
+    """Whether `text` holds half a surrogate pair, which no tokenizer, file or stream takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 class _Short(reprlib.Repr):
     """`repr` that looks at a bounded part of a value, however large or deep it is."""
 

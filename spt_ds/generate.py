@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spt_ds.config.schema import Config
-from spt_ds.errors import CheckpointError, SptError
+from spt_ds.errors import CheckpointError, SptError, quoted
 from spt_ds.train import exit_with, join, run_job
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def identity(config: Config, marker: str, data_hash: str) -> str:
 def open_run(
     config: Config, run_dir: Path, which: str, deepspeed_config: str | None, world: World
 ) -> tuple[Session, Path]:
-    """Open a run with the tensors of one of its checkpoints; also return the checkpoint's folder."""
+    """Open a run with the tensors of one of its checkpoints; return that one's folder too."""
     from spt_ds import dist
     from spt_ds.engine import checkpoint
     from spt_ds.engine.session import open_session
@@ -123,14 +123,14 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
     from spt_ds.log import get_logger
 
     folder = run_dir / run_folder.CHECKPOINTS
-    if which.isdigit():
+    if which.isdecimal() and len(which) < 13:
         path = folder / f"step-{int(which):08d}"
         if not path.is_dir():
             there = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
             raise CheckpointError(f"{path}: no such checkpoint; there are: {there}")
         return path
     if which not in ("best", "last"):
-        raise SptError(f"--checkpoint {which}: give best, last or the number of a step")
+        raise SptError(f"--checkpoint {quoted(which)}: give best, last or the number of a step")
     newest = checkpoint.load_newest(folder)
     if newest is None:
         raise CheckpointError(

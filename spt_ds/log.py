@@ -6,6 +6,7 @@ under `strict`.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -38,6 +39,26 @@ def get_logger() -> logging.Logger:
         default = "INFO" if rank == "0" else "WARNING"
         _LOGGER.setLevel(os.environ.get("SPT_LOG_LEVEL", default).upper())
     return _LOGGER
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Print to the standard output what a file, a model or a user wrote, as text alone."""
+    print(printable(text), end=end, flush=True)
+
+
+def accept_any_text() -> None:
+    """Let the process's streams take every byte and character: none of them is worth a traceback.
+
+    What a terminal or a pipe sends and is not UTF-8 arrives as lone surrogates, which the reader
+    must refuse; what the terminal's encoding lacks is printed as its escape.
+    """
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def say_once(message: str, level: int = logging.INFO) -> None:

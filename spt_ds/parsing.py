@@ -169,7 +169,15 @@ class _StrictLoader(yaml.SafeLoader):
             raise _fault(f"{str(node.value)[:60]!r} is no {kind}", node.start_mark) from None
         if isinstance(value, int) and value.bit_length() > 63:
             raise _fault("a whole number beyond 64 bits", node.start_mark)
-        return value
+        return _joined(value, node.start_mark) if isinstance(value, str) else value
+
+
+def _joined(text: str, mark: yaml.Mark) -> str:
+    """Join the two escapes that JSON writes for a character beyond U+FFFF, as PyYAML does not."""
+    try:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
+        raise _fault("half a surrogate pair, which is no character", mark) from None
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:

@@ -95,6 +95,7 @@ YAML_FAULTS = [
     ),
     ("!!map abc", "expected `key: value` lines"),
     ("!!seq abc", "expected a sequence node"),
+    (r'"a\ud800"', "half a surrogate pair"),
 ]
 
 
@@ -110,6 +111,11 @@ def test_yaml_limits_are_errors_with_a_line(text: str, words: str, tmp_path: Pat
     with pytest.raises(ConfigError, match=r"^--set name=.* is not a YAML value") as told_too:
         load_config("demo", [f"name={text}"])
     assert max(len(str(told.value)), len(str(told_too.value))) < 1500
+
+
+def test_yaml_reads_what_json_writes() -> None:
+    text = "caf\u00e9 \U0001f600 \x7f"
+    assert parse_yaml(json.dumps(text)) == text
 
 
 def test_a_date_is_a_word() -> None:
