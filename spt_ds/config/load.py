@@ -78,7 +78,7 @@ def _read(source: str) -> tuple[str, str]:
     if source not in names:
         near = difflib.get_close_matches(source, names, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(names)}"
-        raise ConfigError(f"no file and no recipe is called {source!r}; {hint}")
+        raise ConfigError(f"no file and no recipe is called {quoted(source)}; {hint}")
     return f"recipe {source}", (resources.files("spt_ds") / "recipes" / f"{source}.yaml").read_text(
         encoding="utf-8"
     )
