@@ -21,9 +21,10 @@ from spt_ds.batch import Batch
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import GenerateConfig
 from spt_ds.data.encode import encode_context
+from spt_ds.display import holds_surrogate, shown
 from spt_ds.engine.generator import decode_batch, reply_text
 from spt_ds.engine.session import Session, shown_to
-from spt_ds.errors import ConfigError, DataError, EngineError, holds_surrogate, quoted
+from spt_ds.errors import ConfigError, DataError, EngineError
 from spt_ds.evaluate.text_metrics import clean
 from spt_ds.generate import open_run
 from spt_ds.model.conversation import ContextCache, Live
@@ -48,10 +49,10 @@ def load(run: str | Path, checkpoint: str | int = "best", **overrides: Any) -> B
     checkpoint or an option cannot be used.
     """
     if not isinstance(run, (str, os.PathLike)):
-        raise ConfigError(f"run: expected the path of a run folder, got {quoted(run)}")
+        raise ConfigError(f"run: expected the path of a run folder, got {shown(run)}")
     if not isinstance(checkpoint, (str, int)) or isinstance(checkpoint, bool):
         raise ConfigError(
-            f"checkpoint: expected best, last or the number of a step, got {quoted(checkpoint)}"
+            f"checkpoint: expected best, last or the number of a step, got {shown(checkpoint)}"
         )
     options = []
     for key, value in overrides.items():
@@ -59,10 +60,10 @@ def load(run: str | Path, checkpoint: str | int = "best", **overrides: Any) -> B
             options.append(f"{key.replace('__', '.')}={json.dumps(value, default=os.fspath)}")
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(
-                f"{key}: {quoted(value)} is no value of an option; give a text, a number, true or"
+                f"{key}: {shown(value)} is no value of an option; give a text, a number, true or"
                 " false, or a list"
             ) from error
-    which = checkpoint if isinstance(checkpoint, str) else quoted(checkpoint)
+    which = checkpoint if isinstance(checkpoint, str) else shown(checkpoint)
     return open_bot(Path(run), which, options)
 
 
@@ -159,7 +160,7 @@ class Bot:
         persona, history = _texts("persona", persona), _texts("history", history)
         if history and history == self._answered:
             raise DataError(
-                f"history: ends with this bot's own reply {quoted(history[-1])}; add the partner's"
+                f"history: ends with this bot's own reply {shown(history[-1])}; add the partner's"
                 " next turn, which is to be answered"
             )
         batch, dropped = self._batch(persona, history, options)
@@ -183,13 +184,12 @@ class Bot:
             return options
         if not isinstance(prompt, int) or isinstance(prompt, bool):
             raise ConfigError(
-                f"prompt {quoted(prompt)}: expected a whole number; give 0 to {self.prompts - 1},"
+                f"prompt {shown(prompt)}: expected a whole number; give 0 to {self.prompts - 1},"
                 " or None for what generate.mode says"
             )
         if not 0 <= prompt < self.prompts:
             raise ConfigError(
-                f"prompt {quoted(prompt)}: the bank has {self.prompts};"
-                f" give 0 to {self.prompts - 1}"
+                f"prompt {shown(prompt)}: the bank has {self.prompts}; give 0 to {self.prompts - 1}"
             )
         return options.model_copy(update={"mode": f"fixed:{prompt}"})
 
@@ -232,14 +232,14 @@ def _texts(name: str, given: Sequence[str]) -> tuple[str, ...]:
         )
     if not isinstance(given, Sequence):
         raise DataError(
-            f"{name}: expected a list of texts, got {quoted(given)}; give [] where there is none"
+            f"{name}: expected a list of texts, got {shown(given)}; give [] where there is none"
         )
     for place, text in enumerate(given):
         if not isinstance(text, str):
-            raise DataError(f"{name}[{place}]: expected a text, got {quoted(text)}")
+            raise DataError(f"{name}[{place}]: expected a text, got {shown(text)}")
         if holds_surrogate(text):
             raise DataError(
-                f"{name}[{place}]: {quoted(text)} holds half a surrogate pair, which is no"
+                f"{name}[{place}]: {shown(text)} holds half a surrogate pair, which is no"
                 " character; decode its bytes as UTF-8"
             )
     return tuple(given)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spt_ds.errors import DataError, SptError, holds_surrogate
+from spt_ds.display import holds_surrogate
+from spt_ds.errors import DataError, SptError
 from spt_ds.log import accept_any_text, show
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spt_ds.config.schema import Config
-from spt_ds.errors import CheckpointError, SptError, quoted
+from spt_ds.display import shown
+from spt_ds.errors import CheckpointError, SptError
 from spt_ds.train import exit_with, join, run_job
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
             raise CheckpointError(f"{path}: no such checkpoint; there are: {there}")
         return path
     if which not in ("best", "last"):
-        raise SptError(f"--checkpoint {quoted(which)}: give best, last or the number of a step")
+        raise SptError(f"--checkpoint {shown(which)}: give best, last or the number of a step")
     newest = checkpoint.load_newest(folder)
     if newest is None:
         raise CheckpointError(

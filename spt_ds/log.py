@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 
-from spt_ds.errors import SptError, printable
+from spt_ds.display import printable
+from spt_ds.errors import SptError
 
 _LOGGER = logging.getLogger("spt_ds")
 _said: set[str] = set()
@@ -21,7 +22,7 @@ class _Printable(logging.Formatter):
     """What a file or a model put into a message reaches the terminal as text alone."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return printable(super().format(record), keep="\n\t")
 
 
 def get_logger() -> logging.Logger:
@@ -43,7 +44,7 @@ def get_logger() -> logging.Logger:
 
 def show(text: str, end: str = "\n") -> None:
     """Print to the standard output what a file, a model or a user wrote, as text alone."""
-    print(printable(text), end=end, flush=True)
+    print(printable(text, keep="\n\t"), end=end, flush=True)
 
 
 def accept_any_text() -> None:

@@ -14,8 +14,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from spt_ds.config.schema import Config
-from spt_ds.errors import SHOWN_CHARACTERS, ConfigError, quoted
-from spt_ds.parsing import parse_yaml
+from spt_ds.display import shortened, shown
+from spt_ds.errors import ConfigError
+from spt_ds.yaml_input import load_yaml as yaml_tree
 
 Model = TypeVar("Model", bound=BaseModel)
 PROBLEMS = 40  # that one error lists
@@ -78,7 +79,7 @@ def _read(source: str) -> tuple[str, str]:
     if source not in names:
         near = difflib.get_close_matches(source, names, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(names)}"
-        raise ConfigError(f"no file and no recipe is called {quoted(source)}; {hint}")
+        raise ConfigError(f"no file and no recipe is called {shown(source)}; {hint}")
     return f"recipe {source}", (resources.files("spt_ds") / "recipes" / f"{source}.yaml").read_text(
         encoding="utf-8"
     )
@@ -99,7 +100,7 @@ def _text(path: Path) -> str:
 
 def _parse(name: str, text: str) -> dict[str, Any]:
     try:
-        tree = parse_yaml(text)
+        tree = yaml_tree(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from error
@@ -118,23 +119,23 @@ def _parse(name: str, text: str) -> dict[str, Any]:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    shown = f"--set {override[:SHOWN_CHARACTERS]}"
+    option = f"--set {shortened(override)}"
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"{shown}: expected key.path=value, such as losses.tau_gold=0.5")
+        raise ConfigError(f"{option}: expected key.path=value, such as losses.tau_gold=0.5")
     node = tree
     for key in keys[:-1]:
         child = node.setdefault(key, {})
         if child is None:
             child = node[key] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"{shown}: {key[:60]} is a value, not a section")
+            raise ConfigError(f"{option}: {shortened(key)} is a value, not a section")
         node = child
     try:
-        node[keys[-1]] = parse_yaml(text)
+        node[keys[-1]] = yaml_tree(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{shown}: {quoted(text)} is not a YAML value: {error}") from error
+        raise ConfigError(f"{option}: {shown(text)} is not a YAML value: {error}") from error
 
 
 def _validate(name: str, tree: dict[str, Any], model: type[Model]) -> Model:
@@ -151,7 +152,7 @@ def _validate(name: str, tree: dict[str, Any], model: type[Model]) -> Model:
 
 
 def _describe(item: Any, model: type[BaseModel]) -> str:
-    path = ".".join(str(part)[:60] for part in item["loc"]) or "(whole file)"
+    path = ".".join(shortened(str(part)) for part in item["loc"]) or "(whole file)"
     if item["type"] == "extra_forbidden":
         parent = _section(item["loc"][:-1], model)
         known = list(parent.model_fields) if parent else []
@@ -163,7 +164,7 @@ def _describe(item: Any, model: type[BaseModel]) -> str:
         return f"{path}: unknown key; {hint}"
     if item["type"] == "value_error":  # a section's own check, which says what it got
         return f"{path}: {item['ctx']['error']}"
-    got = "" if item["type"] == "missing" or not item["loc"] else f", got {quoted(item['input'])}"
+    got = "" if item["type"] == "missing" or not item["loc"] else f", got {shown(item['input'])}"
     return f"{path}: {item['msg']}{got}"
 
 

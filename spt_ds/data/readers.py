@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +19,10 @@ from typing import Any, Literal
 from spt_ds.data.dialogue import Example, replies
 from spt_ds.data.parlai import read_parlai
 from spt_ds.data.textfile import lines, readable
-from spt_ds.errors import DataError, quoted
+from spt_ds.display import shown
+from spt_ds.errors import DataError
+from spt_ds.json_input import parse_object
 from spt_ds.log import get_logger
-from spt_ds.parsing import parse_json
 
 Format = Literal["auto", "parlai", "spc_csv", "jsonl"]
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "dialogues"
@@ -65,7 +65,7 @@ def resolve(source: str) -> Path:
     # os.path answers False where a name is too long or holds a NUL; pathlib raises.
     if not os.path.isfile(path):
         raise DataError(
-            f"{path}: no such file (data source {quoted(source)}); give a ParlAI text,"
+            f"{path}: no such file (data source {shown(source)}); give a ParlAI text,"
             " Synthetic-Persona-Chat CSV or JSONL file, embedded:train|valid|test, or"
             " hub:NAME[:CONFIG][:SPLIT]"
         )
@@ -136,7 +136,7 @@ def _spc_columns(header: list[str], where: str) -> list[int]:
     missing = [name for name in SPC_COLUMNS if name not in header]
     if missing:
         raise DataError(
-            f"{where}: the header lacks {missing}, got {quoted(header)}; Synthetic-Persona-Chat has"
+            f"{where}: the header lacks {missing}, got {shown(header)}; Synthetic-Persona-Chat has"
             f" {SPC_COLUMNS}"
         )
     return [header.index(name) for name in SPC_COLUMNS]
@@ -197,14 +197,7 @@ def _read_jsonl(path: Path) -> Iterator[Example]:
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        try:
-            record = parse_json(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: not JSON ({error.msg} at column {error.colno}); one object a line"
-            ) from error
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: got {type(record).__name__}, each line is one JSON object")
+        record = parse_object(where, line, "each line is one JSON object")
         yield from _from_record(record, where, str(record.get("id") or f"{path.name}:{number}"))
 
 
@@ -220,14 +213,14 @@ def _from_record(record: Mapping[str, Any], where: str, name: str) -> Iterator[E
         turn = len(history) if (given := record.get("turn")) is None else given
         if type(turn) is not int or not 0 <= turn <= MAX_TURN:
             raise DataError(
-                f'{where}: "turn" must be a whole number from 0 on, got {quoted(turn, 60)}; the'
+                f'{where}: "turn" must be a whole number from 0 on, got {shown(turn)}; the'
                 f" largest is {MAX_TURN}"
             )
         yield Example(name, dialogue, turn, _texts(record, "persona", where), history, response)
         return
     if (first := record.get("first_speaker")) not in ("partner", "self"):
         raise DataError(
-            f"{where}: first_speaker is {quoted(first)}; allowed are 'partner' and 'self' (the"
+            f"{where}: first_speaker is {shown(first)}; allowed are 'partner' and 'self' (the"
             " persona's owner)"
         )
     persona, turns = _texts(record, "persona", where), _texts(record, "turns", where)
@@ -238,7 +231,7 @@ def _from_record(record: Mapping[str, Any], where: str, name: str) -> Iterator[E
 def _texts(record: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     value = record.get(key)
     if not isinstance(value, (list, tuple)):
-        got = quoted(value, 60) if key in record else f"no such key among {quoted(sorted(record))}"
+        got = shown(value) if key in record else f"no such key among {shown(sorted(record))}"
         raise DataError(
             f'{where}: "{key}" must be a list of texts, got {got}; write [] where there is none'
         )
@@ -247,9 +240,7 @@ def _texts(record: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
 
 def _text(value: object, key: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise DataError(
-            f'{where}: "{key}" must be a text that is not blank, got {quoted(value, 60)}'
-        )
+        raise DataError(f'{where}: "{key}" must be a text that is not blank, got {shown(value)}')
     return value.strip()
 
 

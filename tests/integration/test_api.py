@@ -27,10 +27,11 @@ from spt_ds.batch import Batch
 from spt_ds.config.load import dump_config, load_config
 from spt_ds.config.schema import Config
 from spt_ds.data.encode import encode_context
+from spt_ds.display import shown
 from spt_ds.engine import checkpoint
 from spt_ds.engine.generator import Generator, decode_batch
 from spt_ds.engine.session import open_split
-from spt_ds.errors import CheckpointError, ConfigError, DataError, EngineError, SptError, quoted
+from spt_ds.errors import CheckpointError, ConfigError, DataError, EngineError, SptError
 from spt_ds.model.conversation import Live
 from spt_ds.model.decode import Decoded
 from tests.helpers.tiny import tiny_backbone, tiny_lm, tiny_spt
@@ -452,7 +453,7 @@ def test_what_a_user_can_get_wrong(
         (PERSONA, ["hi"], 10**5000, "the bank has 3; give 0 to 2"),
         (PERSONA, ["hi"], -1, "prompt -1: the bank has 3"),
     ],
-    ids=lambda value: quoted(value, 20),
+    ids=shown,
 )
 def test_arguments_of_another_kind(
     folder: Path, persona: Any, history: Any, prompt: Any, words: str
@@ -486,7 +487,7 @@ def test_arguments_of_another_kind(
         (None, "best", {"data__test": "\ud800"}),
         (None, "best", {"a=b": 1}),
     ],
-    ids=lambda value: quoted(value, 20),
+    ids=shown,
 )
 def test_a_run_or_an_option_of_another_kind(
     folder: Path, run: Any, checkpoint: Any, options: dict[str, Any]

@@ -7,16 +7,17 @@ import logging
 import pytest
 
 from spt_ds.config.load import load_config
-from spt_ds.errors import LINE_CHARACTERS, ConfigError, DataError, printable, quoted
+from spt_ds.display import printable, shown
+from spt_ds.errors import LINE_CHARACTERS, ConfigError, DataError
 from spt_ds.log import get_logger
 
 HOSTILE = "\x1b]0;title\x07 \x9b31m \r \x00 \u202e \ud800"
 
 
 def test_printable_writes_what_a_terminal_obeys_as_its_escape() -> None:
-    assert printable(HOSTILE) == r"\x1b]0;title\x07 \x9b31m \r \x00 \u202e \ud800"
+    assert printable(HOSTILE, keep="\n\t") == r"\x1b]0;title\x07 \x9b31m \r \x00 \u202e \ud800"
     kept = "line\n\ttab é 漢字 \U0001f468\u200d\U0001f469 שלום"
-    assert printable(kept) == kept
+    assert printable(kept, keep="\n\t") == kept
 
 
 @pytest.mark.parametrize(
@@ -33,19 +34,19 @@ def test_printable_writes_what_a_terminal_obeys_as_its_escape() -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_a_quoted_value_is_short(value: object) -> None:
-    assert len(quoted(value)) < 240
+    assert len(shown(value)) < 240
 
 
 def test_a_deep_value_is_quoted() -> None:
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
-    assert quoted(deep) == "[[[[...]]]]"
+    assert shown(deep) == "[[[[...]]]]"
 
 
 def test_a_short_value_is_quoted_whole() -> None:
     for value in ("a", 5, [1, "b"], {"k": None}, 1.5, None):
-        assert quoted(value) == repr(value)
+        assert shown(value) == repr(value)
 
 
 def test_an_error_is_printable_and_bounded() -> None:

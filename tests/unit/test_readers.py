@@ -211,7 +211,7 @@ def test_jsonl_examples_and_dialogues(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ("[1]", "got list"),
+        ("[1]", "got a list, expected a JSON object"),
         ("{", "not JSON"),
         ('{"persona": [], "history": []}', '"response" must be a text that is not blank, got None'),
         ('{"persona": [], "history": [], "response": "  "}', "got '  '"),
@@ -238,10 +238,13 @@ def test_jsonl_examples_and_dialogues(tmp_path: Path) -> None:
         ),
         ('{"persona": [], "turns": ["a"], "first_speaker": "me"}', "first_speaker is 'me'"),
         ('{"persona": [], "turns": [""], "first_speaker": "self"}', '"turns[0]" must be a text'),
-        ("[" * 500 + "]" * 500, "not JSON (nested deeper than"),
-        ('{"id": ' + "9" * 5000 + "}", "not JSON (a number of 5000 digits"),
-        (r'{"response": "a\ud83d"}', "not JSON (half a surrogate pair"),
-        ('{"response": "a", "response": "b"}', "not JSON (key 'response' is given twice"),
+        ("[" * 500 + "]" * 500, "not JSON at column 65 (nested deeper than"),
+        ('{"id": ' + "9" * 5000 + "}", "not JSON at column 8 (a number of 5000 digits"),
+        (r'{"response": "a\ud83d"}', "not JSON at column 16 (half a surrogate pair"),
+        (
+            '{"response": "a", "response": "b"}',
+            "not JSON at column 19 (key 'response' is given twice",
+        ),
         (
             '{"persona": [], "history": [], "response": "a", "turn": 99999999999}',
             "got 99999999999; the largest is 2147483647",

@@ -1,116 +1,25 @@
-"""The door for JSON and YAML that others wrote: plain data, or one error of the parser's own kind.
+"""YAML from files that anyone may have written: plain data, or a `yaml.YAMLError` with its line.
 
-Python's parsers fail in many ways on text that is meant to break them: RecursionError on deep
-nesting, ValueError on a number of 5,000 digits or a 30th of February, and `"\\ud800"` becomes a
-string that no file can hold. Here every refusal is a `json.JSONDecodeError` or a `yaml.YAMLError`
-with its position, so that a caller handles one kind and names its file and line.
+PyYAML lets Python's own errors through where a text is made to break it: RecursionError on deep
+nesting, ValueError on a number of 5,000 digits or a 30th of February, AttributeError, KeyError and
+IndexError on values that do not fit their tag.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-MAX_DEPTH = 64  # lists and objects inside one another
-MAX_DIGITS = 300  # of a whole number: every one of them is also a double
-MAX_YAML_NODES = 100_000  # after references are followed: ten lines of them can stand for 10^9
-MAX_FILE_BYTES = 64 << 20  # of a JSON document; data sets and predictions are read line by line
+from spt_ds.display import shown
 
-_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+MAX_DEPTH = 64  # lists and mappings inside one another
+MAX_NODES = 100_000  # values after references are followed: ten lines of them can stand for 10^9
 
 
-class _Refused(ValueError):
-    """A value that JSON's grammar allows and we do not; `text` is how it is written."""
-
-    def __init__(self, problem: str, text: str) -> None:
-        super().__init__(problem)
-        self.text = text
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text; bytes are UTF-8.
-
-    Raises JSONDecodeError (a ValueError, as UnicodeDecodeError is) also for nesting beyond
-    MAX_DEPTH, numbers beyond MAX_DIGITS or a double's range, NaN and Infinity, a key that an object
-    holds twice, and half a surrogate pair.
-    """
-    if isinstance(text, bytes):
-        text = text.decode("utf-8")
-    if text.count("[") + text.count("{") > MAX_DEPTH:
-        _check_depth(text)
-    try:
-        value = _DECODER.decode(text)
-    except _Refused as error:
-        at = max(text.rfind(error.text), 0)
-        raise json.JSONDecodeError(str(error), text, at) from None
-    if escape := _SURROGATE.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            problem = "half a surrogate pair, which is no character"
-            raise json.JSONDecodeError(problem, text, escape.start()) from None
-    return value
-
-
-def read_json(path: Path) -> Any:
-    """Return the value of a JSON file of at most MAX_FILE_BYTES; raise OSError or ValueError."""
-    with path.open("rb") as file:
-        content = file.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-    return parse_json(content)
-
-
-def _check_depth(text: str) -> None:
-    depth = 0
-    for match in _STRING_OR_BRACKET.finditer(text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
-        if depth > MAX_DEPTH:
-            problem = f"nested deeper than {MAX_DEPTH} levels"
-            raise json.JSONDecodeError(problem, text, match.start())
-
-
-def _whole_number(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise _Refused(f"a number of {len(text)} digits, allowed are {MAX_DIGITS}", text)
-    return int(text)
-
-
-def _fraction(text: str) -> float:
-    number = float(text)
-    if number in (float("inf"), float("-inf")):
-        raise _Refused("a number that is too large for a double", text)
-    return number
-
-
-def _no_constant(name: str) -> Any:
-    raise _Refused(f"{name} is no JSON number", name)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _Refused(f"key {twice[:60]!r} is given twice", json.dumps(twice, ensure_ascii=False))
-    return tree
-
-
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique,
-    parse_int=_whole_number,
-    parse_float=_fraction,
-    parse_constant=_no_constant,
-)
-
-
-def parse_yaml(text: str) -> Any:
+def load_yaml(text: str) -> Any:
     """Return the value of a YAML text: words, numbers, lists and mappings only.
 
     Raises YAMLError also for a key given twice, a tag that builds anything else, a value that does
@@ -156,8 +65,8 @@ class _StrictLoader(yaml.SafeLoader):
             raise _fault("a list or mapping that holds itself", mark)
         if node is not None and not reference:
             size = 1 + sum(self._sizes[child] for child in _children(node))
-            if size > MAX_YAML_NODES:
-                raise _fault(f"more than {MAX_YAML_NODES} values, references followed", mark)
+            if size > MAX_NODES:
+                raise _fault(f"more than {MAX_NODES} values, references followed", mark)
             self._sizes[node] = size
         return node
 
@@ -166,7 +75,7 @@ class _StrictLoader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             kind = node.tag.rpartition(":")[2]
-            raise _fault(f"{str(node.value)[:60]!r} is no {kind}", node.start_mark) from None
+            raise _fault(f"{shown(node.value)} is no {kind}", node.start_mark) from None
         if isinstance(value, int) and value.bit_length() > 63:
             raise _fault("a whole number beyond 64 bits", node.start_mark)
         return _joined(value, node.start_mark) if isinstance(value, str) else value
@@ -200,7 +109,7 @@ def _mapping(loader: _StrictLoader, node: yaml.Node) -> dict[Hashable, Any]:
             raise _fault("a key must be a word", key_node.start_mark)
         key = loader.construct_object(key_node)
         if key in seen:
-            raise _fault(f"key {str(key)[:60]!r} is given twice", key_node.start_mark)
+            raise _fault(f"key {shown(key)} is given twice", key_node.start_mark)
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 

@@ -1,4 +1,4 @@
-"""The door for JSON and YAML: each refusal is of the parser's own kind, with a position."""
+"""JSON and YAML of others: each refusal is of the parser's own kind, with its position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import yaml
 
 from spt_ds.config.load import load_config
 from spt_ds.errors import ConfigError
-from spt_ds.parsing import MAX_DEPTH, parse_json, parse_yaml, read_json
+from spt_ds.json_input import MAX_DEPTH, load_json, read_json
+from spt_ds.yaml_input import load_yaml
 
 DEEP = 500
 
@@ -22,9 +23,6 @@ DEEP = 500
         ("[" * DEEP + "]" * DEEP, MAX_DEPTH + 1, "nested deeper"),
         ('{"a":' * DEEP + "1" + "}" * DEEP, MAX_DEPTH * 5 + 1, "nested deeper"),
         ('{"n": ' + "9" * 5000 + "}", 7, "a number of 5000 digits"),
-        ('{"n": 1e999}', 7, "too large for a double"),
-        ('{"n": NaN}', 7, "NaN is no JSON number"),
-        ('{"n": -Infinity}', 7, "-Infinity is no JSON number"),
         (r'{"s": "a\ud800b"}', 9, "half a surrogate pair"),
         (r'{"\udc00": 1}', 3, "half a surrogate pair"),
         ('{"s": 1, "s": 2}', 10, "key 's' is given twice"),
@@ -33,7 +31,7 @@ DEEP = 500
 )
 def test_json_limits_are_errors_with_a_position(text: str, column: int, words: str) -> None:
     with pytest.raises(json.JSONDecodeError) as caught:
-        parse_json(text)
+        load_json(text)
     assert words in caught.value.msg
     assert caught.value.colno == column
 
@@ -50,20 +48,20 @@ def test_json_limits_are_errors_with_a_position(text: str, column: int, words: s
     ],
 )
 def test_json_that_is_within_the_limits_is_read(value: Any) -> None:
-    assert parse_json(json.dumps(value)) == value
-    assert parse_json(json.dumps(value, ensure_ascii=False).encode()) == value
+    assert load_json(json.dumps(value)) == value
+    assert load_json(json.dumps(value, ensure_ascii=False).encode()) == value
 
 
 def test_json_bytes_are_utf8() -> None:
     with pytest.raises(UnicodeDecodeError):
-        parse_json('"é"'.encode("latin-1"))
+        load_json('"é"'.encode("latin-1"))
 
 
 def test_a_json_file_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     path.write_text("[1, 2]", encoding="utf-8")
     assert read_json(path) == [1, 2]
-    monkeypatch.setattr("spt_ds.parsing.MAX_FILE_BYTES", 5)
+    monkeypatch.setattr("spt_ds.json_input.MAX_FILE_BYTES", 5)
     with pytest.raises(ValueError, match="larger than"):
         read_json(path)
 
@@ -102,7 +100,7 @@ YAML_FAULTS = [
 @pytest.mark.parametrize(("text", "words"), YAML_FAULTS, ids=[text[:20] for text, _ in YAML_FAULTS])
 def test_yaml_limits_are_errors_with_a_line(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(yaml.MarkedYAMLError) as caught:
-        parse_yaml(f"name: {text}")
+        load_yaml(f"name: {text}")
     assert words in str(caught.value.problem)
     path = tmp_path / "run.yaml"
     path.write_text(f"# one line before\nname: {text}\n", encoding="utf-8")
@@ -115,7 +113,7 @@ def test_yaml_limits_are_errors_with_a_line(text: str, words: str, tmp_path: Pat
 
 def test_yaml_reads_what_json_writes() -> None:
     text = "caf\u00e9 \U0001f600 \x7f"
-    assert parse_yaml(json.dumps(text)) == text
+    assert load_yaml(json.dumps(text)) == text
 
 
 def test_a_date_is_a_word() -> None:
