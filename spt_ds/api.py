@@ -20,6 +20,7 @@ from spt_ds import dist
 from spt_ds.batch import Batch
 from spt_ds.config.schema import GenerateConfig
 from spt_ds.data.encode import encode_context
+from spt_ds.display import holds_surrogate, shown
 from spt_ds.engine.generator import decode_batch, reply_text
 from spt_ds.engine.session import Session, shown_to
 from spt_ds.errors import ConfigError, DataError, EngineError
@@ -47,8 +48,23 @@ def load(run: str | Path, checkpoint: str | int = "best", **overrides: Any) -> B
     two underscores for the point: `generate__max_new_tokens=64`. Raises SptError where run,
     checkpoint or an option cannot be used.
     """
-    options = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
-    return open_bot(Path(run), str(checkpoint), options)
+    if not isinstance(run, (str, os.PathLike)):
+        raise ConfigError(f"run: expected the path of a run folder, got {shown(run)}")
+    if not isinstance(checkpoint, (str, int)) or isinstance(checkpoint, bool):
+        raise ConfigError(
+            f"checkpoint: expected best, last or the number of a step, got {shown(checkpoint)}"
+        )
+    options = []
+    for key, value in overrides.items():
+        try:
+            options.append(f"{key.replace('__', '.')}={json.dumps(value, default=os.fspath)}")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"{key}: {shown(value)} is no value of an option; give a text, a number, true or"
+                " false, or a list"
+            ) from error
+    which = checkpoint if isinstance(checkpoint, str) else shown(checkpoint)
+    return open_bot(Path(run), which, options)
 
 
 def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
@@ -59,7 +75,7 @@ def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
             f"a conversation takes one process, this is one of {size}; start it without a launcher"
         )
     folder = RunFolder(run)
-    if not folder.config.is_file():
+    if not os.path.isfile(folder.config):  # pathlib raises on a name that no file can have
         raise ConfigError(
             f"{run}: no {folder.config.name} in it; give the folder of a run that was trained"
         )
@@ -82,6 +98,9 @@ class Bot:
         self._context = ContextCache()
         # each reply has noise of its own, where sampling or generate.mode draws any
         self._replies = 0
+        # The dialogue up to the last reply: turns bear no names, so that this bot's own words at
+        # the end of a history would be taken for the partner's.
+        self._answered: tuple[str, ...] = ()
 
     @property
     def prompts(self) -> int:
@@ -138,6 +157,12 @@ class Bot:
         self, persona: Sequence[str], history: Sequence[str], prompt: int | None, live: Live | None
     ) -> Reply:
         options = self._options(prompt)
+        persona, history = _texts("persona", persona), _texts("history", history)
+        if history and history == self._answered:
+            raise DataError(
+                f"history: ends with this bot's own reply {shown(history[-1])}; add the partner's"
+                " next turn, which is to be answered"
+            )
         batch, dropped = self._batch(persona, history, options)
         alone = options.mode != "fuse" and options.num_beams == 1
         suffix = self._session.config.prompts.placement == "suffix"
@@ -150,27 +175,27 @@ class Bot:
         out = decode_batch(self._session, batch, options, live)
         text = reply_text(self._session, out.tokens[0])[1]
         scores = tuple(float(score) for score in out.scores[:, 0])
+        self._answered = (*history, text) if history else ()
         return Reply(text, out.chosen[0], scores, tuple(out.tokens[0]), dropped)
 
     def _options(self, prompt: int | None) -> GenerateConfig:
         options = self._session.config.generate
         if prompt is None:
             return options
+        if not isinstance(prompt, int) or isinstance(prompt, bool):
+            raise ConfigError(
+                f"prompt {shown(prompt)}: expected a whole number; give 0 to {self.prompts - 1},"
+                " or None for what generate.mode says"
+            )
         if not 0 <= prompt < self.prompts:
             raise ConfigError(
-                f"prompt {prompt}: the bank has {self.prompts}; give 0 to {self.prompts - 1}"
+                f"prompt {shown(prompt)}: the bank has {self.prompts}; give 0 to {self.prompts - 1}"
             )
         return options.model_copy(update={"mode": f"fixed:{prompt}"})
 
     def _batch(
         self, persona: Sequence[str], history: Sequence[str], options: GenerateConfig
     ) -> tuple[Batch, int]:
-        for name, given in (("persona", persona), ("history", history)):
-            if isinstance(given, str):
-                raise DataError(
-                    f"{name}: expected a list of texts, got one text {given[:40]!r}; put it into a"
-                    " list"
-                )
         window = self._session.config.data.max_tokens
         encoded = encode_context(
             persona,
@@ -197,3 +222,24 @@ class Bot:
             (1.0,),
         )
         return batch, encoded.dropped_turns
+
+
+def _texts(name: str, given: Sequence[str]) -> tuple[str, ...]:
+    """Check an argument that is to be a list of texts."""
+    if isinstance(given, str):
+        raise DataError(
+            f"{name}: expected a list of texts, got one text {given[:40]!r}; put it into a list"
+        )
+    if not isinstance(given, Sequence):
+        raise DataError(
+            f"{name}: expected a list of texts, got {shown(given)}; give [] where there is none"
+        )
+    for place, text in enumerate(given):
+        if not isinstance(text, str):
+            raise DataError(f"{name}[{place}]: expected a text, got {shown(text)}")
+        if holds_surrogate(text):
+            raise DataError(
+                f"{name}[{place}]: {shown(text)} holds half a surrogate pair, which is no"
+                " character; decode its bytes as UTF-8"
+            )
+    return tuple(given)

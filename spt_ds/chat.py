@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spt_ds.display import holds_surrogate
 from spt_ds.errors import DataError, SptError
+from spt_ds.log import accept_any_text, show
 from spt_ds.run.command import add_overrides, run_command
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _talk(args: argparse.Namespace) -> None:
+    accept_any_text()
     from spt_ds.api import open_bot
 
     persona = read_persona(args.persona) if args.persona else None
@@ -68,8 +72,8 @@ def _talk(args: argparse.Namespace) -> None:
 def read_persona(path: Path) -> tuple[str, ...]:
     """Return the sentences of a text file, one a line; raise DataError where it cannot be read."""
     try:
-        text = path.expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # not UTF-8, or a name that no file can have
         raise DataError(
             f"{path}: no persona can be read ({error}); give a UTF-8 text, a sentence a line"
         ) from error
@@ -104,14 +108,14 @@ class Conversation:
                 if self.persona is None:
                     self._persona("")
                     print("Say something, or /help.")
-                line = input("> ").strip()
+                line = _line("> ")
                 word, _, rest = line.partition(" ")
                 if not line.startswith("/"):
                     self._say(line)
                 elif word in commands:
                     commands[word](rest.strip())
                 else:
-                    print(f"{word}: no such command; /help lists them")
+                    show(f"{word}: no such command; /help lists them")
             except SptError as error:
                 print(f"error: {error}")
             except KeyboardInterrupt:
@@ -152,7 +156,7 @@ class Conversation:
         else:
             print("The bot's persona, a sentence a line; an empty line ends it.")
             sentences = []
-            while sentence := input("persona> ").strip():
+            while sentence := _line("persona> "):
                 sentences.append(sentence)
             self.persona = tuple(sentences)
         print(f"  [persona of {len(self.persona)} sentences]")
@@ -172,17 +176,17 @@ class Conversation:
     def _prompt(self, number: str) -> None:
         if number == "auto":
             self.prompt = None
-        elif number.isdecimal() and int(number) < self.bot.prompts:
+        elif number.isdecimal() and len(number) < 10 and int(number) < self.bot.prompts:
             self.prompt = int(number)
         elif number:
-            print(f"/prompt {number}: give 0 to {self.bot.prompts - 1}, or auto")
+            show(f"/prompt {number}: give 0 to {self.bot.prompts - 1}, or auto")
             return
         print(f"  [prompt {'auto' if self.prompt is None else self.prompt}]")
 
     def _save(self, name: str) -> None:
         if not name:
             raise DataError("/save: name a file")
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         try:
             # A file of another origin is not overwritten; one that this conversation wrote is
             # brought up to date.
@@ -192,12 +196,11 @@ class Conversation:
                     for turn in self.turns
                 )
                 file.writelines(lines)
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be written ({error.strerror}); give another name"
-            ) from error
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise DataError(f"{path}: cannot be written ({why}); give another name") from error
         self._saved.add(path)
-        print(f"  [{len(self.turns)} turns in {path}]")
+        show(f"  [{len(self.turns)} turns in {path}]")
 
     def _help(self, _: str) -> None:
         print(HELP)
@@ -206,11 +209,21 @@ class Conversation:
         raise Quit
 
 
+def _line(prompt: str) -> str:
+    """Read a line; one whose bytes are no text is left out, and the next is asked for."""
+    while holds_surrogate(line := input(prompt).strip()):
+        print(
+            "error: the line holds bytes that are not UTF-8 and is left out; set the terminal to"
+            " UTF-8, or save what is piped in as UTF-8"
+        )
+    return line
+
+
 def _show(pieces: Generator[str, None, Reply]) -> Reply:
     """Print pieces as they come and return what the generator returns."""
     while True:
         try:
-            print(next(pieces), end="", flush=True)
+            show(next(pieces), end="")
         except StopIteration as end:
             reply: Reply = end.value
             return reply

@@ -10,9 +10,8 @@ import re
 import reprlib
 
 MOST_CHARACTERS = 200  # of a value in a message: enough to find it in its file
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxlist, _REPR.maxtuple, _REPR.maxdict = 3, 8, 8, 4
-_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 120
+MOST_BITS = 400  # of a whole number: 120 digits
+
 # Control codes, line separators, marks that reverse the direction of text, halves of pairs.
 # Joiners stay: emoji and several scripts need them.
 _CONTROL = re.compile(
@@ -20,17 +19,43 @@ _CONTROL = re.compile(
 )
 
 
+class _Repr(reprlib.Repr):
+    """`repr` that looks at a bounded part of a value, however large or deep it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 8, 8, 4
+        self.maxstring = self.maxlong = self.maxother = 120
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out a number of more than 4,300 digits.
+        bits = x.bit_length()
+        return f"a number of {bits} bits" if bits > MOST_BITS else repr(x)
+
+
+_REPR = _Repr()
+
+
 def shown(value: object) -> str:
     """Return `value` as Python writes it, cut where it is long or deep."""
     return shortened(_REPR.repr(value))
 
 
-def shortened(text: str) -> str:
-    """Return `text` itself, or its two ends where it is longer than `MOST_CHARACTERS`."""
-    if len(text) <= MOST_CHARACTERS:
+def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
+    """Return `text` itself, or its two ends where it is longer than `most` characters."""
+    if len(text) <= most:
         return text
-    half = MOST_CHARACTERS // 2
+    half = most // 2
     return f"{text[:half]} ... ({len(text)} characters) ... {text[-half:]}"
+
+
+def holds_surrogate(text: str) -> bool:
+    """Whether `text` holds half a surrogate pair, which no tokenizer, file or stream takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def printable(text: str, keep: str = "") -> str:

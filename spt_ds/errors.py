@@ -2,14 +2,26 @@
 mend it.
 
 The command line prints their text without a traceback and ends with exit code 2; anything else is a
-fault of ours and keeps its traceback.
+fault of ours and keeps its traceback. Texts of a file, a base or a model reach a terminal only
+through `printable`, and a message repeats a value only as `shown` (display.py).
 """
 
 from __future__ import annotations
 
+from spt_ds.display import printable, shortened
+
+LINE_CHARACTERS, LINES = 2000, 60  # of a whole message: what no caller cut is cut here
+
 
 class SptError(Exception):
     """Base of every error a user can cause."""
+
+    def __str__(self) -> str:
+        lines = super().__str__().split("\n")
+        kept = [shortened(line, LINE_CHARACTERS) for line in lines[:LINES]]
+        if len(lines) > LINES:
+            kept.append(f"... and {len(lines) - LINES} more lines")
+        return printable("\n".join(kept), keep="\n\t")
 
 
 class ConfigError(SptError):

@@ -6,14 +6,23 @@ under `strict`.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 
+from spt_ds.display import printable
 from spt_ds.errors import SptError
 
 _LOGGER = logging.getLogger("spt_ds")
 _said: set[str] = set()
+
+
+class _Printable(logging.Formatter):
+    """What a file or a model put into a message reaches the terminal as text alone."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
 
 
 def get_logger() -> logging.Logger:
@@ -24,13 +33,33 @@ def get_logger() -> logging.Logger:
         rank = os.environ.get("RANK", "0")
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(
-            logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", "%H:%M:%S")
+            _Printable(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", "%H:%M:%S")
         )
         _LOGGER.addHandler(handler)
         _LOGGER.propagate = False
         default = "INFO" if rank == "0" else "WARNING"
         _LOGGER.setLevel(os.environ.get("SPT_LOG_LEVEL", default).upper())
     return _LOGGER
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Print to the standard output what a file, a model or a user wrote, as text alone."""
+    print(printable(text, keep="\n\t"), end=end, flush=True)
+
+
+def accept_any_text() -> None:
+    """Let the process's streams take every byte and character: none of them is worth a traceback.
+
+    What a terminal or a pipe sends and is not UTF-8 arrives as lone surrogates, which the reader
+    must refuse; what the terminal's encoding lacks is printed as its escape.
+    """
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def say_once(message: str, level: int = logging.INFO) -> None:

@@ -1,10 +1,10 @@
-"""Reads a YAML file or a recipe, applies overrides, and reports every problem in one error."""
+"""Reads a YAML file or a shipped recipe and applies overrides; one error reports every problem."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import re
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,9 +14,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from spt_ds.config.schema import Config
+from spt_ds.display import shortened, shown
 from spt_ds.errors import ConfigError
+from spt_ds.yaml_input import load_yaml as yaml_tree
 
 Model = TypeVar("Model", bound=BaseModel)
+PROBLEMS = 40  # that one error lists
 
 
 def recipe_names() -> list[str]:
@@ -45,7 +48,7 @@ def load_yaml(path: Path, model: type[Model]) -> Model:
     """Read a YAML file of another schema as strictly as a configuration; raise ConfigError with
     every problem.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such file; give a YAML file")
     return _validate(str(path), _parse(str(path), _text(path)), model)
 
@@ -61,22 +64,22 @@ def json_schema() -> str:
 
 
 def _read(source: str) -> tuple[str, str]:
-    path = Path(source)
     names = recipe_names()
+    # os.path answers False where a name is too long or holds a NUL; pathlib raises.
     if (
-        path.suffix in (".yaml", ".yml")
-        or path.is_file()
-        or (path.exists() and source not in names)
+        Path(source).suffix in (".yaml", ".yml")
+        or os.path.isfile(source)
+        or (os.path.exists(source) and source not in names)
     ):
-        if not path.is_file():
+        if not os.path.isfile(source):
             raise ConfigError(
                 f"{source}: no such configuration file; give a YAML file or one of {names}"
             )
-        return source, _text(path)
+        return source, _text(Path(source))
     if source not in names:
         near = difflib.get_close_matches(source, names, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(names)}"
-        raise ConfigError(f"no file and no recipe is called {source!r}; {hint}")
+        raise ConfigError(f"no file and no recipe is called {shown(source)}; {hint}")
     return f"recipe {source}", (resources.files("spt_ds") / "recipes" / f"{source}.yaml").read_text(
         encoding="utf-8"
     )
@@ -89,52 +92,15 @@ def _text(path: Path) -> str:
         raise ConfigError(
             f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
         ) from error
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice and, as YAML 1.2, reads 1e-3 as a number and `off`
-    as a word.
-    """
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own name and form
-        first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        if not isinstance(
-            key_node, yaml.ScalarNode
-        ):  # no option is called by a list, and a list cannot be hashed
-            raise yaml.constructor.ConstructorError(
-                None, None, "a key must be a word", key_node.start_mark
-            )
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} is given twice", key_node.start_mark
-            )
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _load_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: builds plain data only
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); look at its owner"
+        ) from error
 
 
 def _parse(name: str, text: str) -> dict[str, Any]:
     try:
-        tree = _load_yaml(text)
+        tree = yaml_tree(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from error
@@ -153,22 +119,23 @@ def _parse(name: str, text: str) -> dict[str, Any]:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
+    option = f"--set {shortened(override)}"
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"--set {override}: expected key.path=value, such as losses.tau_gold=0.5")
+        raise ConfigError(f"{option}: expected key.path=value, such as losses.tau_gold=0.5")
     node = tree
     for key in keys[:-1]:
         child = node.setdefault(key, {})
         if child is None:
             child = node[key] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override}: {key} is a value, not a section")
+            raise ConfigError(f"{option}: {shortened(key)} is a value, not a section")
         node = child
     try:
-        node[keys[-1]] = _load_yaml(text)
+        node[keys[-1]] = yaml_tree(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: {text!r} is not a YAML value: {error}") from error
+        raise ConfigError(f"{option}: {shown(text)} is not a YAML value: {error}") from error
 
 
 def _validate(name: str, tree: dict[str, Any], model: type[Model]) -> Model:
@@ -176,14 +143,16 @@ def _validate(name: str, tree: dict[str, Any], model: type[Model]) -> Model:
         return model.model_validate(tree)
     except ValidationError as error:
         problems = list(dict.fromkeys(_describe(item, model) for item in error.errors()))
-        lines = "\n".join(f"  {problem}" for problem in problems)
+        lines = "\n".join(f"  {problem}" for problem in problems[:PROBLEMS])
+        if len(problems) > PROBLEMS:
+            lines += f"\n  ... and {len(problems) - PROBLEMS} more"
         raise ConfigError(
             f"{name}: {len(problems)} problem(s) in the configuration\n{lines}"
         ) from error
 
 
 def _describe(item: Any, model: type[BaseModel]) -> str:
-    path = ".".join(str(part) for part in item["loc"]) or "(whole file)"
+    path = ".".join(shortened(str(part)) for part in item["loc"]) or "(whole file)"
     if item["type"] == "extra_forbidden":
         parent = _section(item["loc"][:-1], model)
         known = list(parent.model_fields) if parent else []
@@ -195,7 +164,7 @@ def _describe(item: Any, model: type[BaseModel]) -> str:
         return f"{path}: unknown key; {hint}"
     if item["type"] == "value_error":  # a section's own check, which says what it got
         return f"{path}: {item['ctx']['error']}"
-    got = "" if item["type"] == "missing" or not item["loc"] else f", got {item['input']!r}"
+    got = "" if item["type"] == "missing" or not item["loc"] else f", got {shown(item['input'])}"
     return f"{path}: {item['msg']}{got}"
 
 

@@ -13,7 +13,8 @@ from spt_ds.data.textfile import lines
 from spt_ds.errors import DataError
 
 SILENCE = "__SILENCE__"
-_NUMBERED = re.compile(r"(\d+) (.*)", re.DOTALL)
+# No dialogue has more lines than 9 digits count, and Python refuses to read 5,000 of them.
+_NUMBERED = re.compile(r"(\d{1,9}) (.*)", re.DOTALL)
 # Only the prefix makes a persona line: what follows may hold colons, and an utterance may hold
 # "persona:".
 _PERSONA = re.compile(r"(your persona|partner's persona):(.*)", re.DOTALL)

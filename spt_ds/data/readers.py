@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,9 +18,11 @@ from typing import Any, Literal
 
 from spt_ds.data.dialogue import Example, replies
 from spt_ds.data.parlai import read_parlai
-from spt_ds.data.textfile import lines
+from spt_ds.data.textfile import lines, readable
+from spt_ds.display import shown
 from spt_ds.errors import DataError
 from spt_ds.files import sha256
+from spt_ds.json_input import parse_object
 from spt_ds.log import get_logger
 
 Format = Literal["auto", "parlai", "spc_csv", "jsonl"]
@@ -29,6 +31,8 @@ SPC_COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversatio
 # Some conversations of the published files set the name in bold: `*User 1:* hi`; their asterisks
 # are dropped.
 _SPC_TURN = re.compile(r"(\*[* ]*)?User ([12]):(.*)", re.DOTALL)
+_SPC_NAME = re.compile(r"\buser\s*\d+\s*:", re.IGNORECASE)
+MAX_TURN = 2**31 - 1  # the store keeps places of turns in 32 bits
 
 
 def read(source: str, format: Format = "auto") -> Iterator[Example]:
@@ -39,7 +43,7 @@ def read(source: str, format: Format = "auto") -> Iterator[Example]:
         path = resolve(source)
         examples = _FORMATS[detect(path) if format == "auto" else format](path)
     count = 0
-    for count, example in enumerate(examples, start=1):  # noqa: B007 (the count is read after the loop)
+    for count, example in enumerate(examples, start=1):  # noqa: B007 (read after the loop)
         yield example
     if not count:
         raise DataError(
@@ -58,10 +62,11 @@ def resolve(source: str) -> Path:
             )
         path = EMBEDDED / f"{split}.jsonl"
     else:
-        path = Path(source).expanduser()
-    if not path.is_file():
+        path = Path(os.path.expanduser(source))
+    # os.path answers False where a name is too long or holds a NUL; pathlib raises.
+    if not os.path.isfile(path):
         raise DataError(
-            f"{path}: no such file (data source {source!r}); give a ParlAI text,"
+            f"{path}: no such file (data source {shown(source)}); give a ParlAI text,"
             " Synthetic-Persona-Chat CSV or JSONL file, embedded:train|valid|test, or"
             " hub:NAME[:CONFIG][:SPLIT]"
         )
@@ -75,7 +80,9 @@ def digest(source: str) -> str:
     if source.startswith("hub:"):
         fingerprint = f"{source} {_load_hub(source)._fingerprint}"
         return hashlib.sha256(fingerprint.encode()).hexdigest()
-    return sha256(resolve(source))
+    path = resolve(source)
+    with readable(path):
+        return sha256(path)
 
 
 def detect(path: Path) -> Format:
@@ -102,38 +109,35 @@ def _read_spc(path: Path) -> Iterator[Example]:
     replies.
     """
     rows = csv.reader((line for _, line in lines(path, keep_end=True)), strict=True)
-    columns: list[int] | None = None
+    header: list[str] = []
+    columns: list[int] = []
     start = 1
     try:
         for row in rows:
             where, start = f"{path}:{start}", rows.line_num + 1
-            if columns is None:
-                columns = _spc_columns(row, where)
+            if not columns:
+                header, columns = row, _spc_columns(row, where)
+            elif len(row) == len(header):
+                yield from _spc_views([row[column] for column in columns], where)
             elif row:
-                yield from _spc_views([_cell(row, column, where) for column in columns], where)
+                raise DataError(
+                    f"{where}: the row has {len(row)} fields, the header {len(header)}; quote"
+                    " fields that hold a comma"
+                )
     except csv.Error as error:
-        raise DataError(
-            f"{path}:{rows.line_num}: not a CSV row ({error}); quote fields that span lines"
-        ) from error
+        long = "field limit" in str(error)
+        mend = "look for a quote that is not closed" if long else "quote fields that span lines"
+        raise DataError(f"{path}:{rows.line_num}: not a CSV row ({error}); {mend}") from error
 
 
 def _spc_columns(header: list[str], where: str) -> list[int]:
     missing = [name for name in SPC_COLUMNS if name not in header]
     if missing:
         raise DataError(
-            f"{where}: the header lacks {missing}, got {header}; Synthetic-Persona-Chat has"
+            f"{where}: the header lacks {missing}, got {shown(header)}; Synthetic-Persona-Chat has"
             f" {SPC_COLUMNS}"
         )
     return [header.index(name) for name in SPC_COLUMNS]
-
-
-def _cell(row: list[str], column: int, where: str) -> str:
-    if column >= len(row):
-        raise DataError(
-            f"{where}: the row has {len(row)} fields, the header more; quote fields that hold a"
-            " comma"
-        )
-    return row[column]
 
 
 def _spc_views(cells: list[str], where: str) -> Iterator[Example]:
@@ -165,6 +169,11 @@ def _spc_turns(conversation: str, where: str) -> tuple[list[str], list[str]]:
             )
             break
         text = line.strip() if match is None else match[3].strip("* " if match[1] else " ")
+        if name := _SPC_NAME.search(text):
+            raise DataError(
+                f"{where}: {name[0][:60]!r} inside a turn; the turns of a conversation begin a line"
+                " each, with `User 1:` or `User 2:`"
+            )
         if match is None or (speakers and speakers[-1] == match[2]):
             turns[-1] = f"{turns[-1]} {text}".strip()
         else:
@@ -186,14 +195,7 @@ def _read_jsonl(path: Path) -> Iterator[Example]:
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: not JSON ({error.msg} at column {error.colno}); one object a line"
-            ) from error
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: got {type(record).__name__}, each line is one JSON object")
+        record = parse_object(where, line, "each line is one JSON object")
         yield from _from_record(record, where, str(record.get("id") or f"{path.name}:{number}"))
 
 
@@ -207,14 +209,17 @@ def _from_record(record: Mapping[str, Any], where: str, name: str) -> Iterator[E
             else _text(str(given), "dialogue_id", where)
         )
         turn = len(history) if (given := record.get("turn")) is None else given
-        if type(turn) is not int or turn < 0:
-            raise DataError(f'{where}: "turn" must be a whole number from 0 on, got {turn!r:.60}')
+        if type(turn) is not int or not 0 <= turn <= MAX_TURN:
+            raise DataError(
+                f'{where}: "turn" must be a whole number from 0 on, got {shown(turn)}; the'
+                f" largest is {MAX_TURN}"
+            )
         yield Example(name, dialogue, turn, _texts(record, "persona", where), history, response)
         return
     if (first := record.get("first_speaker")) not in ("partner", "self"):
         raise DataError(
-            f"{where}: first_speaker is {first!r}; allowed are 'partner' and 'self' (the persona's"
-            " owner)"
+            f"{where}: first_speaker is {shown(first)}; allowed are 'partner' and 'self' (the"
+            " persona's owner)"
         )
     persona, turns = _texts(record, "persona", where), _texts(record, "turns", where)
     for turn, history, response in replies(turns, self_opens=first == "self"):
@@ -224,7 +229,7 @@ def _from_record(record: Mapping[str, Any], where: str, name: str) -> Iterator[E
 def _texts(record: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     value = record.get(key)
     if not isinstance(value, (list, tuple)):
-        got = f"{value!r:.60}" if key in record else f"no such key among {sorted(record)}"
+        got = shown(value) if key in record else f"no such key among {shown(sorted(record))}"
         raise DataError(
             f'{where}: "{key}" must be a list of texts, got {got}; write [] where there is none'
         )
@@ -233,7 +238,7 @@ def _texts(record: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
 
 def _text(value: object, key: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f'{where}: "{key}" must be a text that is not blank, got {value!r:.60}')
+        raise DataError(f'{where}: "{key}" must be a text that is not blank, got {shown(value)}')
     return value.strip()
 
 

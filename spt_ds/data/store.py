@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TABLE, _META = "examples.arrow", "store.json"
-_LAYOUT_VERSION = 3  # part of every cache key: raise it when columns or readers change
+_LAYOUT_VERSION = 4  # part of every cache key: raise it when columns or readers change
 _FEATURES = Features(
     {
         "id": Value("string"),

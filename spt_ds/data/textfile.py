@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from spt_ds.errors import DataError
+
+MAX_LINE_BYTES = 16 << 20  # a file without line ends is not read into memory as a whole
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into a DataError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}); look at its owner and its disk"
+        ) from error
 
 
 def lines(path: Path, keep_end: bool = False) -> Iterator[tuple[int, str]]:
@@ -15,8 +29,13 @@ def lines(path: Path, keep_end: bool = False) -> Iterator[tuple[int, str]]:
     `keep_end` keeps the newline, which a CSV field may contain.
     """
     number = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+    with readable(path), path.open("rb") as file:
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+            if len(raw) > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; a line"
+                    " holds one example or dialogue"
+                )
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:

@@ -21,6 +21,7 @@ from spt_ds.evaluate.tables import Cell, Table
 from spt_ds.files import sha256
 from spt_ds.run import predictions
 from spt_ds.run.folder import ReplyFolder, RunFolder
+from spt_ds.yaml_input import load_yaml
 
 # What two runs must share for a gain between them to mean anything.
 COMMON = ("data_sha256", "bleu_signature", "ead_vocabulary")
@@ -184,12 +185,11 @@ def _read_options(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise DataError(f"{path}:{line}: not YAML ({error.problem})") from error
-    # PyYAML recurses into nested values, and Python limits the digits of a number.
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: cannot be read as YAML ({shown(error)})") from error
     if not isinstance(tree, dict):
         raise DataError(

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from spt_ds.display import shown
 from spt_ds.errors import CheckpointError, SptError
 from spt_ds.files import sync
 from spt_ds.log import get_logger
@@ -116,14 +117,14 @@ def find(folder: Path, which: str) -> Path:
 
     `which` is what a user gave: anything else is an error that names the three.
     """
-    if which.isdigit():
+    if which.isdecimal() and len(which) < 13:
         path = folder / f"step-{int(which):08d}"
         if not path.is_dir():
             there = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
             raise CheckpointError(f"{path}: no such checkpoint; there are: {there}")
         return path
     if which not in ("best", "last"):
-        raise SptError(f"--checkpoint {which}: give best, last or the number of a step")
+        raise SptError(f"--checkpoint {shown(which)}: give best, last or the number of a step")
     newest = load_newest(folder)
     if newest is None:
         raise CheckpointError(

@@ -27,9 +27,10 @@ from spt_ds.batch import Batch
 from spt_ds.config.load import dump_config, load_config
 from spt_ds.config.schema import Config
 from spt_ds.data.encode import encode_context
+from spt_ds.display import shown
 from spt_ds.engine.generator import Generator, decode_batch
 from spt_ds.engine.session import open_split
-from spt_ds.errors import CheckpointError, ConfigError, DataError, EngineError
+from spt_ds.errors import CheckpointError, ConfigError, DataError, EngineError, SptError
 from spt_ds.model.conversation import Live
 from spt_ds.model.decode import Decoded
 from spt_ds.run import checkpoint
@@ -427,12 +428,75 @@ def test_what_a_user_can_get_wrong(
         bot.reply(PERSONA, ["hi", "hello", "so " * 100])
     with pytest.raises(DataError, match=r"response 12\).*allowed are 300"):
         list(bot.stream(["so " * 100], ["hi"]))
+    reply = bot.reply(PERSONA, ["hi"])
+    with pytest.raises(DataError, match="history: ends with this bot's own reply"):
+        bot.reply(PERSONA, ["hi", reply.text])
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(EngineError, match="one process, this is one of 2"):
         spt_ds.load(run)
     assert chat.main([str(run)]) == 2
     assert "start it without a launcher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("persona", "history", "prompt", "words"),
+    [
+        (None, ["hi"], None, "persona: expected a list of texts, got None"),
+        (PERSONA, None, None, "history: expected a list of texts, got None"),
+        (PERSONA, {"hi"}, None, "history: expected a list of texts, got {'hi'}"),
+        (PERSONA, [5], None, r"history[0]: expected a text, got 5"),
+        (b"ab", ["hi"], None, r"persona[0]: expected a text, got 97"),
+        (PERSONA, ["hi", "a\udcffb", "c"], None, r"history[1]: 'a\udcffb' holds half a surrogate"),
+        (PERSONA, ["hi"], True, "prompt True: expected a whole number; give 0 to 2"),
+        (PERSONA, ["hi"], 1.0, "prompt 1.0: expected a whole number"),
+        (PERSONA, ["hi"], "1", "prompt '1': expected a whole number"),
+        (PERSONA, ["hi"], 10**5000, "the bank has 3; give 0 to 2"),
+        (PERSONA, ["hi"], -1, "prompt -1: the bank has 3"),
+    ],
+    ids=shown,
+)
+def test_arguments_of_another_kind(
+    folder: Path, persona: Any, history: Any, prompt: Any, words: str
+) -> None:
+    bot = spt_ds.load(folder / "opt-prefix")
+    with pytest.raises(SptError) as caught:
+        bot.reply(persona, history, prompt=prompt)
+    assert words in str(caught.value)
+    with pytest.raises(SptError) as caught:
+        list(bot.stream(persona, history, prompt=prompt))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("run", "checkpoint", "options"),
+    [
+        (None, "best", {}),
+        (5, "best", {}),
+        ("x" * 5000, "best", {}),
+        ("a\0b", "best", {}),
+        (None, True, {}),
+        (None, 1.5, {}),
+        (None, 10**5000, {}),
+        (None, "²", {}),
+        (None, "9" * 5000, {}),
+        (None, "../..", {}),
+        (None, "best", {"generate__top_p": object()}),
+        (None, "best", {"generate__top_p": float("nan")}),
+        (None, "best", {"generate__top_p": 10**5000}),
+        (None, "best", {"generate__top_p": "\ud800"}),
+        (None, "best", {"data__test": "\ud800"}),
+        (None, "best", {"a=b": 1}),
+    ],
+    ids=shown,
+)
+def test_a_run_or_an_option_of_another_kind(
+    folder: Path, run: Any, checkpoint: Any, options: dict[str, Any]
+) -> None:
+    good = run is None and (checkpoint != "best" or options)
+    with pytest.raises(SptError) as caught:
+        spt_ds.load(folder / "opt-prefix" if good else run, checkpoint, **options)
+    assert len(str(caught.value)) < 3000
 
 
 def test_sampled_replies_have_noise_of_their_own(folder: Path) -> None:

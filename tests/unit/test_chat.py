@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import pytest
 
 from spt_ds.api import Reply
-from spt_ds.chat import Conversation, read_persona
+from spt_ds.chat import Conversation, main, read_persona
 from spt_ds.data.readers import read
 from spt_ds.errors import DataError
 
@@ -177,6 +178,49 @@ def test_quit_help_and_unknown(talk: Talk) -> None:
     assert bot.asked == []
     assert "/retry" in out
     assert "/sing: no such command" in out
+
+
+def test_bytes_that_are_no_text_end_neither_the_chat_nor_the_dialogue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line is left out with a message; what the terminal cannot encode is printed escaped."""
+    bot, path, out = EchoBot(), tmp_path / "talk.jsonl", io.BytesIO()
+    said = (
+        b"i ski.\n\xff\ni sing.\n\nhi\ncaf\xe9\ncaf\xc3\xa9 \x1b[2J\n" + f"/save {path}\n".encode()
+    )
+    monkeypatch.setattr("spt_ds.api.open_bot", lambda *_: bot)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(said), encoding="utf-8"))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding="ascii"))
+    assert main(["run"]) == 0
+    assert bot.asked == [
+        (("i ski.", "i sing."), ("hi",), None),
+        (("i ski.", "i sing."), ("hi", "echo hi 1", "café \x1b[2J"), None),
+    ]
+    sys.stdout.flush()
+    shown = out.getvalue().decode("ascii")
+    assert shown.count("error: the line holds bytes that are not UTF-8 and is left out") == 2
+    assert r"echo caf\xe9 \x1b[2J 2" in shown
+    assert "\x1b" not in shown
+    assert next(example.response for example in read(str(path))) == "echo hi 1"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/persona ~no-such-user/x",
+        "/persona a\0b",
+        "/save a\0b",
+        "/save " + "x" * 5000,
+        "/prompt " + "9" * 5000,
+        "/prompt ²",
+        "/" + "x" * 5000,
+        "/\x1b[2J",
+    ],
+)
+def test_commands_that_no_one_means(talk: Talk, line: str) -> None:
+    _, conversation, out = talk(line, "hi")
+    assert len(conversation.turns) == 1
+    assert "\x1b" not in out
 
 
 def test_persona_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file imports only from lower layers, or from its own layer inside its own folder.
 LAYERS = [
-    {"display", "errors", "files", "json_input", "log", "rng"},
+    {"display", "errors", "files", "json_input", "log", "rng", "yaml_input"},
     {"config", "dist", "batch", "data", "evaluate", "plan", "run"},
     {"model"},
     {"engine"},

@@ -39,7 +39,7 @@ BAD_ROWS = [
         set_field(0, "scores", [0.1, float("nan")]),
         ":1: field 'scores' is [0.1, nan], expected a list of finite numbers",
     ),
-    (set_field(0, "scores", [10**400]), ":1: field 'scores' is [1000"),
+    (set_field(0, "scores", [10**400]), ":1: not JSON at column"),
     (set_field(4, "scores", [1.0] * 5), ":5: field 'scores' has 5 numbers, 4 on line 1"),
     (set_field(4, "prompt", None), ":5: field 'prompt' is on some lines and not on others"),
     (set_field(0, "nll_sum", 3.0), ":1: fields 'nll_sum' and 'nll_tokens' come together"),

@@ -97,6 +97,7 @@ def test_fault_16_persona_keeps_its_colon_and_an_utterance_with_persona_is_an_ut
         (b"1 hi\tyes\n2 __SILENCE__\tno\n", 2, "inside a dialogue"),
         (b"1 your persona:\n", 1, "without a sentence"),
         (b"1 your persona: shy ?\tno\n", 1, "persona line with a tab"),
+        (b"1 hi\tyes\n" + b"9" * 5000 + b" hi\tyes\n", 2, "begins with its number"),
     ],
 )
 def test_parlai_faults_name_file_and_line(
@@ -167,6 +168,12 @@ def test_spc_row_without_names_is_left_out_with_a_warning(
         (SPC_HEADER + '"a\nb",c,User 1: hi\nd,e\n', 4, "the row has 2 fields"),
         (SPC_HEADER + 'a,b,"User 1: hi" there\n', 2, "not a CSV row"),
         (SPC_HEADER + 'a,b,"User 1:\nUser 2: hi"\n', 2, "has a name and no text"),
+        (SPC_HEADER + "a,b,User 1: hi, you\n", 2, "the row has 4 fields, the header 3"),
+        (SPC_HEADER + 'a,b,"User 1: hi\nUser 3: yo"\n', 2, "'User 3:' inside a turn"),
+        (SPC_HEADER + 'a,b,"User 1: hi\nuser 2: yo"\n', 2, "'user 2:' inside a turn"),
+        (SPC_HEADER + 'a,b,"User 1: hi\nUser 12: yo"\n', 2, "'User 12:' inside a turn"),
+        (SPC_HEADER + "a,b,User 1: hi User 2: yo\n", 2, "'User 2:' inside a turn"),
+        (SPC_HEADER + 'a,b,"User 1: ' + "x" * 140_000, 2, "look for a quote that is not closed"),
     ],
 )
 def test_spc_faults_name_file_and_line(tmp_path: Path, content: str, line: int, words: str) -> None:
@@ -204,7 +211,7 @@ def test_jsonl_examples_and_dialogues(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ("[1]", "got list"),
+        ("[1]", "got a list, expected a JSON object"),
         ("{", "not JSON"),
         ('{"persona": [], "history": []}', '"response" must be a text that is not blank, got None'),
         ('{"persona": [], "history": [], "response": "  "}', "got '  '"),
@@ -231,6 +238,19 @@ def test_jsonl_examples_and_dialogues(tmp_path: Path) -> None:
         ),
         ('{"persona": [], "turns": ["a"], "first_speaker": "me"}', "first_speaker is 'me'"),
         ('{"persona": [], "turns": [""], "first_speaker": "self"}', '"turns[0]" must be a text'),
+        ("[" * 500 + "]" * 500, "not JSON at column 65 (nested deeper than"),
+        ('{"id": ' + "9" * 5000 + "}", "not JSON at column 8 (a number of 5000 digits"),
+        (r'{"response": "a\ud83d"}', "not JSON at column 16 (half a surrogate pair"),
+        (
+            '{"response": "a", "response": "b"}',
+            "not JSON at column 19 (key 'response' is given twice",
+        ),
+        (
+            '{"persona": [], "history": [], "response": "a", "turn": 99999999999}',
+            "got 99999999999; the largest is 2147483647",
+        ),
+        ('{"persona": [], "turns": [], "first_speaker": [' + '"x",' * 30_000 + "1]}", "['x', 'x'"),
+        ('{"' + "x" * 100_000 + '": 1}', "no such key among ['xxx"),
     ],
 )
 def test_jsonl_faults_name_file_and_line(tmp_path: Path, record: str, words: str) -> None:
@@ -240,6 +260,36 @@ def test_jsonl_faults_name_file_and_line(tmp_path: Path, record: str, words: str
         list(read(path))
     assert str(caught.value).startswith(f"{path}:3: ")
     assert words in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "~no-such-user/data.txt", "\ud800"])
+def test_a_name_that_no_file_can_have_is_no_such_file(source: str) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        list(read(source))
+
+
+def test_a_line_that_does_not_end_is_not_read_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spt_ds.data.textfile.MAX_LINE_BYTES", 1 << 20)
+    path = write(tmp_path, "a.txt", PARLAI + b"4 " + b"x" * (2 << 20))
+    with pytest.raises(DataError, match=r"a\.txt:4: the line is longer than 1 MiB"):
+        list(read(path))
+
+
+def test_a_disk_that_fails_is_an_error_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "a.txt", PARLAI)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", fail)
+    for use in (lambda: list(read(path)), lambda: digest(path)):
+        with pytest.raises(DataError, match=r"a\.txt: cannot be read \(Input/output error\)"):
+            use()
 
 
 @pytest.mark.parametrize(
