@@ -54,7 +54,7 @@ def open_session(config: Config, deepspeed_config: str | None, world: dist.World
     _check_positions(config, backbone.config, config.data.max_tokens, "data.max_tokens")
     backbone.checkpoint_activations(recompute)
     root = sharding.wrap(backbone)
-    root(lambda inner: inner.check())
+    root(lambda inner: inner.check(config.prompts.placement))
     init_ids = [
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in config.prompts.init_texts
     ]

@@ -28,23 +28,13 @@ from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.model.activations import slim_activations
 from spt_ds.model.attention import PACKED, Layout, choose_backend
+from spt_ds.model.base_check import SUPPORTED, check_base
 from spt_ds.model.head import FrozenHead
 from spt_ds.model.quant_source import refuse_foreign_quantisation
 
-# Of the largest logit; transformers' own softmax and norms compute in fp32 even where the weights
-# are fp64.
-CHECK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 6e-2}
-CHECK_LOGIT = 1000.0  # far above the caps that models put on their logits (15 to 50)
-SUPPORTED = (
-    "a base is needed whose attention goes through transformers' attention interface, with"
-    " positions given from outside and a plain head: OPT, Llama, Mistral, Qwen, Gemma, Phi, GPT-2,"
-    " GPT-NeoX, OLMo and others have been run"
-)
-
 
 class Backbone(nn.Module):
-    """Root module of the frozen base. Everything that touches its weights runs inside one call of
-    it.
+    """Root module of the frozen base: all that touches its weights runs inside one call of it.
 
     ZeRO-3 starts a new prefetch trace at each call of the root module; one call per micro-batch
     keeps the order of layers the same from step to step, so that gathers overlap with computation.
@@ -88,16 +78,14 @@ class Backbone(nn.Module):
         return size
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [n] -> rows of the table [n, D]; a graph hangs on them only where the table trains."""
+        """ids [n] -> rows of the table [n, D]; they have a graph only where the table trains."""
         table = self.lm.get_input_embeddings()
         with torch.set_grad_enabled(torch.is_grad_enabled() and table.weight.requires_grad):
             rows: torch.Tensor = table(ids)
         return rows
 
     def run(self, embeddings: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Packed embeddings [N, D] -> last hidden states [N, head size], each row of `layout` for
-        itself.
-        """
+        """Packed embeddings [N, D] -> last hidden states [N, head size], row by row of `layout`."""
         out = self.lm.base_model(
             inputs_embeds=embeddings[None],
             position_ids=layout.position_ids,
@@ -156,68 +144,9 @@ class Backbone(nn.Module):
                 module.training = True
         return tokens
 
-    @torch.no_grad()
-    def check(self) -> None:
-        """Compare packed rows with the base's own forward; raise ModelError where they differ.
-
-        Sees a base that scales embeddings or logits outside its embedding and head, caps its
-        logits, or does not hand positions or the layout on.
-        """
-        device, lens = self.lm.get_input_embeddings().weight.device, (3, 5)
-        ids = torch.arange(sum(lens), device=device) % self.vocabulary
-        positions = torch.cat([torch.arange(n) for n in lens])
-        if self.check_quantised:
-            from spt_ds.model.quant_check import self_check
-
-            self_check(
-                self.lm,
-                lambda: self.head(
-                    self.run(self.embed(ids), Layout(lens, positions, self.backend, device))
-                ),
-            )
-        try:
-            plain, high = self.run(
-                self.embed(ids), Layout(lens, positions, self.backend, device)
-            ).split(lens)
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-        ) as error:  # the base's own code meets a call it was not made for
-            raise ModelError(
-                f"{type(self.lm).__name__} cannot read packed rows ({error}); {SUPPORTED}"
-            ) from error
-        # A cap is invisible on small logits. The second row's hidden states are therefore stretched
-        # until its logits are large, by a power of two so that no dtype rounds.
-        stretch = float((CHECK_LOGIT / self.head(high).abs().max()).log2().ceil().exp2())
-        ours = [self.head(plain), self.head(high * stretch)]
-        self.lm.set_attn_implementation("eager")
-        theirs = [
-            self._own_logits(part, factor)
-            for part, factor in zip(ids.split(lens), (1, stretch), strict=True)
-        ]
-        self.lm.set_attn_implementation(PACKED)
-        gaps = [(a - b).abs().max() / b.abs().max() for a, b in zip(ours, theirs, strict=True)]
-        gap = float(torch.stack(gaps).max())
-        allowed = CHECK_TOLERANCE.get(ours[0].dtype, 6e-2)
-        if not gap <= allowed:
-            raise ModelError(
-                f"{type(self.lm).__name__}: packed rows give other logits than the base's own"
-                f" forward (largest relative difference {gap:.2g}, allowed {allowed:.0e});"
-                f" {SUPPORTED}"
-            )
-
-    def _own_logits(self, ids: torch.Tensor, stretch: float) -> torch.Tensor:
-        """ids [n] -> logits [n, V] of the base's own forward, what enters its head multiplied by
-        `stretch`.
-        """
-        head = self.lm.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda module, args: (args[0] * stretch,))
-        try:
-            logits: torch.Tensor = self.lm(input_ids=ids[None], use_cache=False).logits[0]
-        finally:
-            hook.remove()
-        return logits
+    def check(self, placement: str = "prefix") -> None:
+        """Raise ModelError where packed rows give other logits than the base's own forward."""
+        check_base(self, placement)
 
 
 def base_path(name: str) -> str:
@@ -236,9 +165,7 @@ def base_path(name: str) -> str:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the base's tokenizer; raise ModelError when it is missing or has no end-of-sequence
-    token.
-    """
+    """Load the base's tokenizer, which must have an end-of-sequence token."""
     path = base_path(config.base)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -254,9 +181,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             " not end"
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = (
-            tokenizer.eos_token
-        )  # only ever masked positions of a generation batch
+        # Only ever at masked positions of a generation batch.
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -280,8 +206,9 @@ def load_base_config(config: ModelConfig) -> PretrainedConfig:
 def load_lm(
     config: ModelConfig, base: PretrainedConfig, shard: Callable[[nn.Module], None] | None = None
 ) -> Any:
-    """Load (or draw) the weights, sharded as they are read when an HfDeepSpeedConfig is alive or
-    `shard` is given.
+    """Load (or draw) the weights.
+
+    They are sharded as they are read when an HfDeepSpeedConfig is alive or `shard` is given.
     """
     dtype, path = base_dtype(config.base_bits), base_path(config.base)
     refuse_foreign_quantisation(base, config, path)
@@ -336,8 +263,7 @@ def build_backbone(
 
 
 def _no_dropout(lm: nn.Module) -> None:
-    """Set every dropout rate to 0: with one, the same prompt's loss differs by a nat from call to
-    call.
+    """Set every dropout rate to 0: else the same prompt's loss differs by a nat from call to call.
 
     `eval()` alone is not enough: a layer that recomputes its activations runs with its training
     flag set.

@@ -1,8 +1,9 @@
 """Start-up proof that a quantised base computes what its stored numbers say, sharded or not.
 
-Two passes over one short batch: one as training runs, one in which every layer's weight is computed
-apart, in plain torch from the code books, and multiplied. On the way each layer's gathered bytes
-are compared with those that were packed when it was loaded.
+While one short batch is read, the weight of each layer is computed once more, in plain torch from
+the code books, and the layer's output from it. Each layer is compared by itself, on the input that
+the base gives it: so rounding does not add up from layer to layer, however deep the base is. The
+layer's gathered bytes are compared with those that were packed when it was loaded.
 """
 
 from __future__ import annotations
@@ -22,84 +23,86 @@ from spt_ds.model.quant import (
     chunks,
     code_book,
     fingerprint,
-    linear,
 )
 
-LOGIT_TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-    torch.bfloat16: 6e-2,
-}  # of the largest logit
+# Of the norm of a layer's output: in 16 bits one rounding of each number, 2^-9.
+OUTPUT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 ROUNDINGS = 2  # units in the last place by which one weight may differ: its product and its cast
-
-
-def self_check(lm: nn.Module, logits: Callable[[], torch.Tensor]) -> None:
-    """Raise ModelError naming the layer when `logits()`, a pass through `lm`, is not what the
-    stored bytes say.
-
-    Under ZeRO-3 every rank must call it, inside one call of the root module; all passes end before
-    anything is raised.
-    """
-    faults: dict[str, str] = {}
-    usual = logits()
-    with _witnessed(lm, faults):
-        apart = logits()
-    gap = float((usual - apart).abs().max() / apart.abs().max())
-    if not faults and gap <= LOGIT_TOLERANCE[apart.dtype]:
-        return
-    where = "; ".join(f"{name}: {fault}" for name, fault in itertools.islice(faults.items(), 3))
-    raise ModelError(
-        f"quantised base: {where or 'no single layer is at fault'} ({len(faults)} layers; logits"
-        f" are {gap:.2g} of the largest apart, allowed {LOGIT_TOLERANCE[apart.dtype]:.0e}). It"
-        " would train on wrong numbers; try engine.placement: replicate or model.base_bits: 16"
-    )
+NAMED = 3  # layers that the message names
 
 
 @contextmanager
-def _witnessed(lm: nn.Module, faults: dict[str, str]) -> Iterator[None]:
-    """Inside, quantised layers compute with `reference` weights and add what they find wrong to
-    `faults`.
+def layers_checked(lm: nn.Module) -> Iterator[None]:
+    """Check each quantised layer of `lm` that is called inside; raise ModelError at the end.
+
+    Under ZeRO-3 every rank must enter it, inside one call of the root module; all passes end before
+    anything is raised.
     """
+    faults: dict[str, str] = {}
     layers = {
         name: module for name, module in lm.named_modules() if isinstance(module, QuantLinear)
     }
 
-    def witness(name: str, layer: QuantLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+    def checked(name: str, layer: QuantLinear) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
-            weight = reference(layer.stored, layer.shape, layer.packing, x.dtype)
-            if fingerprint(layer.stored) != layer.fingerprint:
-                faults[name] = "its bytes are not those that were loaded"
-            else:
-                gap = _largest_gap(layer.dequantised(x.dtype), weight)
-                if not gap <= ROUNDINGS:
-                    faults[name] = f"a dequantised weight is {gap:.3g} units in the last place off"
-            return linear(x, weight, layer.bias)
+            out = QuantLinear.forward(layer, x)
+            fault = _fault(layer, x, out)
+            if fault:
+                faults[name] = fault
+            return out
 
         return forward
 
     for name, layer in layers.items():
-        layer.forward = witness(name, layer)  # type: ignore[method-assign,assignment]
+        layer.forward = checked(name, layer)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
         for layer in layers.values():
             del layer.forward
+    if faults:
+        named = "; ".join(
+            f"{name}: {text}" for name, text in itertools.islice(faults.items(), NAMED)
+        )
+        raise ModelError(
+            f"quantised base: {named} ({len(faults)} of {len(layers)} layers). It would train on"
+            " wrong numbers; try engine.placement: replicate or model.base_bits: 16"
+        )
+
+
+def _fault(layer: QuantLinear, x: torch.Tensor, out: torch.Tensor) -> str:
+    """What is wrong with a layer that made `out` of `x`; nothing where it is right."""
+    if fingerprint(layer.stored) != layer.fingerprint:
+        return "its bytes are not those that were loaded"
+    weight = reference(layer.stored, layer.shape, layer.packing, x.dtype)
+    gap = _largest_gap(layer.dequantised(x.dtype), weight)
+    if not gap <= ROUNDINGS:
+        return f"a dequantised weight is {gap:.3g} units in the last place off"
+    precise = torch.promote_types(x.dtype, torch.float32)
+    right = x.to(precise) @ weight.to(precise).T
+    if layer.bias is not None:
+        right = right + layer.bias
+    distance, norm = float((out - right).norm()), float(right.norm())
+    if not distance <= OUTPUT_TOLERANCE[x.dtype] * norm:
+        return f"its output is {distance / norm:.2g} of its norm off"
+    return ""
 
 
 def _largest_gap(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference in units in the last place of `expected`; weights far below the largest
-    count as it / 2^20.
+    """Largest difference in units in the last place of `expected`.
+
+    Weights far below the largest count as it / 2^20, and those of a layer of zeros as the smallest
+    normal number.
     """
-    unit = torch.finfo(expected.dtype).eps * expected.abs().clamp_min(expected.abs().max() * 2**-20)
-    return float(((got - expected).abs() / unit).max())
+    info = torch.finfo(expected.dtype)
+    small = (expected.abs().max() * 2**-20).clamp_min(info.tiny / info.eps)
+    return float(((got - expected).abs() / (info.eps * expected.abs().clamp_min(small))).max())
 
 
 def reference(
     packed: torch.Tensor, shape: tuple[int, int], packing: Packing, dtype: torch.dtype
 ) -> torch.Tensor:
-    """What `quant.dequantise` must give, in plain torch: code book value times scale, in fp32, then
-    cast.
-    """
+    """What `quant.dequantise` must give: code book value times scale, in fp32, then cast."""
     numel = shape[0] * shape[1]
     codes, small, numbers, _ = packed.split(packing.sizes(numel))
     scales = numbers.clone().view(torch.float32)

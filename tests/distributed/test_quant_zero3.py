@@ -271,7 +271,7 @@ def damage(world: dist.World, folder: str) -> str:
 def test_self_check_names_the_layer_whose_shard_is_damaged(bases: dict[str, str]) -> None:
     for text in run_ranks(2, damage, bases["llama"]):
         assert (
-            "model.layers.1.mlp.up_proj: its bytes are not those that were loaded (1 layers" in text
+            "model.layers.1.mlp.up_proj: its bytes are not those that were loaded (1 of 21 layers" in text
         )
 
 

@@ -1,4 +1,4 @@
-"""4-bit and 8-bit layers: their bytes, their arithmetic, how a base gets them, and what is refused."""
+"""4-bit and 8-bit layers: bytes, arithmetic, how a base gets them, and what is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.model import quant, quant_check
 from spt_ds.model.backbone import Backbone, load_base_config, load_lm
-from spt_ds.model.quant import Packing, QuantLinear, dequantise
+from spt_ds.model.quant import Packing, QuantLinear, dequantise, linear
 from spt_ds.model.quant_load import load_quantized
 from spt_ds.model.spt import Counts
 from tests.helpers.tiny import random_batch, tiny_lm, tiny_spt
@@ -145,10 +145,14 @@ def base(tmp_path: Path) -> Callable[..., ModelConfig]:
     """Store a tiny base and configure a run on it."""
 
     def make(
-        arch: str = "llama", bits: int = 8, dtype: torch.dtype = torch.bfloat16, **quant: Any
+        arch: str = "llama",
+        bits: int = 8,
+        dtype: torch.dtype = torch.bfloat16,
+        sizes: dict[str, int] | None = None,
+        **quant: Any,
     ) -> ModelConfig:
         folder = tmp_path / "base"
-        tiny_lm(arch, dtype).save_pretrained(folder)
+        tiny_lm(arch, dtype, **(sizes or {})).save_pretrained(folder)
         return ModelConfig.model_validate({"base": str(folder), "base_bits": bits, "quant": quant})
 
     return make
@@ -410,7 +414,7 @@ def test_self_check_passes_and_finds_each_fault(
     true = layer.dequantised
     layer.dequantised = lambda dtype: true(dtype) * 1.05  # type: ignore[method-assign]
     with pytest.raises(
-        ModelError, match=rf"{name}: a dequantised weight is .* units .* \(1 layers"
+        ModelError, match=rf"{name}: a dequantised weight is .* units .* \(1 of 12 layers"
     ):
         backbone.check()
     del layer.dequantised
@@ -419,7 +423,29 @@ def test_self_check_passes_and_finds_each_fault(
         backbone.check()
     layer.packed.data[0] ^= 1
     with monkeypatch.context() as patch:
-        patch.setattr(quant, "linear", lambda x, weight, bias: 1.2 * x @ weight.T)
-        with pytest.raises(ModelError, match="no single layer is at fault"):
+        patch.setattr(quant, "linear", lambda x, weight, bias: 1.05 * linear(x, weight, bias))
+        with pytest.raises(ModelError, match=r"its output is 0\.05 of its norm off.*12 of 12"):
+            backbone.check()
+    with monkeypatch.context() as patch:
+        patch.setattr(quant, "linear", lambda x, weight, bias: linear(x, weight, None))
+        with pytest.raises(ModelError, match=r"its output is .* of its norm off"):
             backbone.check()
     backbone.check()
+    assert all("forward" not in vars(layer) for layer in quantised(backbone.lm).values())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_self_check_takes_no_rounding_for_a_fault(
+    bits: int, base: Callable[..., ModelConfig]
+) -> None:
+    """A layer of zeros, weights far from 1, rows that are no whole blocks, 24 layers in bf16."""
+    wide = {"num_hidden_layers": 24, "hidden_size": 72, "intermediate_size": 40, "head_dim": 18}
+    config = base("llama", bits, sizes=wide)
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.0.self_attn.o_proj.weight"].zero_()
+        weights["model.layers.1.mlp.up_proj.weight"].mul_(1e-6)
+        weights["model.layers.2.mlp.down_proj.weight"].mul_(1e4)
+
+    rewrite(Path(config.base), change)
+    Backbone(load(config), "sdpa", check_quantised=True).check("suffix")

@@ -1,4 +1,4 @@
-"""Loading the frozen base, its start-up check, and the text of every error a user can cause there."""
+"""Loading the frozen base, its kernels, and the text of every error a user can cause there."""
 
 from __future__ import annotations
 
@@ -16,24 +16,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
-    CohereConfig,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    GraniteConfig,
-    MambaConfig,
     MistralConfig,
-    MixtralConfig,
-    MptConfig,
-    Olmo2Config,
-    Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-    StableLmConfig,
-    Starcoder2Config,
     T5Config,
 )
 from transformers.models.llama import modeling_llama
@@ -42,13 +27,11 @@ from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.log import get_logger
 from spt_ds.model import attention
-from spt_ds.model import backbone as backbone_module
 from spt_ds.model.attention import PACKED, Layout, choose_backend
 from spt_ds.model.backbone import Backbone, build_backbone, load_tokenizer
 from spt_ds.model.rows import embed, target_states
 from tests.helpers.tiny import (
     VOCABULARY,
-    examples_of,
     random_batch,
     tiny_backbone,
     tiny_config,
@@ -99,165 +82,6 @@ def build(folder: str, **settings: Any) -> Backbone:
     return build_backbone(ModelConfig(base=folder, **settings), CPU, strict=False)
 
 
-class TestCheck:
-    @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("arch", ["opt", "opt_project", "llama", "gemma", "gemma2", "phi"])
-    def test_passes_supported_bases(self, arch: str, dtype: torch.dtype, backend: str) -> None:
-        backbone = tiny_backbone(arch, dtype, backend)
-        check(backbone)
-        assert backbone.config._attn_implementation == PACKED
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_sees_capped_logits_however_small_the_logits_are(self, dtype: torch.dtype) -> None:
-        """Gemma 2 at initialisation: its cap of 30 moves these logits by less than bf16 rounds."""
-        backbone = tiny_backbone("gemma2", dtype, final_logit_softcapping=30.0)
-        logits = backbone.lm(
-            input_ids=torch.arange(5)[None], use_cache=False, layout=rows((5,))
-        ).logits
-        assert float(logits.abs().max()) < 15
-        with pytest.raises(ModelError, match=r"Gemma2ForCausalLM.*other logits"):
-            check(backbone)
-
-    def test_sees_capped_attention(self) -> None:
-        with pytest.raises(ModelError, match="uses softcap"):
-            check(tiny_backbone("gemma2", torch.float32, attn_logit_softcapping=50.0))
-
-    @pytest.mark.parametrize(
-        "config",
-        [
-            CohereConfig(**GATED, pad_token_id=0, logit_scale=0.25),
-            GraniteConfig(**GATED, logits_scaling=8.0),
-            BloomConfig(**BLOOM),
-            MambaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=16,
-                num_hidden_layers=2,
-                eos_token_id=2,
-                bos_token_id=1,
-            ),
-        ],
-        ids=lambda config: config.model_type,
-    )
-    def test_sees_what_packed_rows_cannot_do(self, config: PretrainedConfig) -> None:
-        """Logits scaled behind the head (Cohere, Granite), no attention interface (Bloom), no
-        attention (Mamba).
-        """
-        with pytest.raises(ModelError, match=r"other logits.*attention interface"):
-            check(backbone_of(config))
-
-    @pytest.mark.parametrize("factor", [1.01, 0.99])
-    def test_sees_logits_scaled_by_a_percent(
-        self, factor: float, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        backbone = tiny_backbone("llama", torch.float32)
-        right = backbone.lm.forward
-
-        def scaled(**kwargs: Any) -> Any:
-            out = right(**kwargs)
-            out.logits = out.logits * factor
-            return out
-
-        monkeypatch.setattr(backbone.lm, "forward", scaled)
-        with pytest.raises(ModelError, match=r"difference 0\.(0099|01)"):
-            check(backbone)
-
-    def test_sees_embeddings_scaled_outside_the_embedding(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """A base that reads ids in another way than embeddings."""
-        backbone = tiny_backbone("llama", torch.float32)
-        right = backbone.lm.model.forward
-
-        def scaled(input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
-            if input_ids is not None:
-                inputs_embeds = backbone.embed(input_ids) * 4
-            return right(inputs_embeds=inputs_embeds, **kwargs)
-
-        monkeypatch.setattr(backbone.lm.model, "forward", scaled)
-        with pytest.raises(ModelError, match="other logits"):
-            check(backbone)
-
-    @pytest.mark.parametrize("arch", ["opt", "llama"])
-    def test_sees_positions_that_are_not_handed_on(
-        self, arch: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        backbone = tiny_backbone(arch, torch.float32)
-        right = backbone.run
-        wrong = torch.arange(8)[None]
-
-        def run(embeddings: torch.Tensor, layout: Layout) -> torch.Tensor:
-            layout.position_ids = wrong.flip(1) if len(embeddings) == 8 else layout.position_ids
-            return right(embeddings, layout)
-
-        monkeypatch.setattr(backbone, "run", run)
-        with pytest.raises(ModelError, match="other logits"):
-            check(backbone)
-
-    def test_sees_not_a_number(self) -> None:
-        backbone = tiny_backbone("llama", torch.float32)
-        with torch.no_grad():
-            backbone.lm.get_input_embeddings().weight[4] = float("nan")
-        with pytest.raises(ModelError, match="difference nan"):
-            check(backbone)
-
-    def test_says_that_keywords_are_not_handed_on(self) -> None:
-        config = StableLmConfig(**GATED)
-        with pytest.raises(ModelError, match="StableLmAttention does not hand keywords on"):
-            check(backbone_of(config))
-
-    def test_says_that_the_base_cannot_read_packed_rows(self) -> None:
-        with pytest.raises(
-            ModelError, match=r"MptForCausalLM cannot read packed rows .*OPT, Llama"
-        ):
-            check(backbone_of(MptConfig(**MPT)))
-
-
-def rows(lens: tuple[int, ...]) -> Layout:
-    return Layout(lens, torch.cat([torch.arange(n) for n in lens]), "sdpa", CPU)
-
-
-SMALL: dict[str, Any] = {**GATED, "pad_token_id": 0}
-FAMILIES: list[PretrainedConfig] = [
-    MistralConfig(**SMALL, sliding_window=64),
-    Qwen2Config(**SMALL),
-    Qwen3Config(**SMALL, head_dim=8),
-    Gemma3TextConfig(**SMALL, head_dim=8),
-    Phi3Config(**SMALL),
-    GPT2Config(
-        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
-    ),
-    GPTNeoXConfig(**SIZES, intermediate_size=24),
-    Olmo2Config(**SMALL),
-    Starcoder2Config(**SMALL),
-    MixtralConfig(**SMALL, num_local_experts=2),
-]
-
-
-@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
-def test_families_that_have_been_run(config: PretrainedConfig) -> None:
-    """`check` passes, and one reply's loss in both placements is that of the base's own forward."""
-    backbone = backbone_of(config)
-    check(backbone)
-    batch = random_batch(((6, 3), (4, 2)))
-    context, response = examples_of(batch)[0]
-    for placement in ("prefix", "suffix"):
-        spt = tiny_spt(backbone, count=2, dtype=torch.float32, prompts={"placement": placement})
-        with torch.no_grad():
-            ours = backbone(spt.micro_losses, batch, counts_of(batch)).nll[1, 0]
-            pieces = [spt.trainables.bank.weight[1], backbone.embed(context)]
-            row = torch.cat(
-                [*(pieces if placement == "prefix" else pieces[::-1]), backbone.embed(response)]
-            )
-            backbone.lm.set_attn_implementation("eager")
-            logits = backbone.lm(inputs_embeds=row[None], use_cache=False).logits[
-                0, len(row) - 4 : -1
-            ]
-            backbone.lm.set_attn_implementation(PACKED)
-        own = torch.nn.functional.cross_entropy(logits, response)
-        torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-5)
-
-
 class TestSlidingWindow:
     CONFIG = MistralConfig(**GATED, sliding_window=12)
 
@@ -296,7 +120,7 @@ class TestLoading:
             assert torch.equal(weight, source.state_dict()[name].to(dtype)), name
 
     def test_no_rate_of_dropout_is_left(self, tmp_path: Path) -> None:
-        """Not only in `eval()`: a layer that recomputes its activations has its training flag set."""
+        """Not only in `eval()`: a layer that recomputes activations has its training flag set."""
         rates = {
             "dropout": 0.2,
             "attention_dropout": 0.2,
@@ -554,11 +378,6 @@ def test_suffix_without_recorded_keys_is_refused() -> None:
     backbone.run = forgets  # type: ignore[method-assign]
     with pytest.raises(ModelError, match=r"layer 0 kept no keys of the context.*placement: suffix"):
         backbone(spt.micro_losses, batch, counts_of(batch))
-
-
-def test_tolerances_cover_the_dtypes_of_base_bits() -> None:
-    for bits in (4, 8, 16, 32):
-        assert backbone_module.base_dtype(bits) in backbone_module.CHECK_TOLERANCE
 
 
 def test_states_keep_the_precision_of_the_base() -> None:
