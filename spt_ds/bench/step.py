@@ -24,7 +24,7 @@ from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
 from spt_ds.model.backbone import Backbone, base_dtype
 from spt_ds.model.spt import Counts, Spt
-from spt_ds.plan import BaseShape
+from spt_ds.placement.shape import BaseShape
 
 CASES = (
     "naive",

@@ -1,4 +1,4 @@
-"""Loading the frozen base, its start-up check, and the text of every error a user can cause there."""
+"""Loading the frozen base, its start-up check, and every error that a user can cause there."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from spt_ds.log import get_logger
 from spt_ds.model import attention
 from spt_ds.model import backbone as backbone_module
 from spt_ds.model.attention import PACKED, Layout, choose_backend
-from spt_ds.model.backbone import Backbone, build_backbone, load_tokenizer
+from spt_ds.model.backbone import Backbone, build_backbone, load_base_config, load_tokenizer
 from spt_ds.model.rows import embed, target_states
 from tests.helpers.tiny import (
     VOCABULARY,
@@ -109,7 +109,8 @@ def saved(config: PretrainedConfig, folder: Path) -> str:
 
 def build(folder: str, **settings: Any) -> Backbone:
     settings = {"base_bits": 32, "random_init": True, **settings}
-    return build_backbone(ModelConfig(base=folder, **settings), CPU, strict=False)
+    config = ModelConfig(base=folder, **settings)
+    return build_backbone(config, load_base_config(config), CPU, strict=False)
 
 
 class TestCheck:
@@ -309,7 +310,7 @@ class TestLoading:
             assert torch.equal(weight, source.state_dict()[name].to(dtype)), name
 
     def test_no_rate_of_dropout_is_left(self, tmp_path: Path) -> None:
-        """Not only in `eval()`: a layer that recomputes its activations has its training flag set."""
+        """`eval()` is not enough: a layer that recomputes activations has its training flag set."""
         rates = {
             "dropout": 0.2,
             "attention_dropout": 0.2,
