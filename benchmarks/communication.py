@@ -26,11 +26,12 @@ from spt_ds import dist
 from spt_ds.batch import Batch
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
-from spt_ds.engine.ds_config import DsPlan, plan_for
 from spt_ds.engine.zero import Sharding
-from spt_ds.model.backbone import build_backbone
+from spt_ds.model.backbone import build_backbone, load_base_config
 from spt_ds.model.prompt_bank import PromptBank
 from spt_ds.model.spt import Counts, Spt, Trainables, build_trainables
+from spt_ds.placement.ds_check import plan_of_kind
+from spt_ds.placement.zero_plan import ZeroPlan
 
 RANKS = 2
 
@@ -70,9 +71,9 @@ class GatherCount:
         return taken
 
 
-def nothing_resident(config: Config) -> DsPlan:
-    """ZeRO-3 that releases every weight after its use; the defaults keep a small model whole."""
-    plan = plan_for("zero3", config, RANKS)
+def nothing_resident(config: Config) -> ZeroPlan:
+    """ZeRO-3 that releases every weight after its use; by default a small model stays whole."""
+    plan = plan_of_kind("zero3", config, RANKS)
     zero = plan.engine_config["zero_optimization"]
     for key in (
         "stage3_max_live_parameters",
@@ -114,7 +115,11 @@ def _measure_width(
     sharding.before_load()
     count.install()
     backbone = build_backbone(
-        config.model, torch.device("cpu"), strict=True, shard=sharding.shard_function()
+        config.model,
+        load_base_config(config.model),
+        torch.device("cpu"),
+        strict=True,
+        shard=sharding.shard_function(),
     )
     base_bytes = sum(
         getattr(p, "ds_numel", p.numel()) * p.element_size() for p in backbone.parameters()

@@ -118,13 +118,13 @@ def measure_rank(folder: str, bits: int, random_init: bool) -> dict[str, Any]:
 
     from spt_ds import dist
     from spt_ds.config.schema import Config, ModelConfig
-    from spt_ds.engine.ds_config import plan_for
     from spt_ds.engine.zero import Sharding, local_bytes
-    from spt_ds.model.backbone import build_backbone
+    from spt_ds.model.backbone import build_backbone, load_base_config
+    from spt_ds.placement.ds_check import plan_of_kind
 
     torch.set_num_threads(1)
     world = dist.init(TIMEOUT_S)
-    sharding = Sharding(plan_for("zero3", Config(), world.size), world.device)
+    sharding = Sharding(plan_of_kind("zero3", Config(), world.size), world.device)
     sharding.before_load()
     before, start = anonymous_bytes(), time.perf_counter()
     with Peak() as peak:
@@ -132,7 +132,11 @@ def measure_rank(folder: str, bits: int, random_init: bool) -> dict[str, Any]:
             {"base": folder, "base_bits": bits, "random_init": random_init}
         )
         backbone = build_backbone(
-            config, world.device, strict=False, shard=sharding.shard_function()
+            config,
+            load_base_config(config),
+            world.device,
+            strict=False,
+            shard=sharding.shard_function(),
         )
     load_s = time.perf_counter() - start
     dist.barrier()

@@ -22,10 +22,9 @@ from spt_ds.config.schema import GenerateConfig
 from spt_ds.data.encode import encode_context
 from spt_ds.display import holds_surrogate, shown
 from spt_ds.engine.generator import decode_batch, reply_text
-from spt_ds.engine.session import Session, shown_to
+from spt_ds.engine.session import Session, open_trained, shown_to
 from spt_ds.errors import ConfigError, DataError, EngineError
 from spt_ds.evaluate.text_metrics import clean
-from spt_ds.generate import open_run
 from spt_ds.model.conversation import ContextCache, Live, WholeWords
 from spt_ds.run.folder import RunFolder
 
@@ -83,7 +82,7 @@ def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
     config = folder.load_config(overrides)
     world = dist.init(config.engine.collective_timeout_s)
     atexit.register(dist.shutdown)  # NCCL complains of a group that is left open
-    return Bot(open_run(config, folder, checkpoint, None, world)[0])
+    return Bot(open_trained(config, folder, checkpoint, None, world)[0])
 
 
 class Bot:

@@ -26,7 +26,7 @@ from typing import Any
 from spt_ds.config.load import load_config
 from spt_ds.errors import ConfigError, EngineError, SptError
 from spt_ds.files import STALE_LOCK_S, build_locks, sha256
-from spt_ds.plan import GIB
+from spt_ds.placement.memory import GIB
 from spt_ds.run.command import EXIT_DONE, EXIT_USER_ERROR, add_overrides, run_command
 
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes")
@@ -242,22 +242,19 @@ def _job(args: argparse.Namespace, size: int) -> dict[str, str]:
     if args.config is None:
         return {}
     from spt_ds.data.readers import digest
-    from spt_ds.engine.ds_config import load_ds_config
     from spt_ds.model.backbone import load_base_config, load_tokenizer
+    from spt_ds.placement.ds_check import plan_of_file
+    from spt_ds.placement.shape import BaseShape
 
     config = load_config(args.config, args.overrides)
-    found = {
-        "base": (
-            f"{load_base_config(config.model).model_type}, {len(load_tokenizer(config.model))}"
-            " tokens"
-        )
-    }
+    base, tokenizer = load_base_config(config.model), load_tokenizer(config.model)
+    found = {"base": f"{base.model_type}, {len(tokenizer)} tokens"}
     found |= {
         f"data.{name}": digest(getattr(config.data, name))[:16]
         for name in ("train", "valid", "test")
     }
     if args.deepspeed_config is not None:
-        load_ds_config(args.deepspeed_config, config, size)
+        plan_of_file(args.deepspeed_config, config, BaseShape.from_config(base.to_dict()), size)
         found["DeepSpeed file"] = sha256(Path(args.deepspeed_config))[:16]
     return found
 

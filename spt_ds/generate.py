@@ -18,7 +18,6 @@ from spt_ds.run.job import exit_with, join, run_job
 
 if TYPE_CHECKING:
     from spt_ds.dist import World
-    from spt_ds.engine.session import Session
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,11 +62,11 @@ def _generate(
     world: World,
 ) -> None:
     from spt_ds.engine.generator import Generator
-    from spt_ds.engine.session import open_split
+    from spt_ds.engine.session import open_split, open_trained
     from spt_ds.log import get_logger
     from spt_ds.run import checkpoint
 
-    session, path = open_run(config, folder, which, deepspeed_config, world)
+    session, path = open_trained(config, folder, which, deepspeed_config, world)
     store = open_split(session, "test")
     marker = (path / checkpoint.MARKER).read_text(encoding="utf-8")
     try:
@@ -87,21 +86,6 @@ def identity(config: Config, marker: str, data_hash: str) -> str:
         mode="json", include={"model", "method", "prompts", "retriever", "losses", "generate"}
     )
     return json.dumps([marker, data_hash, sections, config.train.seed])
-
-
-def open_run(
-    config: Config, folder: RunFolder, which: str, deepspeed_config: str | None, world: World
-) -> tuple[Session, Path]:
-    """Open a run with the tensors of one of its checkpoints, whose folder is returned too."""
-    from spt_ds import dist
-    from spt_ds.engine.session import open_session
-    from spt_ds.run import checkpoint
-
-    path = dist.agreed(lambda: checkpoint.find(folder.checkpoints, which))
-    session = open_session(config, deepspeed_config, world)
-    saved = dist.agreed(lambda: checkpoint.load(path))
-    checkpoint.restore_trainables(session.spt.trainables, saved.trainables, path)
-    return session, path
 
 
 if __name__ == "__main__":

@@ -8,16 +8,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import torch
-
-from spt_ds import plan
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
-from spt_ds.engine.ds_config import remove_swap_files
-from spt_ds.engine.session import Memory, settle
 from spt_ds.errors import ConfigError
-from spt_ds.model.backbone import load_base_config
-from spt_ds.plan import GIB, BaseShape
+from spt_ds.placement.choose import choose_placement
+from spt_ds.placement.estimate import (
+    FIXED_BYTES,
+    resident_bytes,
+    step_bytes,
+    trainable_bytes,
+)
+from spt_ds.placement.memory import (
+    GIB,
+    USABLE,
+    Memory,
+    host_memory_per_rank,
+    memory_per_rank,
+)
+from spt_ds.placement.shape import BaseShape
 from spt_ds.run.command import add_overrides, run_command
 
 
@@ -54,16 +62,20 @@ def _plan(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    from spt_ds.model.backbone import load_base_config  # imports torch, which --help need not
+
     config = load_config(args.config, args.overrides)
     shape = BaseShape.from_config(load_base_config(config.model).to_dict())
     memory = _memory(args.memory_gib, args.host_gib, args.ranks)
     print("\n".join(sizes(config, shape, args.ranks, memory)))
-    ds_plan, _, lines = settle(config, shape, args.deepspeed_config, args.ranks, memory)
-    remove_swap_files(ds_plan)  # a dry run leaves no folder behind
-    print("\n".join(lines))
+    placement = choose_placement(config, shape, args.deepspeed_config, args.ranks, memory)
+    placement.zero.remove_swap_files()  # a dry run leaves no folder behind
+    print("\n".join(placement.reasons))
 
 
 def _memory(gpu_gib: float | None, host_gib: float | None, ranks: int) -> Memory:
+    import torch
+
     gpu = None if gpu_gib is None else int(gpu_gib * GIB)
     if gpu is None and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0).total_memory
@@ -72,29 +84,26 @@ def _memory(gpu_gib: float | None, host_gib: float | None, ranks: int) -> Memory
             "--host-gib is the memory beside a GPU, and this machine has none; give"
             " --memory-gib too"
         )
-    host = (
-        plan.host_memory_per_rank(ranks) if host_gib is None else int(host_gib * GIB * plan.USABLE)
-    )
-    return Memory(plan.memory_per_rank(gpu, ranks), None if gpu is None else host)
+    host = host_memory_per_rank(ranks) if host_gib is None else int(host_gib * GIB * USABLE)
+    return Memory(memory_per_rank(gpu, ranks), None if gpu is None else host)
 
 
 def sizes(config: Config, shape: BaseShape, ranks: int, memory: Memory) -> list[str]:
     """The terms of the decision, a line each, in GiB for one rank."""
-    base = shape.base_bytes(config.model.base_bits)
-    shared = {
-        p: plan.resident_bytes(shape, config.model.base_bits, p, ranks)
-        for p in ("zero3", "zero3_offload")
-    }
+    bits = config.model.base_bits
+    base = shape.base_bytes(bits)
+    sharded = resident_bytes(shape, bits, "zero3", ranks)
+    gathered = resident_bytes(shape, bits, "zero3_offload", ranks)
     terms = {
-        f"memory of a rank, {plan.USABLE:.0%} of it": memory.rank_bytes,
-        f"host memory beside it, {plan.USABLE:.0%} of it": memory.host_bytes,
-        "process, kernels, buffers": plan.FIXED_BYTES,
-        "trainables, gradients, Adam": plan.trainable_bytes(config, shape),
-        "activations, recomputed": plan.step_bytes(config, shape, recompute=True),
-        "activations, all kept": plan.step_bytes(config, shape, recompute=False),
+        f"memory of a rank, {USABLE:.0%} of it": memory.rank_bytes,
+        f"host memory beside it, {USABLE:.0%} of it": memory.host_bytes,
+        "process, kernels, buffers": FIXED_BYTES,
+        "trainables, gradients, Adam": trainable_bytes(config, shape),
+        "activations, recomputed": step_bytes(config, shape, recompute=True),
+        "activations, all kept": step_bytes(config, shape, recompute=False),
         "base, whole (replicate)": base,
-        f"base, share of 1/{ranks} + gathered (zero3)": shared["zero3"],
-        "base, gathered (zero3_offload)": shared["zero3_offload"],
+        f"base, share of 1/{ranks} + gathered (zero3)": sharded,
+        "base, gathered (zero3_offload)": gathered,
         f"base, share of 1/{ranks} on the host": base // ranks,
     }
     return [f"{name:<42} {size / GIB:9.2f} GiB" for name, size in terms.items() if size is not None]

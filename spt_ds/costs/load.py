@@ -17,7 +17,12 @@ from spt_ds.costs.meters import Clock, peak_bytes, reset_peak, timed
 from spt_ds.costs.random_bases import SHAPES
 from spt_ds.data.encode import encode_many
 from spt_ds.data.readers import read
-from spt_ds.model.backbone import base_dtype, build_backbone, load_tokenizer
+from spt_ds.model.backbone import (
+    base_dtype,
+    build_backbone,
+    load_base_config,
+    load_tokenizer,
+)
 
 CASES = ("base", "data")
 
@@ -50,7 +55,9 @@ def _base(args: argparse.Namespace, device: torch.device) -> tuple[list[float], 
         before = peak_bytes(device)
 
         def load() -> None:
-            build_backbone(config, device, strict=False).to(device)(lambda base: base.check())
+            base = load_base_config(config)
+            backbone = build_backbone(config, base, device, strict=False)
+            backbone.to(device)(lambda inner: inner.check())
 
         costs, _ = timed(load, device, args.steps)
         return costs, weights / 2**20, "MiB", peak_bytes(device) - before

@@ -1,30 +1,49 @@
-"""Opens what training and generation share: process group, tokenizer, frozen base (whole or
-sharded), method.
-"""
+"""Opens what training and generation share: tokenizer, frozen base (whole or sharded), method."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from spt_ds import dist, plan
-from spt_ds.config.schema import Config
+from spt_ds import dist
+from spt_ds.config.schema import Config, ModelConfig
 from spt_ds.data.encode import Shown
 from spt_ds.data.shots import worked_examples
 from spt_ds.data.store import ExampleStore, build_store
-from spt_ds.engine.ds_config import DsPlan, load_ds_config, plan_for
 from spt_ds.engine.zero import Sharding, local_bytes
 from spt_ds.errors import ConfigError
 from spt_ds.log import get_logger
 from spt_ds.model.backbone import Backbone, build_backbone, load_base_config, load_tokenizer
 from spt_ds.model.baselines import build_base_trainables
 from spt_ds.model.spt import Spt, Trainables, build_trainables
+from spt_ds.placement.agree import agree_on_placement
+from spt_ds.placement.choose import Placement
+from spt_ds.placement.shape import BaseShape
 from spt_ds.rng import keyed_seed
+from spt_ds.run import checkpoint
+from spt_ds.run.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of the base before its weights are read; read once in a run."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: PretrainedConfig
+
+    @property
+    def shape(self) -> BaseShape:
+        """The sizes that decide where the base lives."""
+        return BaseShape.from_config(self.config.to_dict())
+
+
+def read_base(config: ModelConfig) -> Base:
+    """Read the base's tokenizer and configuration; where one rank cannot, all raise its error."""
+    return dist.agreed(lambda: Base(load_tokenizer(config), load_base_config(config)))
 
 
 @dataclass(frozen=True)
@@ -33,45 +52,69 @@ class Session:
 
     config: Config
     world: dist.World
-    tokenizer: PreTrainedTokenizerBase
+    base: Base
     sharding: Sharding
     root: nn.Module
     spt: Spt
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.base.tokenizer
 
-def open_session(config: Config, deepspeed_config: str | None, world: dist.World) -> Session:
-    """Load tokenizer and base as the plan says, prove the base usable, and initialise what trains.
 
-    `deepspeed_config` is the path of a DeepSpeed JSON, which then decides the placement, or None.
-    """
-    tokenizer = load_tokenizer(config.model)
-    ds_plan, recompute = decide(config, deepspeed_config, world)
-    sharding = Sharding(ds_plan, world.device)
+def open_session(config: Config, base: Base, placement: Placement, world: dist.World) -> Session:
+    """Load the base as placed, prove it usable, and initialise what trains."""
+    _check_positions(config, base.config, config.data.max_tokens, "data.max_tokens")
+    sharding = Sharding(placement.zero, world.device)
     sharding.before_load()
     backbone = build_backbone(
-        config.model, world.device, strict=config.engine.strict, shard=sharding.shard_function()
+        config.model,
+        base.config,
+        world.device,
+        strict=config.engine.strict,
+        shard=sharding.shard_function(),
     )
-    _check_positions(config, backbone.config, config.data.max_tokens, "data.max_tokens")
-    backbone.checkpoint_activations(recompute)
+    backbone.checkpoint_activations(placement.recompute)
     root = sharding.wrap(backbone)
     root(lambda inner: inner.check(config.prompts.placement))
-    init_ids = [
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in config.prompts.init_texts
-    ]
-    seed = keyed_seed(config.train.seed, "trainables")
-
-    def build(inner: Backbone) -> Trainables:
-        if config.method.type == "spt":
-            return build_trainables(config, inner, init_ids, seed)
-        return build_base_trainables(config, inner, seed)
-
-    trainables = root(build)
-    pad = tokenizer.pad_token_id
+    trainables = _initialise(config, base.tokenizer, root)
+    pad = base.tokenizer.pad_token_id
     assert isinstance(pad, int)
     count = sum(parameter.numel() for parameter in trainables.parameters())
     get_logger().info(f"method: {config.method.type}, {count:,} trained parameters")
     get_logger().info(f"base: {local_bytes(root) / 2**20:.1f} MiB on this rank")
-    return Session(config, world, tokenizer, sharding, root, Spt(config, trainables, pad))
+    return Session(config, world, base, sharding, root, Spt(config, trainables, pad))
+
+
+def open_trained(
+    config: Config, folder: RunFolder, which: str, deepspeed_config: str | None, world: dist.World
+) -> tuple[Session, Path]:
+    """Open a run with the tensors of one of its checkpoints, whose folder is returned too.
+
+    `which` is `best`, `last` or the number of a step.
+    """
+    path = dist.agreed(lambda: checkpoint.find(folder.checkpoints, which))
+    base = read_base(config.model)
+    placement = agree_on_placement(config, base.shape, deepspeed_config, world)
+    session = open_session(config, base, placement, world)
+    saved = dist.agreed(lambda: checkpoint.load(path))
+    checkpoint.restore_trainables(session.spt.trainables, saved.trainables, path)
+    return session, path
+
+
+def _initialise(config: Config, tokenizer: PreTrainedTokenizerBase, root: nn.Module) -> Trainables:
+    """What trains, with its first values: the same on every rank and in every start."""
+    texts = config.prompts.init_texts
+    init_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    seed = keyed_seed(config.train.seed, "trainables")
+
+    def build(backbone: Backbone) -> Trainables:
+        if config.method.type == "spt":
+            return build_trainables(config, backbone, init_ids, seed)
+        return build_base_trainables(config, backbone, seed)
+
+    trainables: Trainables = root(build)
+    return trainables
 
 
 def open_split(session: Session, split: Literal["train", "valid", "test"]) -> ExampleStore:
@@ -99,14 +142,11 @@ def open_split(session: Session, split: Literal["train", "valid", "test"]) -> Ex
 
     store = dist.leader_first(world, build)
     dist.same_everywhere(f"data.{split} ({source})", store.data_hash)
-    if (
-        split == "test" and session.config.generate.perplexity
-    ):  # a reference reply may be longer than a reply may be
+    if split == "test" and session.config.generate.perplexity:
+        # A reference reply may be longer than a reply may be.
         longest = int(store.lengths.total.max(initial=0))
-        base = load_base_config(session.config.model)
-        _check_positions(
-            session.config, base, longest, "generate.perplexity, context and reference reply"
-        )
+        what = "generate.perplexity, context and reference reply"
+        _check_positions(session.config, session.base.config, longest, what)
     get_logger().info(f"data.{split}: {len(store)} examples of {source}")
     return store
 
@@ -128,71 +168,7 @@ def shown_to(session: Session) -> Shown:
     return Shown(data.persona, shots)
 
 
-def decide(config: Config, deepspeed_config: str | None, world: dist.World) -> tuple[DsPlan, str]:
-    """Choose placement and activation checkpointing together on all ranks, and say why once."""
-    shape = plan.BaseShape.from_config(load_base_config(config.model).to_dict())
-    gpu = (
-        torch.cuda.get_device_properties(world.device).total_memory
-        if world.device.type == "cuda"
-        else None
-    )
-    # Ranks decide together: the smallest memory of all counts.
-    rank_bytes = min(dist.gather_json(plan.memory_per_rank(gpu, world.local_size)))
-    host_bytes = min(dist.gather_json(plan.host_memory_per_rank(world.local_size)))
-    memory = Memory(rank_bytes, None if gpu is None else host_bytes)
-    ds_plan, recompute, lines = dist.agreed(
-        lambda: settle(config, shape, deepspeed_config, world.size, memory)
-    )
-    if deepspeed_config is not None:
-        _same_plan(ds_plan)
-    for line in lines:
-        get_logger().info(line)
-    return ds_plan, recompute
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that the poorest rank can plan with, and its share of its host's memory where it has a
-    GPU beside it.
-    """
-
-    rank_bytes: int
-    host_bytes: int | None
-
-
-def settle(
-    config: Config,
-    shape: plan.BaseShape,
-    deepspeed_config: str | None,
-    world_size: int,
-    memory: Memory,
-) -> tuple[DsPlan, str, list[str]]:
-    """Placement, activation checkpointing and the lines that say why; free of collectives, for
-    `spt-ds plan` too.
-    """
-    if deepspeed_config is not None:
-        ds_plan = load_ds_config(deepspeed_config, config, world_size)
-        placement: plan.Placement = "replicate" if ds_plan.stage < 3 else "zero3"
-        if ds_plan.offload != "none":
-            placement = "zero3_offload"
-        why = f"placement: {placement} ({deepspeed_config})"
-    else:
-        placement, why = plan.choose_placement(config, shape, world_size, *astuple(memory))
-        ds_plan = plan_for(placement, config, world_size)
-    recompute, why_recompute = plan.choose_checkpointing(
-        config, shape, placement, world_size, memory.rank_bytes
-    )
-    return ds_plan, recompute, [why, why_recompute, *ds_plan.notes]
-
-
-def _same_plan(ds_plan: DsPlan) -> None:
-    """Ranks must shard alike; the swap folder of NVMe offload alone is each process's own."""
-    shared = json.loads(json.dumps(ds_plan.engine_config))
-    shared.get("zero_optimization", {}).get("offload_param", {}).pop("nvme_path", None)
-    dist.same_everywhere("the DeepSpeed configuration", json.dumps(shared, sort_keys=True))
-
-
-def _check_positions(config: Config, base: object, text_tokens: int, what: str) -> None:
+def _check_positions(config: Config, base: PretrainedConfig, text_tokens: int, what: str) -> None:
     longest = getattr(base, "max_position_embeddings", None)
     needed = text_tokens + config.prompts.tokens
     if longest is not None and needed > longest:

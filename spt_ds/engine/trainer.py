@@ -16,14 +16,14 @@ from spt_ds.config.schema import Config
 from spt_ds.data.loader import TrainLoader, eval_batches
 from spt_ds.data.sampler import total_steps
 from spt_ds.data.store import ExampleStore
-from spt_ds.engine.ds_config import load_ds_config
 from spt_ds.engine.engine import Engine
 from spt_ds.engine.metrics import Metrics
-from spt_ds.engine.session import open_session, open_split
+from spt_ds.engine.session import open_session, open_split, read_base
 from spt_ds.engine.stop import StopRequests
 from spt_ds.errors import CheckpointError
 from spt_ds.files import write_whole
 from spt_ds.log import get_logger
+from spt_ds.placement.agree import agree_on_placement
 from spt_ds.run import checkpoint
 from spt_ds.run.command import EXIT_DONE, EXIT_STOPPED
 from spt_ds.run.environment import environment
@@ -70,8 +70,13 @@ class Trainer:
                 f"{self.folder}: this run is done ({self.folder.done.name} is there); nothing to do"
             )
             return EXIT_DONE
-        dist.agreed(self._prepare_folder)
-        session = open_session(self.config, self.deepspeed_config, self.world)
+        base = read_base(self.config.model)
+        placement = agree_on_placement(self.config, base.shape, self.deepspeed_config, self.world)
+        # A DeepSpeed file that cannot be used has left no folder.
+        dist.agreed(
+            lambda: self.folder.prepare(self.config, self.deepspeed_config) if leads else None
+        )
+        session = open_session(self.config, base, placement, self.world)
         train, valid = open_split(session, "train"), open_split(session, "valid")
         self.total = self._total_steps(len(train))
         self.engine = Engine(self.config, self.world, session.sharding, session.root, session.spt)
@@ -99,12 +104,6 @@ class Trainer:
             return 0
         settings = self.config.train
         return settings.max_steps or total_steps(examples, settings.global_batch, settings.epochs)
-
-    def _prepare_folder(self) -> None:
-        if self.world.rank == 0:
-            if self.deepspeed_config is not None:  # a file that cannot be used leaves no folder
-                load_ds_config(self.deepspeed_config, self.config, self.world.size)
-            self.folder.prepare(self.config, self.deepspeed_config)
 
     def _loop(self, train: ExampleStore, valid: ExampleStore) -> int:
         config, state = self.config, self.state

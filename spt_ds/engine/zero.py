@@ -19,16 +19,16 @@ import torch
 from torch import nn
 
 from spt_ds import dist
-from spt_ds.engine.ds_config import DsPlan, remove_swap_files
 from spt_ds.errors import EngineError
 from spt_ds.files import STALE_LOCK_S, build_locks
 from spt_ds.log import say_once
+from spt_ds.placement.zero_plan import ZeroPlan
 
 
 class Sharding:
     """Keeps what ZeRO-3 needs alive, from before the base is loaded until the run ends."""
 
-    def __init__(self, plan: DsPlan, device: torch.device) -> None:
+    def __init__(self, plan: ZeroPlan, device: torch.device) -> None:
         self.plan = plan
         self.device = device
         self._loading: Any = None  # while it lives, `from_pretrained` shards: in the whole process
@@ -67,7 +67,7 @@ class Sharding:
 
     def close(self) -> None:
         """Remove what DeepSpeed leaves on an NVMe disk."""
-        remove_swap_files(self.plan)
+        self.plan.remove_swap_files()
 
     def shard_function(self) -> Callable[[nn.Module], None] | None:
         """A function that shards the parameters of one module at once, for bases that are loaded

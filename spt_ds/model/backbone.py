@@ -247,17 +247,19 @@ def _full_precision(
 
 def build_backbone(
     config: ModelConfig,
+    base: PretrainedConfig,
     device: torch.device,
     *,
     strict: bool,
     shard: Callable[[nn.Module], None] | None = None,
 ) -> Backbone:
-    """Load the frozen base; the caller moves it to `device` unless ZeRO-3 placed its shards.
+    """Load the frozen base, whose own configuration is `base`; the caller moves it to `device`
+    unless ZeRO-3 placed its shards.
 
     `shard` shards one module at once; a quantised base, which is made layer by layer, needs it
     under ZeRO-3.
     """
-    lm = load_lm(config, load_base_config(config), shard)
+    lm = load_lm(config, base, shard)
     backend = choose_backend(config.attention, device, base_dtype(config.base_bits), strict=strict)
     return Backbone(lm, backend, config.base_bits in (4, 8) and config.quant.self_check)
 

@@ -25,8 +25,9 @@ from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
 from spt_ds.data.loader import TrainLoader, eval_batches
 from spt_ds.engine.engine import Engine
-from spt_ds.engine.session import Session, open_session, open_split
+from spt_ds.engine.session import Session, open_session, open_split, read_base
 from spt_ds.engine.trainer import Trainer
+from spt_ds.placement.agree import agree_on_placement
 from spt_ds.run.folder import RunFolder
 from tests.helpers.tiny import tiny_lm
 from tests.helpers.tokenizers import byte_tokenizer
@@ -131,8 +132,14 @@ def write_dialogues(path: Path, replies: int, seed: int) -> None:
 
 def open_engine(world: dist.World, setup: Setup) -> tuple[Config, Session, Engine]:
     config = load_config(CONFIG, list(setup.overrides))
-    session = open_session(config, setup.ds, world)
+    session = placed_session(config, setup.ds, world)
     return config, session, Engine(config, world, session.sharding, session.root, session.spt)
+
+
+def placed_session(config: Config, ds: str | None, world: dist.World) -> Session:
+    """The session of a run, placed as `spt-ds train` places it."""
+    base = read_base(config.model)
+    return open_session(config, base, agree_on_placement(config, base.shape, ds, world), world)
 
 
 def open_trainer(

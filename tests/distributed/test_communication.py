@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spt_ds import dist
 from spt_ds.engine import zero
-from spt_ds.engine.ds_config import DsPlan
 from spt_ds.errors import EngineError
 from spt_ds.model.spt import Counts
+from spt_ds.placement.zero_plan import ZeroPlan
 from tests.distributed.scenes import ROOT, Scene, Setup, open_engine, windows
 from tests.helpers.ranks import run_ranks
 
@@ -111,9 +111,9 @@ def test_a_build_in_progress_is_waited_for(tmp_path: Path, monkeypatch: pytest.M
 
 
 def locked_on_one(world: dist.World, folder: str) -> str:
-    """The second rank's host has a lock that a killed build left; its fellow must not wait for it."""
+    """The second rank's host has the lock of a killed build; its fellow must not wait for it."""
     os.environ["TORCH_EXTENSIONS_DIR"] = f"{folder}/{world.rank}"
-    plan = DsPlan(3, "nvme", {}, ())
+    plan = ZeroPlan(3, "nvme", {})
     try:
         zero.Sharding(plan, world.device).before_load()
     except EngineError as error:

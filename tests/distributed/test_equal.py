@@ -19,7 +19,7 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from spt_ds import dist
 from spt_ds.config.load import load_config
-from spt_ds.engine.ds_config import load_ds_config
+from spt_ds.placement.ds_check import plan_of_file
 from tests.distributed.conftest import Reference
 from tests.distributed.scenes import (
     CONFIG,
@@ -31,6 +31,7 @@ from tests.distributed.scenes import (
     open_engine,
     windows,
 )
+from tests.helpers.ds_files import sizes
 from tests.helpers.ranks import run_ranks
 
 FP32, BF16 = 1e-6, 1e-5
@@ -177,7 +178,8 @@ def test_a_second_copy_per_host_equals_one_process(scene: Scene, bits: int) -> N
 def on_two_hosts(world: dist.World, setup: Setup) -> np.ndarray:
     """`first_gradient` where the launcher says that a host has two ranks."""
     os.environ["LOCAL_WORLD_SIZE"] = "2"
-    plan = load_ds_config(setup.ds, load_config(CONFIG, list(setup.overrides)), world.size)
+    assert setup.ds is not None
+    plan = plan_of_file(setup.ds, load_config(CONFIG, list(setup.overrides)), sizes(), world.size)
     assert plan.engine_config["zero_optimization"]["zero_hpz_partition_size"] == 2
     return first_gradient(world, setup)
 

@@ -19,10 +19,10 @@ import pytest
 from spt_ds import dist
 from spt_ds.config.load import load_config
 from spt_ds.engine.generator import Generator
-from spt_ds.engine.session import Session, open_session, open_split
+from spt_ds.engine.session import Session, open_split
 from spt_ds.model.decode import Decoded
 from spt_ds.run.folder import ReplyFolder
-from tests.distributed.scenes import CONFIG, Scene, write_dialogues
+from tests.distributed.scenes import CONFIG, Scene, placed_session, write_dialogues
 from tests.helpers.ranks import run_ranks
 
 EXAMPLES = 11
@@ -44,7 +44,7 @@ def generate(world: dist.World, jobs: list[Job], out: Path, end: int | None = No
     counts = []
     for name, overrides, ds in jobs:
         config = load_config(CONFIG, overrides)
-        session = open_session(config, ds, world)
+        session = placed_session(config, ds, world)
         if end is not None:
             session.tokenizer.eos_token = session.tokenizer.convert_ids_to_tokens(end)
         generator = Counting(session, out / name)
@@ -78,7 +78,7 @@ def generate_and_die(
     world: dist.World, overrides: list[str], ds: str | None, out: Path, victim: int, batches: int
 ) -> None:
     """Rank `victim` is killed after `batches` of its batches, in the middle of the next."""
-    session = open_session(load_config(CONFIG, overrides), ds, world)
+    session = placed_session(load_config(CONFIG, overrides), ds, world)
     Counting(session, out, die_after=batches if world.rank == victim else None).run()
 
 
@@ -192,7 +192,7 @@ def tokens_of(world: dist.World, job: Job, out: Path) -> list[list[int]]:
             found.update(zip(rows, decoded.tokens, strict=True))
             return super()._lines(rows, decoded)
 
-    Keeping(open_session(load_config(CONFIG, job[1]), job[2], world), out / job[0]).run()
+    Keeping(placed_session(load_config(CONFIG, job[1]), job[2], world), out / job[0]).run()
     return [found[index] for index in sorted(found)]
 
 

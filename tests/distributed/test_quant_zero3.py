@@ -18,12 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spt_ds import dist
 from spt_ds.config.schema import Config, ModelConfig
-from spt_ds.engine.ds_config import load_ds_config, plan_for
 from spt_ds.engine.zero import Sharding, local_bytes
 from spt_ds.errors import ModelError
 from spt_ds.model.backbone import Backbone, load_base_config, load_lm
 from spt_ds.model.quant import QuantLinear
 from spt_ds.model.spt import Counts
+from spt_ds.placement.ds_check import plan_of_file, plan_of_kind
+from spt_ds.placement.shape import BaseShape
 from tests.distributed.test_communication import counted
 from tests.distributed.test_equal import skip_without_async_io
 from tests.helpers.ranks import run_ranks
@@ -73,9 +74,10 @@ def open_base(
     """Load `folder` as a run does; returns the root module and what keeps its shards alive."""
     config = ModelConfig.model_validate({"base": folder, "base_bits": bits, "quant": quant})
     if placement == "nvme":
-        plan = load_ds_config(NVME_FILE, Config(model=config), world.size)
+        shape = BaseShape.from_config(load_base_config(config).to_dict())
+        plan = plan_of_file(NVME_FILE, Config(model=config), shape, world.size)
     else:
-        plan = plan_for(placement, Config(), world.size)  # type: ignore[arg-type]
+        plan = plan_of_kind(placement, Config(), world.size)  # type: ignore[arg-type]
     if plan.stage == 3:
         zero = {**plan.engine_config["zero_optimization"], **NOTHING_RESIDENT}
         plan = replace(plan, engine_config={**plan.engine_config, "zero_optimization": zero})
@@ -168,7 +170,7 @@ def test_the_same_with_recomputed_activations_and_shards_in_host_memory(
 
 
 def swapped(world: dist.World, folder: str, cases: list[Case]) -> list[Any]:
-    """Train each case with the shards on a disk; the layers whose bytes lie there, and the results."""
+    """Train each case with the shards on a disk; return the layers on the disk, and the results."""
     out = []
     for _, bits, checkpointing, quant in cases:
         root, sharding = open_base(world, folder, bits, "nvme", checkpointing, **quant)
@@ -271,14 +273,15 @@ def damage(world: dist.World, folder: str) -> str:
 def test_self_check_names_the_layer_whose_shard_is_damaged(bases: dict[str, str]) -> None:
     for text in run_ranks(2, damage, bases["llama"]):
         assert (
-            "model.layers.1.mlp.up_proj: its bytes are not those that were loaded (1 of 21 layers" in text
+            "model.layers.1.mlp.up_proj: its bytes are not those that were loaded (1 of 21 layers"
+            in text
         )
 
 
 def random_bytes(world: dist.World, folder: str, seed: int) -> list[tuple[int, int]]:
-    """Fingerprints of a base with random weights, drawn on a rank whose own random numbers differ."""
+    """Fingerprints of a random base, drawn on a rank whose own random numbers differ."""
     torch.manual_seed(seed + world.rank)
-    sharding = Sharding(plan_for("zero3", Config(), world.size), world.device)
+    sharding = Sharding(plan_of_kind("zero3", Config(), world.size), world.device)
     sharding.before_load()
     config = ModelConfig(base=folder, base_bits=8, random_init=True)
     lm = load_lm(config, load_base_config(config), sharding.shard_function())

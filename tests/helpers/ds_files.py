@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from spt_ds.config.schema import Config
-from spt_ds.engine import ds_config
-from spt_ds.engine.ds_config import DsPlan, load_ds_config
 from spt_ds.errors import ConfigError
+from spt_ds.placement import ds_machine
+from spt_ds.placement.ds_check import plan_of_file
+from spt_ds.placement.shape import BaseShape
+from spt_ds.placement.zero_plan import ZeroPlan
 
 
 @pytest.fixture
@@ -21,8 +23,8 @@ def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine where async_io builds and no CUDA device is: the answers differ from one machine to
     the next.
     """
-    monkeypatch.setattr(ds_config, "_async_io_builds", lambda: True)
-    monkeypatch.setattr(ds_config, "_cuda", lambda: False)
+    monkeypatch.setattr(ds_machine, "_async_io_builds", lambda: True)
+    monkeypatch.setattr(ds_machine, "_cuda", lambda: False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.delenv("SPT_NVME_PATH", raising=False)
 
@@ -31,23 +33,34 @@ def config(**sections: Any) -> Config:
     return Config.model_validate(sections)
 
 
-def base_folder(path: Path, hidden: int = 8, vocab: int = 100, inner: int = 32) -> str:
-    """A folder with the config.json of a base: enough for the checks of sizes."""
+def sizes(hidden: int = 8, vocab: int = 100, inner: int = 32) -> BaseShape:
+    """A base of one layer and one head."""
     tree = {"hidden_size": hidden, "vocab_size": vocab, "intermediate_size": inner}
-    (path / "config.json").write_text(json.dumps(tree))
-    return str(path)
+    return BaseShape.from_config({**tree, "num_hidden_layers": 1, "num_attention_heads": 1})
 
 
-def load(tmp_path: Path, tree: Any, cfg: Config | None = None, world: int = 2) -> DsPlan:
+def load(
+    tmp_path: Path,
+    tree: Any,
+    cfg: Config | None = None,
+    world: int = 2,
+    shape: BaseShape | None = None,
+) -> ZeroPlan:
     path = tmp_path / "ds.json"
     path.write_text(tree if isinstance(tree, str) else json.dumps(tree))
-    return load_ds_config(str(path), cfg or Config(), world)
+    return plan_of_file(str(path), cfg or Config(), shape or sizes(), world)
 
 
-def problems(tmp_path: Path, tree: Any, cfg: Config | None = None, world: int = 2) -> list[str]:
+def problems(
+    tmp_path: Path,
+    tree: Any,
+    cfg: Config | None = None,
+    world: int = 2,
+    shape: BaseShape | None = None,
+) -> list[str]:
     """The problems of a file, one text each."""
     with pytest.raises(ConfigError) as caught:
-        load(tmp_path, tree, cfg, world)
+        load(tmp_path, tree, cfg, world, shape)
     head, *lines = str(caught.value).split("\n")
     assert head == f"{tmp_path / 'ds.json'}: {len(lines)} problem(s) in the DeepSpeed configuration"
     return [line.strip() for line in lines]

@@ -28,7 +28,7 @@ from spt_ds.errors import ModelError
 from spt_ds.log import get_logger
 from spt_ds.model import attention
 from spt_ds.model.attention import PACKED, Layout, choose_backend
-from spt_ds.model.backbone import Backbone, build_backbone, load_tokenizer
+from spt_ds.model.backbone import Backbone, build_backbone, load_base_config, load_tokenizer
 from spt_ds.model.rows import embed, target_states
 from tests.helpers.tiny import (
     VOCABULARY,
@@ -79,7 +79,8 @@ def saved(config: PretrainedConfig, folder: Path) -> str:
 
 def build(folder: str, **settings: Any) -> Backbone:
     settings = {"base_bits": 32, "random_init": True, **settings}
-    return build_backbone(ModelConfig(base=folder, **settings), CPU, strict=False)
+    config = ModelConfig(base=folder, **settings)
+    return build_backbone(config, load_base_config(config), CPU, strict=False)
 
 
 class TestSlidingWindow:
@@ -120,7 +121,7 @@ class TestLoading:
             assert torch.equal(weight, source.state_dict()[name].to(dtype)), name
 
     def test_no_rate_of_dropout_is_left(self, tmp_path: Path) -> None:
-        """Not only in `eval()`: a layer that recomputes activations has its training flag set."""
+        """`eval()` is not enough: a layer that recomputes activations has its training flag set."""
         rates = {
             "dropout": 0.2,
             "attention_dropout": 0.2,

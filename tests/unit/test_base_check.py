@@ -36,7 +36,7 @@ from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.model import base_check
 from spt_ds.model.attention import PACKED, Branches, Layout
-from spt_ds.model.backbone import Backbone, build_backbone
+from spt_ds.model.backbone import Backbone, build_backbone, load_base_config
 from tests.helpers.real_base import real_base
 from tests.helpers.tiny import (
     VOCABULARY,
@@ -244,7 +244,7 @@ def test_every_fault_is_refused(arch: str, dtype: torch.dtype) -> None:
 @cache
 def real(bits: int) -> Backbone:
     config = ModelConfig(base=real_base(), base_bits=bits)
-    return build_backbone(config, CPU, strict=True)
+    return build_backbone(config, load_base_config(config), CPU, strict=True)
 
 
 @pytest.mark.slow

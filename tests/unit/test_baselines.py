@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
-from spt_ds import plan
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
 from spt_ds.data.encode import Shown, encode_context
@@ -25,7 +24,10 @@ from spt_ds.model.attention import PACKED
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.baselines import build_base_trainables
 from spt_ds.model.rows import embed, target_states
-from spt_ds.plan import GIB, BaseShape
+from spt_ds.placement.choose import place_base
+from spt_ds.placement.estimate import trainable_bytes
+from spt_ds.placement.memory import GIB, Memory
+from spt_ds.placement.shape import BaseShape
 from tests.helpers.tiny import make_batch
 from tests.helpers.tokenizers import byte_tokenizer
 
@@ -107,15 +109,15 @@ def test_a_base_that_trains_is_copied_to_each_rank_or_refused(kind: str) -> None
     config = Config.model_validate(
         {"method": {"type": kind}, "model": {"base_bits": 32}, **NO_PROMPTS}
     )
-    found, why = plan.choose_placement(config, shape, 4, 200 * GIB, None)
+    found, why = place_base(config, shape, 4, Memory(200 * GIB, None))
     assert found == "replicate", why
     assert kind == "none" or f"method.type: {kind} trains weights in it" in why
     scarce = 20 * GIB  # a share fits, the whole of 25 GiB does not
     if kind == "none":
-        assert plan.choose_placement(config, shape, 4, scarce, None)[0] == "zero3"
+        assert place_base(config, shape, 4, Memory(scarce, None))[0] == "zero3"
         return
     with pytest.raises(EngineError) as caught:
-        plan.choose_placement(config, shape, 4, scarce, 1000 * GIB)
+        place_base(config, shape, 4, Memory(scarce, 1000 * GIB))
     for part in (
         "base 25.",
         f"method.type: {kind}",
@@ -166,7 +168,7 @@ def test_planned_memory_is_that_which_is_counted(name: str, kind: str, bits: int
     trainables = build_base_trainables(config, backbone, 0)
     shape = BaseShape.from_config(SMALL[name].to_dict())
     states = (12 if kind == "full" else 16) * sum(p.numel() for p in trainables.parameters())
-    planned = plan.trainable_bytes(config, shape)
+    planned = trainable_bytes(config, shape)
     assert planned == states if kind == "lora" else 0.97 * states < planned <= states
     counted = kept_bytes(backbone, trainables.bank.weight)
     planned = shape.activation_bytes(2 * 64, bits, recompute=False, trained=True)
@@ -314,6 +316,6 @@ def test_a_frozen_base_has_nothing_to_train() -> None:
     )
     config = Config.model_validate({"method": {"type": "none"}, **NO_PROMPTS})
     trainables: nn.Module = build_base_trainables(config, backbone, 0)
-    assert plan.trainable_bytes(config, BaseShape.from_config(SMALL["opt"].to_dict())) == 0
+    assert trainable_bytes(config, BaseShape.from_config(SMALL["opt"].to_dict())) == 0
     assert list(trainables.parameters()) == []
     assert not any(p.requires_grad for p in backbone.parameters())

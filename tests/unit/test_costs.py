@@ -21,7 +21,7 @@ from spt_ds.costs.step import Reads
 from spt_ds.model.attention import PACKED, Layout
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.spt import Counts
-from spt_ds.plan import BaseShape
+from spt_ds.placement.shape import BaseShape
 from tests.helpers.tiny import tiny_config
 
 

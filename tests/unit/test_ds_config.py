@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from spt_ds.config.schema import Config
-from spt_ds.engine.ds_config import accumulation_steps, load_ds_config, plan_for
-from spt_ds.engine.ds_schema import DEEPSPEED_VERSION
 from spt_ds.errors import ConfigError
-from tests.helpers.ds_files import base_folder, config, load, plain_machine, problems, zero
+from spt_ds.placement.choose import choose_placement
+from spt_ds.placement.ds_check import accumulation_steps, plan_of_file, plan_of_kind
+from spt_ds.placement.ds_schema import DEEPSPEED_VERSION
+from spt_ds.placement.memory import GIB, Memory
+from tests.helpers.ds_files import config, load, plain_machine, problems, sizes, zero
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -22,7 +24,6 @@ __all__ = ["plain_machine"]  # a fixture
 pytestmark = pytest.mark.usefixtures("plain_machine")
 
 # --- plans
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_five_files_are_shipped() -> None:
@@ -34,7 +35,7 @@ def test_five_files_are_shipped() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("bits", [16, 32])
 def test_shipped_file_loads(path: Path, world: int, bits: int) -> None:
-    plan = load_ds_config(str(path), config(model={"base_bits": bits}), world)
+    plan = plan_of_file(str(path), config(model={"base_bits": bits}), sizes(), world)
     assert (plan.stage, plan.offload) == {
         "zero2": (2, "none"),
         "zero3": (3, "none"),
@@ -50,7 +51,7 @@ def test_shipped_file_loads(path: Path, world: int, bits: int) -> None:
 def test_deepspeed_takes_the_plan(path: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    plan = load_ds_config(str(path), Config(), 1)
+    plan = plan_of_file(str(path), Config(), sizes(), 1)
     read = DeepSpeedConfig(plan.engine_config)
     assert read.zero_optimization_stage == plan.stage
     assert read.bfloat16_config.enabled
@@ -59,11 +60,18 @@ def test_deepspeed_takes_the_plan(path: Path) -> None:
 
 
 def test_reading_imports_neither_torch_nor_deepspeed() -> None:
-    code = (
-        "import sys; from spt_ds.config.schema import Config; from spt_ds.engine.ds_config import"
-        f" load_ds_config; load_ds_config({str(ROOT / 'ds_configs' / 'zero3_offload_cpu.json')!r},"
-        " Config(), 2); print([name for name in ('torch', 'deepspeed', 'transformers') if name in"
-        " sys.modules])"
+    sizes_of_base = {"hidden_size": 8, "num_attention_heads": 1, "n_layer": 1, "vocab_size": 9}
+    file = str(ROOT / "ds_configs" / "zero3_offload_cpu.json")
+    code = "\n".join(
+        [
+            "import sys",
+            "from spt_ds.config.schema import Config",
+            "from spt_ds.placement.ds_check import plan_of_file",
+            "from spt_ds.placement.shape import BaseShape",
+            f"plan_of_file({file!r}, Config(), BaseShape.from_config({sizes_of_base!r}), 2)",
+            "heavy = {'torch', 'deepspeed', 'transformers'}",
+            "print(sorted(heavy & sys.modules.keys()))",
+        ]
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
@@ -79,12 +87,13 @@ def test_reading_imports_neither_torch_nor_deepspeed() -> None:
     ],
 )
 def test_plan_without_a_file(placement: str, stage: int, offload: str) -> None:
-    plan = load_ds_config(None, config(engine={"placement": placement}), 2)
+    asked = config(engine={"placement": placement})
+    plan = choose_placement(asked, sizes(), None, 2, Memory(64 * GIB, None)).zero
     assert (plan.stage, plan.offload) == (stage, offload)
 
 
 def test_quantised_base_computes_in_bf16() -> None:
-    assert plan_for("zero3", config(model={"base_bits": 4}), 2).engine_config["bf16"] == {
+    assert plan_of_kind("zero3", config(model={"base_bits": 4}), 2).engine_config["bf16"] == {
         "enabled": True
     }
 
@@ -162,7 +171,6 @@ def test_switched_off_sections_pass(tmp_path: Path) -> None:
 
 
 # --- misuse
-# -----------------------------------------------------------------------------------------------------
 
 PRECISION = "precision is owned by model.base_bits of the YAML; the trainables are always fp32"
 MISUSES: list[tuple[dict[str, Any], str]] = [
@@ -227,7 +235,7 @@ MISUSES: list[tuple[dict[str, Any], str]] = [
         zero(offload_optimizer={"device": "cpu"}),
         (
             "zero_optimization.offload_optimizer: DeepSpeed holds no optimizer here: the"
-            " trainables' Adam states stay with them on each rank; remove it"
+            " trainables' Adam states (0.0 MB) stay with them on each rank; remove it"
         ),
     ),
     (
@@ -318,8 +326,7 @@ MISUSES: list[tuple[dict[str, Any], str]] = [
     ("tree", "message"), MISUSES, ids=[message.split(":")[0] for _, message in MISUSES]
 )
 def test_misuse_is_named(tmp_path: Path, tree: dict[str, Any], message: str) -> None:
-    cfg = config(model={"base": str(tmp_path)})  # a folder without config.json: no sizes are known
-    assert problems(tmp_path, tree, cfg) == [message]
+    assert problems(tmp_path, tree) == [message]
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
@@ -374,16 +381,15 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"none\.json: cannot read the DeepSpeed file: No such file"
     ):
-        load_ds_config(str(tmp_path / "none.json"), Config(), 2)
+        plan_of_file(str(tmp_path / "none.json"), Config(), sizes(), 2)
     (tmp_path / "ds.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ConfigError, match=r"ds\.json: not UTF-8 text \(byte 7\)"):
-        load_ds_config(str(tmp_path / "ds.json"), Config(), 2)
+        plan_of_file(str(tmp_path / "ds.json"), Config(), sizes(), 2)
 
 
 def test_adam_states_are_named_in_mb(tmp_path: Path) -> None:
-    cfg = config(
-        model={"base": base_folder(tmp_path, hidden=1000)}, prompts={"count": 4, "tokens": 50}
-    )
-    found = problems(tmp_path, zero(offload_optimizer={"device": "cpu"}), cfg)
+    cfg = config(prompts={"count": 4, "tokens": 50})
+    tree = zero(offload_optimizer={"device": "cpu"})
+    found = problems(tmp_path, tree, cfg, shape=sizes(hidden=1000))
     # 8 bytes for each of 4 * 50 * 1000 numbers of the bank and 2 * 1000 * 1001 of the retriever
     assert "the trainables' Adam states (17.6 MB) stay with them" in found[0]

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 
 from spt_ds.config.schema import Config
-from spt_ds.engine import ds_config
-from spt_ds.engine.ds_config import plan_for, remove_swap_files
-from tests.helpers.ds_files import base_folder, config, load, plain_machine, problems, zero
+from spt_ds.placement import ds_machine
+from spt_ds.placement.ds_check import plan_of_kind
+from tests.helpers.ds_files import config, load, plain_machine, problems, sizes, zero
 
 __all__ = ["plain_machine"]  # a fixture
 pytestmark = pytest.mark.usefixtures("plain_machine")
 
 # --- NVMe
-# -------------------------------------------------------------------------------------------------------
 
 
 def nvme(path: Path | str = "auto", **keys: Any) -> dict[str, Any]:
@@ -30,10 +29,10 @@ def test_nvme_gets_a_folder_of_its_own(tmp_path: Path) -> None:
     assert folder.parent == tmp_path
     assert not folder.exists()
     (folder / "zero_stage_3").mkdir(parents=True)
-    remove_swap_files(plan)
+    plan.remove_swap_files()
     assert not folder.exists()
     assert tmp_path.exists()
-    remove_swap_files(plan_for("zero3", Config(), 2))
+    plan_of_kind("zero3", Config(), 2).remove_swap_files()
 
 
 def test_nvme_auto_reads_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +60,7 @@ def test_nvme_path_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_nvme_needs_async_io(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ds_config, "_async_io_builds", lambda: False)
+    monkeypatch.setattr(ds_machine, "_async_io_builds", lambda: False)
     assert problems(tmp_path, nvme(tmp_path)) == [
         "zero_optimization.offload_param.device: nvme needs DeepSpeed's async_io, which does not"
         " build here: `apt-get install libaio-dev` (libaio-devel with dnf), and a C compiler"
@@ -78,12 +77,10 @@ def test_nvme_takes_packed_weights(tmp_path: Path, bits: int) -> None:
 
 
 def test_nvme_buffer_fits_the_largest_shard(tmp_path: Path) -> None:
-    cfg = config(
-        model={"base": base_folder(tmp_path, hidden=8, vocab=101, inner=32)}
-    )  # the table: 808 elements
-    plan = load(tmp_path, nvme(tmp_path, buffer_size="auto"), cfg, world=3)
+    shape = sizes(hidden=8, vocab=101, inner=32)  # the table: 808 elements
+    plan = load(tmp_path, nvme(tmp_path, buffer_size="auto"), world=3, shape=shape)
     assert plan.engine_config["zero_optimization"]["offload_param"]["buffer_size"] == 270
-    assert problems(tmp_path, nvme(tmp_path, buffer_size=269), cfg, world=3) == [
+    assert problems(tmp_path, nvme(tmp_path, buffer_size=269), world=3, shape=shape) == [
         "zero_optimization.offload_param.buffer_size: 269 elements are too few: the largest"
         ' parameter takes 270 on each of 3 ranks; give at least that, or "auto"'
     ]
@@ -105,7 +102,6 @@ def test_nvme_releases_parameters_at_once(tmp_path: Path) -> None:
 
 
 # --- ZeRO++
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -135,7 +131,7 @@ def test_hpz_and_nvme_exclude_each_other(tmp_path: Path) -> None:
 def test_quantised_gather_auto(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, cuda: bool, on: bool
 ) -> None:
-    monkeypatch.setattr(ds_config, "_cuda", lambda: cuda)
+    monkeypatch.setattr(ds_machine, "_cuda", lambda: cuda)
     plan = load(tmp_path, zero(zero_quantized_weights="auto"), config(model={"base_bits": bits}))
     assert plan.engine_config["zero_optimization"]["zero_quantized_weights"] is on
     assert ("is off" in plan.notes[0]) is not on

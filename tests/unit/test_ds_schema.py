@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spt_ds.engine.ds_schema import DEEPSPEED_VERSION, OTHER_NAMES, SECTIONS, ZERO
+from spt_ds.placement.ds_schema import DEEPSPEED_VERSION, OTHER_NAMES, SECTIONS, ZERO
 from tests.helpers.ds_files import problems
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from spt_ds.config.load import load_config
-from spt_ds.engine.ds_config import load_ds_config
 from spt_ds.errors import ConfigError
+from spt_ds.placement.ds_check import plan_of_file
 from spt_ds.run import checkpoint
+from tests.helpers.ds_files import sizes
 from tests.helpers.tiny import tiny_backbone, tiny_spt
 
 PACKAGE = Path(checkpoint.__file__).resolve().parents[1]
@@ -36,7 +37,7 @@ def test_fault_11_deepspeed_keys_that_would_be_ignored_are_refused(
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(tree), encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
-        load_ds_config(str(path), load_config("demo"), 2)
+        plan_of_file(str(path), load_config("demo"), sizes(), 2)
     assert part in str(caught.value)
 
 

@@ -23,7 +23,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file imports only from lower layers, or from its own layer inside its own folder.
 LAYERS = [
     {"display", "errors", "files", "json_input", "log", "rng", "yaml_input"},
-    {"config", "dist", "batch", "data", "evaluate", "plan", "run"},
+    {"config", "dist", "batch", "data", "evaluate", "placement", "run"},
     {"model"},
     {"engine"},
     {
@@ -45,7 +45,7 @@ LAYERS = [
     },
 ]
 FENCES = {
-    "deepspeed": {"engine"},
+    "deepspeed": {"engine", "placement/ds_machine.py"},
     "bitsandbytes": {"model/quant.py"},
     "flash_attn": {"model/attention.py"},
     "peft": {"model/baselines.py"},
@@ -53,7 +53,9 @@ FENCES = {
 }
 WITHOUT_TORCH = [
     "spt_ds.config.load",
-    "spt_ds.plan",
+    "spt_ds.placement.choose",
+    "spt_ds.plan_command",
+    "spt_ds.run.job",
     "spt_ds.evaluate.text_metrics",
     "spt_ds.data.readers",
     "spt_ds.data.encode",

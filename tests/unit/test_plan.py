@@ -22,13 +22,21 @@ from transformers import (
     Qwen2Config,
 )
 
-from spt_ds import plan
 from spt_ds.config.schema import Config
 from spt_ds.errors import EngineError, ModelError
 from spt_ds.model.attention import PACKED, Layout
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.rows import embed, read_context, target_states
-from spt_ds.plan import GIB, BaseShape
+from spt_ds.placement.choose import choose_checkpointing, place_base
+from spt_ds.placement.estimate import FIXED_BYTES, step_bytes, trainable_bytes
+from spt_ds.placement.memory import (
+    GIB,
+    USABLE,
+    Memory,
+    host_memory_per_rank,
+    memory_per_rank,
+)
+from spt_ds.placement.shape import BaseShape
 from tests.helpers.tiny import make_batch, tiny_spt
 
 
@@ -235,15 +243,15 @@ def test_placement_follows_from_sizes(
     name: str, bits: int, ranks: int, gib: int, placement: str
 ) -> None:
     config = run(model={"base_bits": bits})
-    found, why = plan.choose_placement(config, shape_of(name), ranks, gib * GIB, 100 * GIB)
+    found, why = place_base(config, shape_of(name), ranks, Memory(gib * GIB, 100 * GIB))
     assert found == placement, why
     assert why.startswith(f"placement: {placement} (base ")
     assert "GiB" in why
 
 
 def test_a_configured_placement_is_kept() -> None:
-    found, why = plan.choose_placement(
-        run(engine={"placement": "zero3"}), shape_of("gpt2"), 2, 80 * GIB, None
+    found, why = place_base(
+        run(engine={"placement": "zero3"}), shape_of("gpt2"), 2, Memory(80 * GIB, None)
     )
     assert (found, why) == ("zero3", "placement: zero3 (as configured)")
 
@@ -251,21 +259,21 @@ def test_a_configured_placement_is_kept() -> None:
 def test_recomputation_follows_from_sizes() -> None:
     small, large = run(train={"micro_batch": 1}), run(train={"micro_batch": 32})
     shape = shape_of("llama-2-7b")
-    used, why = plan.choose_checkpointing(small, shape, "replicate", 1, 68 * GIB)
+    used, why = choose_checkpointing(small, shape, "replicate", 1, 68 * GIB)
     assert used == "off", why
-    used, why = plan.choose_checkpointing(large, shape, "replicate", 1, 68 * GIB)
+    used, why = choose_checkpointing(large, shape, "replicate", 1, 68 * GIB)
     assert used == "non_reentrant", why
     assert "do not fit" in why
     asked = run(model={"activation_checkpointing": "reentrant"})
-    assert plan.choose_checkpointing(asked, shape, "zero3", 2, GIB)[0] == "reentrant"
+    assert choose_checkpointing(asked, shape, "zero3", 2, GIB)[0] == "reentrant"
 
 
 def test_shared_contexts_need_less_than_rows_of_their_own() -> None:
     shape = shape_of("llama-2-7b")
     prefix, suffix = (run(prompts={"placement": placement}) for placement in ("prefix", "suffix"))
     for recompute in (False, True):
-        ours = plan.step_bytes(suffix, shape, recompute=recompute)
-        assert ours < plan.step_bytes(prefix, shape, recompute=recompute) / 2
+        ours = step_bytes(suffix, shape, recompute=recompute)
+        assert ours < step_bytes(prefix, shape, recompute=recompute) / 2
 
 
 def test_trainables_are_counted_with_gradient_and_moments() -> None:
@@ -276,14 +284,12 @@ def test_trainables_are_counted_with_gradient_and_moments() -> None:
     spt = tiny_spt(Backbone(lm, "sdpa"), count=4, tokens=8, dtype=torch.float32)
     assert isinstance(spt.trainables, Trainables)
     counted = sum(p.numel() * 16 for p in spt.trainables.parameters())
-    assert (
-        plan.trainable_bytes(spt.config, BaseShape.from_config(SMALL["opt"].to_dict())) == counted
-    )
+    assert trainable_bytes(spt.config, BaseShape.from_config(SMALL["opt"].to_dict())) == counted
 
 
 def test_memory_of_a_rank() -> None:
-    assert plan.memory_per_rank(100 * GIB, 8) == int(85 * GIB)
-    assert 0 < plan.memory_per_rank(None, 2) < plan.memory_per_rank(None, 1)
+    assert memory_per_rank(100 * GIB, 8) == int(85 * GIB)
+    assert 0 < memory_per_rank(None, 2) < memory_per_rank(None, 1)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +305,7 @@ def test_a_base_that_fits_nowhere_is_refused(
 ) -> None:
     host = None if host_gib is None else host_gib * GIB
     with pytest.raises(EngineError) as caught:
-        plan.choose_placement(run(), shape_of("llama-2-70b"), ranks, gib * GIB, host)
+        place_base(run(), shape_of("llama-2-70b"), ranks, Memory(gib * GIB, host))
     for part in (
         reason,
         "base 128.",
@@ -312,11 +318,11 @@ def test_a_base_that_fits_nowhere_is_refused(
 def test_offload_takes_the_host_share_and_no_more() -> None:
     shape = shape_of("llama-2-70b")
     share = shape.base_bytes(16) // 2
-    found, why = plan.choose_placement(run(), shape, 2, 40 * GIB, share + plan.FIXED_BYTES)
+    found, why = place_base(run(), shape, 2, Memory(40 * GIB, share + FIXED_BYTES))
     assert found == "zero3_offload"
     assert f"the share, {share / GIB:.2f} GiB, goes to the host" in why
     with pytest.raises(EngineError):
-        plan.choose_placement(run(), shape, 2, 40 * GIB, share + plan.FIXED_BYTES - 1)
+        place_base(run(), shape, 2, Memory(40 * GIB, share + FIXED_BYTES - 1))
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -341,9 +347,7 @@ def test_cgroups_limit_the_memory_of_a_host(tmp_path: Path) -> None:
             f"anon {20 * GIB}\nfile {10 * GIB}\ninactive_file {6 * GIB}\nactive_file {4 * GIB}\n"
         ),
     }
-    assert plan.host_memory_per_rank(2, write(tmp_path / "2", version_2)) == int(
-        20 * GIB * plan.USABLE / 2
-    )
+    assert host_memory_per_rank(2, write(tmp_path / "2", version_2)) == int(20 * GIB * USABLE / 2)
     job = "sys/fs/cgroup/memory/slurm/job_7"
     version_1 = {
         "proc/meminfo": MEMINFO,
@@ -355,8 +359,6 @@ def test_cgroups_limit_the_memory_of_a_host(tmp_path: Path) -> None:
         f"{job}/memory.usage_in_bytes": f"{6 * GIB}\n",
         f"{job}/memory.stat": f"inactive_file 1\ntotal_inactive_file {2 * GIB}\n",
     }
-    assert plan.host_memory_per_rank(1, write(tmp_path / "1", version_1)) == int(
-        12 * GIB * plan.USABLE
-    )
+    assert host_memory_per_rank(1, write(tmp_path / "1", version_1)) == int(12 * GIB * USABLE)
     alone = write(tmp_path / "0", {"proc/meminfo": MEMINFO})
-    assert plan.host_memory_per_rank(1, alone) == int(100 * GIB * plan.USABLE)
+    assert host_memory_per_rank(1, alone) == int(100 * GIB * USABLE)

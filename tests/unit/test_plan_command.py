@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from spt_ds import plan
+from spt_ds import plan_command
 from spt_ds.cli import main
-from spt_ds.plan import GIB
+from spt_ds.placement import memory
+from spt_ds.placement.memory import GIB, USABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +51,7 @@ def test_it_prints_terms_and_decision(
     assert main([*arguments, *machine]) == 0
     out = capsys.readouterr().out
     assert f"placement: {placement}(base 128.48 GiB at 16 bits" in out
-    assert f"{float(machine[3]) * plan.USABLE:9.2f} GiB" in out.splitlines()[0]
+    assert f"{float(machine[3]) * USABLE:9.2f} GiB" in out.splitlines()[0]
     assert any(line.startswith("base, whole") and "128.48 GiB" in line for line in out.splitlines())
     assert "activation checkpointing: " in out
 
@@ -74,7 +75,8 @@ def test_without_a_gpu_the_host_is_the_memory(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(plan, "host_memory_per_rank", lambda ranks: 400 * GIB // ranks)
+    for module in (memory, plan_command):
+        monkeypatch.setattr(module, "host_memory_per_rank", lambda ranks: 400 * GIB // ranks)
     assert main([*arguments, "--ranks", "2"]) == 0
     out = capsys.readouterr().out
     assert "placement: replicate" in out

@@ -1,0 +1,50 @@
+"""All ranks settle on one placement: that of the rank with the least memory."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from spt_ds import dist
+from spt_ds.config.schema import Config
+from spt_ds.log import get_logger
+from spt_ds.placement.choose import Placement, choose_placement
+from spt_ds.placement.memory import Memory, host_memory_per_rank, memory_per_rank
+from spt_ds.placement.shape import BaseShape
+from spt_ds.placement.zero_plan import ZeroPlan
+
+
+def agree_on_placement(
+    config: Config, shape: BaseShape, deepspeed_config: str | None, world: dist.World
+) -> Placement:
+    """Choose placement and activation checkpointing together on all ranks, and say why once.
+
+    Raises on every rank what `choose_placement` raises on one, and EngineError when the DeepSpeed
+    files of the ranks differ.
+    """
+    memory = _least_memory(world)
+    placement = dist.agreed(
+        lambda: choose_placement(config, shape, deepspeed_config, world.size, memory)
+    )
+    if deepspeed_config is not None:
+        _check_same(placement.zero)
+    for line in placement.reasons:
+        get_logger().info(line)
+    return placement
+
+
+def _least_memory(world: dist.World) -> Memory:
+    gpu = None
+    if world.device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(world.device).total_memory
+    rank_bytes = min(dist.gather_json(memory_per_rank(gpu, world.local_size)))
+    host_bytes = min(dist.gather_json(host_memory_per_rank(world.local_size)))
+    return Memory(rank_bytes, None if gpu is None else host_bytes)
+
+
+def _check_same(plan: ZeroPlan) -> None:
+    """Ranks must shard alike; only the swap folder of NVMe offload is each process's own."""
+    shared = json.loads(json.dumps(plan.engine_config))
+    shared.get("zero_optimization", {}).get("offload_param", {}).pop("nvme_path", None)
+    dist.same_everywhere("the DeepSpeed configuration", json.dumps(shared, sort_keys=True))

@@ -1,0 +1,65 @@
+"""Bytes that a run needs on one rank, part by part, by arithmetic from sizes and options."""
+
+from __future__ import annotations
+
+from spt_ds.config.schema import Config
+from spt_ds.placement.memory import GIB
+from spt_ds.placement.shape import BaseShape
+from spt_ds.placement.zero_plan import Kind
+
+FIXED_BYTES = GIB  # process, kernels and communication buffers
+LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters, as it stands in ds_configs/ too
+RESPONSE_TOKENS = 64  # four times the mean reply of ConvAI2
+
+
+def trainable_bytes(config: Config, shape: BaseShape) -> int:
+    """Weights, gradients and two Adam moments of what trains beside the base, fp32.
+
+    Of `method.type: full` the weights are the base's own; `lora` is counted as if every linear
+    layer had an adapter.
+    """
+    kind = config.method.type
+    if kind == "none":
+        return 0
+    if kind == "full":
+        return 12 * shape.parameters
+    if kind == "lora":
+        ends = (
+            4 * shape.hidden
+            + 2 * (shape.queries + shape.keys)
+            + shape.ffn_matrices * (shape.hidden + shape.ffn)
+        )
+        return 16 * shape.layers * config.method.lora.rank * ends
+    sides = 1 if config.retriever.projections == "shared" else 2
+    count = config.prompts.count * config.prompts.tokens * shape.embed + sides * (
+        shape.embed**2 + shape.embed
+    )
+    return 16 * count
+
+
+def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:
+    """Most bytes that one micro-batch keeps for its backward pass.
+
+    With `placement: suffix` a response is taken to be at most RESPONSE_TOKENS long.
+    """
+    c, bits = config, config.model.base_bits
+    suffix = c.prompts.placement == "suffix"
+    per_prompt = c.prompts.tokens + (
+        min(RESPONSE_TOKENS, c.data.max_tokens) if suffix else c.data.max_tokens
+    )
+    tokens = c.train.micro_batch * (c.losses.train_top_m or c.prompts.count) * per_prompt
+    kept = shape.activation_bytes(tokens, bits, recompute=recompute, trained=c.method.trains_base)
+    if suffix:
+        kept += shape.context_bytes(c.train.micro_batch * c.data.max_tokens, bits)
+    return kept
+
+
+def resident_bytes(shape: BaseShape, bits: int, kind: Kind, world_size: int) -> int:
+    """Bytes of the base on one rank: its copy, or its share and what ZeRO-3 keeps gathered at one
+    time.
+    """
+    base = shape.base_bytes(bits)
+    if kind == "replicate":
+        return base
+    gathered = min(base, LIVE_PARAMETERS * {32: 4, 16: 2}.get(bits, 1))
+    return gathered + (base // world_size if kind == "zero3" else 0)
