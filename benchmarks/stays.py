@@ -91,11 +91,9 @@ def batch_trace(placement: str) -> Trace:
     backbone = tiny.tiny_backbone("llama", torch.float32)
     spt = tiny.tiny_spt(backbone, dtype=torch.float32, prompts={"placement": placement})
     batch = tiny.random_batch(LENS)
+    counts = (model.Counts(3, 8),) if hasattr(model, "Counts") else (3, 8)  # 0.1.0, and now
     trace = Trace(lambda frame: True)
-    if hasattr(model, "Counts"):  # 0.1.0
-        trace.run(lambda: backbone(spt.micro_losses, batch, model.Counts(3, 8)))
-    else:
-        trace.run(lambda: backbone(spt.micro_losses, spt.pack(batch), 3, 8))
+    trace.run(backbone, spt.micro_losses, batch, *counts)
     return trace
 
 

@@ -10,10 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spt_ds.batch import on_device
-from spt_ds.errors import ModelError
-from spt_ds.model.losses import membership
-
 
 def softplus_scores(cos: torch.Tensor) -> torch.Tensor:
     """Monotone and positive: softplus(cos) = log(1 + exp(cos)), [K, B] -> [K, B]."""
@@ -66,28 +62,24 @@ def _linear(size: int, generator: torch.Generator | None) -> nn.Linear:
 
 
 def pool(
-    embeddings: torch.Tensor, lens: tuple[int, ...], fill: torch.Tensor | None, length: int
+    embeddings: torch.Tensor,
+    member: torch.Tensor,
+    tokens: torch.Tensor,
+    fill: torch.Tensor | None,
+    length: int,
 ) -> torch.Tensor:
-    """Mean embedding of each of B spans that lie end to end.
+    """Mean embedding of each of B texts.
 
-    Args: embeddings [n, D]; lens, B of them; fill [D] or None. With `fill` each span counts as
-    padded to `length` tokens with that row (the reference's pooling, faults 1 and 2). Returns [B,
-    D] in fp32, or fp64 where the embeddings are. Raises ModelError where a span is longer than
-    `length`.
+    Args: embeddings [n, D]; member [n, B], 1 where the token is of the text; tokens [B], how many
+    each text has; fill [D] or None. With `fill` each text counts as padded to `length` tokens with
+    that row (the reference's pooling, faults 1 and 2). Returns [B, D] in fp32, or fp64 where the
+    embeddings are.
     """
     precise = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    member = membership(lens, precise.device, precise.dtype)  # [n, B]
-    sums = (
-        member.T @ precise
-    )  # a matrix product: the same order of additions on every device and run
-    counted = on_device(lens, precise.device, precise.dtype)[:, None]
+    # A matrix product: the same order of additions on every device and run.
+    sums = member.to(precise.dtype).T @ precise
+    counted = tokens.to(precise.dtype)[:, None]
     if fill is None:
         return sums / counted
-    if max(lens) > length:
-        raise ModelError(
-            f"retriever.pool: padded_text: a text of {max(lens)} tokens is longer than"
-            f" retriever.pool_length_tokens = {length}, to which texts are padded; set it to"
-            " data.max_tokens or more"
-        )
     missing = length - counted
     return (sums + missing * fill.to(precise.dtype)) / length

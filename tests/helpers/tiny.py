@@ -183,8 +183,8 @@ def make_batch(
 ) -> Batch:
     """A micro-batch of the given token rows."""
     return Batch(
-        torch.cat(list(contexts)),
-        torch.cat(list(responses)),
+        torch.cat(list(contexts)).numpy(),
+        torch.cat(list(responses)).numpy(),
         tuple(len(c) for c in contexts),
         tuple(len(r) for r in responses),
         tuple(range(len(contexts))),
@@ -208,8 +208,9 @@ def random_batch(
 
 def examples_of(batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The (context, response) token rows of a micro-batch."""
-    contexts = batch.context_ids.split(batch.context_lens)
-    return list(zip(contexts, batch.response_ids.split(batch.response_lens), strict=True))
+    contexts = torch.from_numpy(batch.context_ids).split(batch.context_lens)
+    responses = torch.from_numpy(batch.response_ids).split(batch.response_lens)
+    return list(zip(contexts, responses, strict=True))
 
 
 def pick(batch: Batch, rows: Sequence[int]) -> Batch:
@@ -228,4 +229,5 @@ def all_pairs(size: int, dtype: torch.dtype = torch.float64) -> Contrast:
     """
     pairs = torch.combinations(torch.arange(size))
     targets = torch.where(torch.arange(len(pairs)) % 3 == 0, 1.0, -1.0).to(dtype)
-    return Contrast(tuple((0, b) for b in range(size)), pairs, targets, len(pairs))
+    owner = tuple((0, b) for b in range(size))
+    return Contrast(owner, pairs.numpy(), targets.numpy(), len(pairs))

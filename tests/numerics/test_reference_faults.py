@@ -32,7 +32,7 @@ LENS = ((5, 3), (9, 1), (7, 4))
 
 
 def micro(backbone: Backbone, spt: Spt, batch: Batch) -> MicroLosses:
-    out = backbone(spt.micro_losses, batch, counts_of(batch))
+    out = backbone(spt.micro_losses, batch, *counts_of(batch))
     assert isinstance(out, MicroLosses)
     return out
 
@@ -51,8 +51,10 @@ def test_fault_01_the_response_is_not_pooled() -> None:
     batch = random_batch(LENS)
     trained = micro(backbone, spt, batch)
     assert torch.equal(trained.scores, micro(backbone, spt, with_other_responses(batch)).scores)
-    assert torch.equal(trained.scores, backbone(spt.scores, with_other_responses(batch)))
-    context = backbone.embed(batch.context_ids).split(batch.context_lens)[1]
+    assert torch.equal(
+        trained.scores, backbone(spt.score, spt.pack(with_other_responses(batch)))[2]
+    )
+    context = backbone.embed(examples_of(batch)[1][0])
     torch.testing.assert_close(trained.pooled[1], context.mean(dim=0), rtol=1e-14, atol=1e-14)
 
 
@@ -133,7 +135,7 @@ def test_fault_04_dropout_would_be_seen() -> None:
 
 def test_fault_05_a_target_with_loss_zero_counts() -> None:
     values = torch.tensor([[2.0, 0.0, 4.0, 0.0, 0.0]])
-    member = losses.membership((2, 3), torch.device("cpu"), torch.float32)
+    member = torch.tensor([[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 3)
     assert torch.equal(
         losses.mean_per_example(values, member, "target"), torch.tensor([[1.0, 4 / 3]])
     )
@@ -170,9 +172,9 @@ def test_fault_07_eos_is_a_target() -> None:
     hook = backbone.lm.get_output_embeddings().register_forward_pre_hook(record)
     micro(backbone, spt, batch)
     hook.remove()
-    assert torch.equal(seen[0], batch.response_ids.repeat(4))
-    ends = batch.response_ids[torch.tensor(batch.response_lens).cumsum(0) - 1]
-    assert torch.equal(ends, torch.full((3,), EOS))
+    targets = torch.from_numpy(batch.response_ids)
+    assert torch.equal(seen[0], targets.repeat(4))
+    assert [int(response[-1]) for _, response in examples_of(batch)] == [EOS] * 3
 
 
 def test_fault_07_a_model_that_never_stops_has_a_higher_loss() -> None:
@@ -193,6 +195,6 @@ def test_all_weights_zero_give_a_loss_of_zero() -> None:
     """A rank that holds fillers alone adds nothing, not NaN."""
     backbone, spt = build(Case("llama"))
     batch = random_batch(LENS)
-    out = backbone(spt.micro_losses, replace(batch, weights=(0.0,) * 3), counts_of(batch))
+    out = backbone(spt.micro_losses, replace(batch, weights=(0.0,) * 3), *counts_of(batch))
     assert float(out.total.detach()) == 0.0
     assert torch.equal(out.parts, torch.zeros(3, dtype=torch.float64))
