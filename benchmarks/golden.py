@@ -24,7 +24,8 @@ from spt_ds.config.load import load_config
 from spt_ds.model.attention import PACKED
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.prompt_bank import PromptBank
-from spt_ds.model.retriever import Retriever, reference_scores
+from spt_ds.model.reference import jumping_softplus
+from spt_ds.model.retriever import Retriever
 from spt_ds.model.spt import Spt, Trainables
 
 LIMITS = {torch.float32: (1e-5, 1e-6), torch.float64: (1e-12, 1e-12)}
@@ -49,13 +50,13 @@ def load_case(
     spt_weights = {
         name: torch.from_numpy(array) for name, array in np.load(folder / "spt_weights.npz").items()
     }
-    retriever = Retriever(base.hidden_size, shared=True, activation="reference")
+    retriever = Retriever(base.hidden_size, shared=True, activation=jumping_softplus)
     trainables = Trainables(PromptBank(spt_weights["prompts"].clone()), retriever)
     with torch.no_grad():
         retriever.context.weight.copy_(spt_weights["W"])
         retriever.context.bias.copy_(spt_weights["b"])
     length = golden["input_ids"].shape[1]
-    config = load_config("reference", [f"retriever.pool_length_tokens={length}"])
+    config = load_config("reference", [f"reference.pool_length_tokens={length}"])
     return (
         backbone,
         Spt(config, trainables.to(dtype), base.pad_token_id),
@@ -147,7 +148,7 @@ def compare(folder: Path, dtype: torch.dtype, backend: str = "sdpa") -> dict[str
         )
         gap = float(np.abs(value.double().numpy() - golden[name + suffix]).max())
         worst[kind] = max(worst[kind], gap)
-    grid = reference_scores(torch.from_numpy(golden["act_x"])).numpy()
+    grid = jumping_softplus(torch.from_numpy(golden["act_x"])).numpy()
     worst["activation"] = float(np.abs(grid - golden["act_y"]).max())
     return worst
 

@@ -90,7 +90,7 @@ def decode(
     step until the longest reply of all is done; `live` is what a conversation adds.
     """
     bank = spt.trainables.bank.weight
-    # Without the reference replies: a pool over the whole text (retriever.pool: padded_text) would
+    # Without the reference replies: a pool over the whole text (reference.padded_pool) would
     # read them.
     asked = spt.pack(batch.contexts())
     text, _, scores = spt.score(backbone, asked)

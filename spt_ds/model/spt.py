@@ -15,12 +15,11 @@ from torch import nn
 
 from spt_ds.batch import Batch, Contrast, Packed, on_device
 from spt_ds.config.schema import Config
-from spt_ds.errors import ModelError
-from spt_ds.model import losses
+from spt_ds.model import losses, reference
 from spt_ds.model.attention import Layout
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.prompt_bank import PromptBank, initial_prompts
-from spt_ds.model.retriever import Retriever, pool
+from spt_ds.model.retriever import Retriever
 from spt_ds.model.rows import read_context, target_states
 
 
@@ -73,16 +72,18 @@ def build_trainables(
     def rows(ids: torch.Tensor) -> torch.Tensor:
         return backbone.embed(ids.to(device))
 
-    bank = PromptBank(
-        initial_prompts(config.prompts.init, shape, rows, backbone.vocabulary, init_ids, generator)
-    )
+    if config.reference.unit_normal_prompts:
+        weight = reference.unit_normal_prompts(shape, generator)
+    else:
+        init, vocabulary = config.prompts.init, backbone.vocabulary
+        weight = initial_prompts(init, shape, rows, vocabulary, init_ids, generator)
     retriever = Retriever(
         backbone.embed_size,
         shared=config.retriever.projections == "shared",
-        activation=config.retriever.activation,
+        activation=reference.activation_of(config.reference),
         generator=generator,
     )
-    return Trainables(bank, retriever).to(device)
+    return Trainables(PromptBank(weight), retriever).to(device)
 
 
 class Spt:
@@ -92,6 +93,8 @@ class Spt:
         self.config = config
         self.trainables = trainables
         self.pad_id = pad_id
+        self.pool = reference.pool_of(config.reference, pad_id)
+        self.mean_per_example = reference.mean_of(config.reference)
 
     def pack(self, batch: Batch) -> Packed:
         """Send a micro-batch to the device of the trainables, as rows of the method's prompts."""
@@ -112,26 +115,8 @@ class Spt:
         # Without a graph, also where the embedding table trains: the contrastive loss keeps `pooled`
         # until the end of the step.
         with torch.no_grad():
-            pooled = self.pooled(backbone, packed, text)
+            pooled = self.pool(backbone, packed, text)
         return text, pooled, self.trainables.scores(pooled)
-
-    def pooled(self, backbone: Backbone, packed: Packed, text: torch.Tensor) -> torch.Tensor:
-        """Mean embedding [B, D] of each context; text [t, D], the embeddings of `packed.ids`."""
-        settings, batch = self.config.retriever, packed.batch
-        if settings.pool == "context":
-            contexts = text[: len(batch.context_ids)]
-            return pool(contexts, packed.of_context, packed.context_tokens, None, 0)
-        longest = max(c + r for c, r in zip(batch.context_lens, batch.response_lens, strict=True))
-        if longest > settings.pool_length_tokens:
-            raise ModelError(
-                f"retriever.pool: padded_text: a text of {longest} tokens is longer than"
-                f" retriever.pool_length_tokens = {settings.pool_length_tokens}, to which texts are"
-                " padded; set it to data.max_tokens or more"
-            )
-        member = torch.cat([packed.of_context, packed.of_response])
-        tokens = packed.context_tokens + packed.response_tokens
-        fill = backbone.embed(on_device([self.pad_id], text.device))[0]
-        return pool(text, member, tokens, fill, settings.pool_length_tokens)
 
     def micro_losses(
         self, backbone: Backbone, batch: Batch, examples: int, target_tokens: int
@@ -162,8 +147,8 @@ class Spt:
         out = backbone.head(rows, targets, biases, settings.head_chunk_mib)
         token_loss, fused_loss = out.view(len(bank) + 1, -1).split([len(bank), 1])
         member, weights = packed.of_response.to(out.dtype), packed.weights.to(out.dtype)
-        nll = losses.mean_per_example(token_loss, member, settings.mask)  # [K, B]
-        fused_nll = losses.mean_per_example(fused_loss[0], member, settings.mask)  # [B]
+        nll = self.mean_per_example(token_loss, member)  # [K, B]
+        fused_nll = self.mean_per_example(fused_loss[0], member)  # [B]
         chosen = losses.selection(nll, scores, settings.tau_gold, settings.tau_sim)  # [B]
         parts = torch.stack(
             [
@@ -200,7 +185,7 @@ class Spt:
         targets = packed.targets.repeat(len(hidden))
         out = backbone.head(hidden.flatten(0, 1), targets, None, self.config.losses.head_chunk_mib)
         member = packed.of_response.to(out.dtype)
-        return losses.mean_per_example(out.view(len(hidden), -1), member, "target")
+        return losses.mean_per_example(out.view(len(hidden), -1), member)
 
     def contrastive(
         self, pooled: torch.Tensor, everyone: torch.Tensor, contrast: Contrast, rank: int

@@ -28,6 +28,7 @@ from spt_ds.config.schema import Config
 from spt_ds.model.attention import PACKED
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.prompt_bank import PromptBank
+from spt_ds.model.reference import activation_of
 from spt_ds.model.retriever import Retriever
 from spt_ds.model.spt import Spt, Trainables
 
@@ -170,7 +171,7 @@ def tiny_spt(
     retriever = Retriever(
         backbone.embed_size,
         shared=config.retriever.projections == "shared",
-        activation=config.retriever.activation,
+        activation=activation_of(config.reference),
         generator=generator,
     )
     return Spt(config, Trainables(bank, retriever).to(dtype), pad_id=1)

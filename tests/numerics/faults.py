@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from spt_ds.batch import Packed
-from spt_ds.model import attention, losses, rows, spt
+from spt_ds.model import attention, losses, reference, rows, spt
 from spt_ds.model.attention import Branches, Layout
+from spt_ds.model.backbone import Backbone
 from spt_ds.model.head import FrozenHead
-from spt_ds.model.retriever import Retriever, pool
+from spt_ds.model.retriever import Retriever, mean_of_contexts
 from spt_ds.model.spt import Spt
 
 Tensor = torch.Tensor
@@ -202,10 +203,13 @@ def softmax_over_examples(patch: pytest.MonkeyPatch) -> None:
 
 
 def pad_token_in_pool(patch: pytest.MonkeyPatch) -> None:
-    def broken(rows: Tensor, member: Tensor, tokens: Tensor, fill: Any, length: int) -> Tensor:
-        return pool(rows, member, tokens, rows[0], int(tokens.max()))
+    def broken(backbone: Backbone, packed: Packed, text: Tensor) -> Tensor:
+        tokens = packed.context_tokens
+        sums = mean_of_contexts(backbone, packed, text) * tokens[:, None]
+        pads = (tokens.max() - tokens)[:, None] * text[0]
+        return (sums + pads) / tokens.max()
 
-    patch.setattr(spt, "pool", broken)
+    patch.setattr(reference, "mean_of_contexts", broken)
 
 
 def mean_of_means(patch: pytest.MonkeyPatch) -> None:

@@ -106,21 +106,19 @@ def test_fuse_mixes_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(mixed[0], scores / scores.sum(dim=0))
 
 
-@pytest.mark.parametrize("pool", ["context", "padded_text"])
-def test_the_reference_reply_has_no_part_in_the_choice(pool: str) -> None:
-    """`padded_text` pools over the whole text in training, as the public reference does; at test
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_reference_reply_has_no_part_in_the_choice(padded: bool) -> None:
+    """`padded_pool` pools over the whole text in training, as the public reference does; at test
     there is no reply.
     """
     backbone, _, batch = tiny("llama", "prefix")
-    spt = tiny_spt(backbone, retriever={"pool": pool, "pool_length_tokens": 24})
+    spt = tiny_spt(backbone, reference={"padded_pool": padded, "pool_length_tokens": 24})
     known, unknown = run(backbone, spt, batch), run(backbone, spt, batch.contexts())
     assert torch.equal(known.scores, unknown.scores)
     assert known.tokens == unknown.tokens
     with torch.no_grad():
         trained = backbone(spt.score, spt.pack(batch))[2]
-    assert torch.equal(trained, known.scores) is (pool == "context"), (
-        "the case must tell the two apart"
-    )
+    assert torch.equal(trained, known.scores) is not padded, "the case must tell the two apart"
 
 
 def test_each_example_is_decoded_once_whatever_the_prompts() -> None:

@@ -182,7 +182,7 @@ def test_golden_replies(dtype: torch.dtype) -> None:
     )
     width = {"pool_length_tokens": real.shape[1]}  # the reference pools over the padding too
     config = spt.config.model_copy(
-        update={"retriever": spt.config.retriever.model_copy(update=width)}
+        update={"reference": spt.config.reference.model_copy(update=width)}
     )
     spt = Spt(config, spt.trainables, spt.pad_id)
     with torch.no_grad():

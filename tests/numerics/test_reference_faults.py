@@ -15,7 +15,8 @@ import torch
 from spt_ds.batch import Batch
 from spt_ds.model import losses
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.retriever import reference_scores, softplus_scores
+from spt_ds.model.reference import jumping_softplus, mean_of_nonzero
+from spt_ds.model.retriever import softplus_scores
 from spt_ds.model.spt import MicroLosses, Spt
 from tests.helpers.tiny import (
     EOS,
@@ -60,7 +61,7 @@ def test_fault_01_the_response_is_not_pooled() -> None:
 
 def test_fault_01_the_reference_pool_leaks_the_response() -> None:
     backbone = tiny_backbone("opt")
-    spt = tiny_spt(backbone, retriever={"pool": "padded_text", "pool_length_tokens": 20})
+    spt = tiny_spt(backbone, reference={"padded_pool": True, "pool_length_tokens": 20})
     batch = random_batch(LENS)
     leaked = (
         micro(backbone, spt, batch).scores
@@ -87,9 +88,9 @@ def test_fault_03_the_activation_is_monotone() -> None:
     ours = softplus_scores(cos)
     assert float(ours.diff().min()) > 0
     assert float(ours.min()) > 0
-    theirs = reference_scores(cos)
+    theirs = jumping_softplus(cos)
     assert float(theirs.diff().min()) < -0.03
-    jump = reference_scores(torch.tensor([0.1, 0.1 + 1e-9], dtype=torch.float64))
+    jump = jumping_softplus(torch.tensor([0.1, 0.1 + 1e-9], dtype=torch.float64))
     torch.testing.assert_close(
         jump, torch.tensor([0.1313, 0.1], dtype=torch.float64), rtol=0, atol=5e-5
     )
@@ -136,16 +137,12 @@ def test_fault_04_dropout_would_be_seen() -> None:
 def test_fault_05_a_target_with_loss_zero_counts() -> None:
     values = torch.tensor([[2.0, 0.0, 4.0, 0.0, 0.0]])
     member = torch.tensor([[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 3)
-    assert torch.equal(
-        losses.mean_per_example(values, member, "target"), torch.tensor([[1.0, 4 / 3]])
-    )
-    assert torch.equal(
-        losses.mean_per_example(values, member, "nonzero"), torch.tensor([[2.0, 4.0]])
-    )
+    assert torch.equal(losses.mean_per_example(values, member), torch.tensor([[1.0, 4 / 3]]))
+    assert torch.equal(mean_of_nonzero(values, member), torch.tensor([[2.0, 4.0]]))
 
 
-@pytest.mark.parametrize(("mask", "counted"), [("target", 3), ("nonzero", 1)])
-def test_fault_05_through_the_whole_step(mask: str, counted: int) -> None:
+@pytest.mark.parametrize(("nonzero", "counted"), [(False, 3), (True, 1)])
+def test_fault_05_through_the_whole_step(nonzero: bool, counted: int) -> None:
     """A head so sure of one token that its loss is exactly 0 in fp32: our mean is over all 3
     targets, not over 1.
     """
@@ -154,7 +151,7 @@ def test_fault_05_through_the_whole_step(mask: str, counted: int) -> None:
     head = backbone.lm.get_output_embeddings()
     with torch.no_grad():
         head.bias[sure] = 1e4
-    spt = tiny_spt(backbone, count=1, dtype=torch.float32, losses={"mask": mask})
+    spt = tiny_spt(backbone, count=1, dtype=torch.float32, reference={"nonzero_mask": nonzero})
     batch = make_batch([torch.tensor([5, 6, 7])], [torch.tensor([sure, other, sure])])
     nll = float(micro(backbone, spt, batch).nll)
     assert 9e3 / counted < nll < 1.1e4 / counted
@@ -184,7 +181,7 @@ def test_fault_07_a_model_that_never_stops_has_a_higher_loss() -> None:
     backbone, spt = build(Case("phi"))
     batch = pick(random_batch(LENS), [1])  # a reply of EOS alone
     before = micro(backbone, spt, batch).nll
-    spt.pad_id = EOS
+    spt = Spt(spt.config, spt.trainables, pad_id=EOS)
     assert torch.equal(before, micro(backbone, spt, batch).nll)
     with torch.no_grad():
         backbone.lm.get_output_embeddings().bias[EOS] -= 5.0
