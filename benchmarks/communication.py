@@ -29,7 +29,7 @@ from spt_ds.config.schema import Config
 from spt_ds.engine.zero import Sharding
 from spt_ds.model.backbone import build_backbone, load_base_config
 from spt_ds.model.prompt_bank import PromptBank
-from spt_ds.model.spt import Counts, Spt, Trainables, build_trainables
+from spt_ds.model.spt import Spt, Trainables, build_trainables
 from spt_ds.placement.ds_check import plan_of_kind
 from spt_ds.placement.zero_plan import ZeroPlan
 
@@ -90,10 +90,9 @@ def batch() -> Batch:
     lens = ((40, 9), (25, 12))
     contexts = [torch.randint(256, (c,), generator=generator) for c, _ in lens]
     responses = [torch.randint(256, (r,), generator=generator) for _, r in lens]
+    ids = (torch.cat(parts).numpy() for parts in (contexts, responses))
     context_lens, response_lens = zip(*lens, strict=True)
-    return Batch(
-        torch.cat(contexts), torch.cat(responses), context_lens, response_lens, (0, 1), (1.0, 1.0)
-    )
+    return Batch(*ids, context_lens, response_lens, (0, 1), (1.0, 1.0))
 
 
 def measure(folder: str, prompts: list[int], widths: Sequence[int] = (16,)) -> list[dict[str, Any]]:
@@ -132,7 +131,7 @@ def _measure_width(
         part = Trainables(
             PromptBank(whole.bank.weight.detach()[first:last].clone()), whole.retriever
         )
-        root(Spt(config, part, 0).micro_losses, examples, Counts(2 * RANKS, 42)).total.backward()
+        root(Spt(config, part, 0).micro_losses, examples, 2 * RANKS, 42).total.backward()
 
     for checkpointing in ("off", "non_reentrant"):
         backbone.checkpoint_activations(checkpointing)

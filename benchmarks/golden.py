@@ -24,9 +24,9 @@ from spt_ds.config.load import load_config
 from spt_ds.model.attention import PACKED
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.prompt_bank import PromptBank
-from spt_ds.model.retriever import Retriever, reference_scores
-from spt_ds.model.rows import embed
-from spt_ds.model.spt import Counts, Spt, Trainables
+from spt_ds.model.reference import jumping_softplus
+from spt_ds.model.retriever import Retriever
+from spt_ds.model.spt import Spt, Trainables
 
 LIMITS = {torch.float32: (1e-5, 1e-6), torch.float64: (1e-12, 1e-12)}
 GRADS = {"prompt": "bank.weight", "W": "retriever.context.weight", "b": "retriever.context.bias"}
@@ -50,13 +50,13 @@ def load_case(
     spt_weights = {
         name: torch.from_numpy(array) for name, array in np.load(folder / "spt_weights.npz").items()
     }
-    retriever = Retriever(base.hidden_size, shared=True, activation="reference")
+    retriever = Retriever(base.hidden_size, shared=True, activation=jumping_softplus)
     trainables = Trainables(PromptBank(spt_weights["prompts"].clone()), retriever)
     with torch.no_grad():
         retriever.context.weight.copy_(spt_weights["W"])
         retriever.context.bias.copy_(spt_weights["b"])
     length = golden["input_ids"].shape[1]
-    config = load_config("reference", [f"retriever.pool_length_tokens={length}"])
+    config = load_config("reference", [f"reference.pool_length_tokens={length}"])
     return (
         backbone,
         Spt(config, trainables.to(dtype), base.pad_token_id),
@@ -73,11 +73,11 @@ def _batch(golden: dict[str, Any], ignored: int) -> Batch:
         first = (
             int(np.nonzero(target != ignored)[0][0]) + 1
         )  # lm_target is shifted by one against the inputs
-        contexts.append(torch.from_numpy(ids[:first]))
-        responses.append(torch.from_numpy(ids[first : int(mask.sum())]))
+        contexts.append(ids[:first])
+        responses.append(ids[first : int(mask.sum())])
     return Batch(
-        torch.cat(contexts),
-        torch.cat(responses),
+        np.concatenate(contexts),
+        np.concatenate(responses),
         tuple(len(c) for c in contexts),
         tuple(len(r) for r in responses),
         tuple(range(len(contexts))),
@@ -88,13 +88,12 @@ def _batch(golden: dict[str, Any], ignored: int) -> Batch:
 def compute(backbone: Backbone, spt: Spt, batch: Batch, golden: dict[str, Any]) -> dict[str, Any]:
     """Return every loss and its gradients under golden's names."""
     size = len(batch)
-    counts = Counts(size, len(batch.response_ids))
-    pairs = torch.tensor([(i, j) for i in range(size) for j in range(i + 1, size)])
-    dtype = spt.trainables.bank.weight.dtype
+    pairs = np.array([(i, j) for i in range(size) for j in range(i + 1, size)])
+    dtype = {torch.float64: np.float64, torch.float32: np.float32}[spt.trainables.bank.weight.dtype]
     contrast = Contrast(
         tuple((0, b) for b in range(size)),
         pairs,
-        torch.from_numpy(golden["ctr_target"]).to(dtype),
+        golden["ctr_target"].astype(dtype),
         len(pairs),
     )
     out: dict[str, Any] = {}
@@ -115,12 +114,11 @@ def compute(backbone: Backbone, spt: Spt, batch: Batch, golden: dict[str, Any]) 
             update={"selection": weights[0], "fusion": weights[1]}
         )
         one = Spt(spt.config.model_copy(update={"losses": chosen}), spt.trainables, spt.pad_id)
-        return backbone(one.micro_losses, batch, counts)
+        return backbone(one.micro_losses, batch, size, len(batch.response_ids))
 
     def contrastive() -> torch.Tensor:
-        pooled = backbone(lambda bb: spt.pooled(bb, batch, embed(bb, batch)))
-        scores = spt.trainables.scores(pooled).detach()
-        return spt.contrastive(pooled, scores[None], contrast, 0)[0]
+        _, pooled, scores = backbone(spt.score, spt.pack(batch))
+        return spt.contrastive(pooled, scores.detach()[None], contrast, 0)[0]
 
     plain = micro((0.0, 0.0))
     record("nll", plain.total)
@@ -150,7 +148,7 @@ def compare(folder: Path, dtype: torch.dtype, backend: str = "sdpa") -> dict[str
         )
         gap = float(np.abs(value.double().numpy() - golden[name + suffix]).max())
         worst[kind] = max(worst[kind], gap)
-    grid = reference_scores(torch.from_numpy(golden["act_x"])).numpy()
+    grid = jumping_softplus(torch.from_numpy(golden["act_x"])).numpy()
     worst["activation"] = float(np.abs(grid - golden["act_y"]).max())
     return worst
 

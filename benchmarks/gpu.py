@@ -34,7 +34,7 @@ from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.errors import SptError
 from spt_ds.model.attention import choose_backend
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.spt import Counts, Spt
+from spt_ds.model.spt import Spt
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -79,7 +79,7 @@ def gradients(backbone: Backbone, spt: Spt) -> list[torch.Tensor]:
     """Those of the trainables, float64 on the CPU."""
     batch = some_batch(backbone)
     spt.trainables.zero_grad()
-    total = backbone(spt.micro_losses, batch, Counts(len(batch), len(batch.response_ids))).total
+    total = backbone(spt.micro_losses, batch, len(batch), len(batch.response_ids)).total
     total.backward()
     return [p.grad.double().cpu() for p in spt.trainables.parameters() if p.grad is not None]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from spt_ds import dist
@@ -213,8 +214,8 @@ class Bot:
         ids = encoded.context_ids
         self._replies += 1
         batch = Batch(
-            torch.tensor(ids),
-            torch.zeros(0, dtype=torch.long),
+            np.array(ids),
+            np.zeros(0, dtype=np.int64),
             (len(ids),),
             (0,),
             (self._replies,),

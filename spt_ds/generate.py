@@ -83,7 +83,8 @@ def identity(config: Config, marker: str, data_hash: str) -> str:
     where it is the same.
     """
     sections = config.model_dump(
-        mode="json", include={"model", "method", "prompts", "retriever", "losses", "generate"}
+        mode="json",
+        include={"model", "method", "prompts", "retriever", "losses", "reference", "generate"},
     )
     return json.dumps([marker, data_hash, sections, config.train.seed])
 

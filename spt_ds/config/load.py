@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from spt_ds.config.legacy import upgrade
 from spt_ds.config.schema import Config
 from spt_ds.display import shortened, shown
 from spt_ds.errors import ConfigError
@@ -35,12 +36,14 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     validate.
 
     Raises ConfigError with every problem found: unknown keys with the nearest known one, wrong
-    types with the key path, syntax errors with `file:line`.
+    types with the key path, syntax errors with `file:line`. Keys of 0.1.0 mean what they meant.
     """
     name, text = _read(source)
     tree = _parse(name, text)
+    upgrade(tree, overwrite=False)
     for override in overrides:
         _apply(tree, override)
+        upgrade(tree, overwrite=True)
     return _validate(name, tree, Config)
 
 

@@ -100,10 +100,8 @@ class PromptsConfig(Section):
     """K, prompts in the bank."""
     tokens: NonNegativeInt = 8
     """P, virtual tokens per prompt; 0 with a `method.type` that has no soft prompts."""
-    init: Literal["vocab", "text", "normal", "reference"] = "vocab"
-    """Rows sampled from the frozen embedding table, given strings, normal at the table's deviation,
-    or N(0, 1).
-    """
+    init: Literal["vocab", "text", "normal"] = "vocab"
+    """Rows sampled from the frozen embedding table, given strings, or normal at its deviation."""
     init_texts: tuple[str, ...] = ()
     """With `init: text`, one string per prompt (or one for all); repeated or cut to P tokens."""
     placement: Literal["prefix", "suffix"] = "prefix"
@@ -126,14 +124,6 @@ class RetrieverConfig(Section):
 
     projections: Literal["separate", "shared"] = "separate"
     """W_c and W_p apart, or one Linear for both sides (as the reference has it)."""
-    activation: Literal["softplus", "reference"] = "softplus"
-    """Monotone softplus, or the reference's softplus(beta 10, threshold 1), which jumps at cos 0.1.
-    """
-    pool: Literal["context", "padded_text"] = "context"
-    """Mean over real context tokens, or (reference) over the whole padded row, response included.
-    """
-    pool_length_tokens: PositiveInt = 512
-    """Row length that `pool: padded_text` pads to."""
 
 
 class LossConfig(Section):
@@ -154,14 +144,27 @@ class LossConfig(Section):
     """Temperature of the retriever's softmax(s / tau)."""
     bleu_threshold: float = 20.0
     """Gamma: contexts whose sentence BLEU (0 to 100) lies above it form a similar pair."""
-    mask: Literal["target", "nonzero"] = "target"
-    """Average over the target tokens, or (reference) over those with a loss other than 0."""
     head_chunk_mib: PositiveInt = 128
     """Upper bound of the vocabulary logits that exist at one time, in MiB."""
     train_top_m: NonNegativeInt = 0
     """Selective backward: score all K without gradient, then train the m best of each example; 0
     trains all K.
     """
+
+
+class ReferenceConfig(Section):
+    """What the public reference does in its own way; for the recipe `reference`, off elsewhere."""
+
+    unit_normal_prompts: bool = False
+    """Draw the prompts from N(0, 1), as PEFT does, instead of by `prompts.init`."""
+    jumping_activation: bool = False
+    """Score by softplus(beta 10, threshold 1), which jumps down at cos 0.1."""
+    padded_pool: bool = False
+    """Pool over the whole padded text, in training with the response, not over the context."""
+    pool_length_tokens: PositiveInt = 512
+    """Length in tokens that `padded_pool` pads a text to."""
+    nonzero_mask: bool = False
+    """Average over the targets with a loss other than 0, not over all of them."""
 
 
 class DataConfig(Section):
@@ -353,6 +356,7 @@ class Config(Section):
     prompts: PromptsConfig = PromptsConfig()
     retriever: RetrieverConfig = RetrieverConfig()
     losses: LossConfig = LossConfig()
+    reference: ReferenceConfig = ReferenceConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -367,6 +371,11 @@ class Config(Section):
             raise ValueError(
                 f"losses.train_top_m is {self.losses.train_top_m}, the bank has prompts.count ="
                 f" {self.prompts.count}; give 0 (all) to prompts.count"
+            )
+        if self.reference.unit_normal_prompts and self.prompts.init != "vocab":
+            raise ValueError(
+                f"prompts.init is {self.prompts.init}, but reference.unit_normal_prompts draws the"
+                " prompts from N(0, 1); leave one of them out"
             )
         kind, _, number = self.generate.mode.partition(":")
         if kind == "fixed" and int(number) >= self.prompts.count:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from spt_ds.batch import Batch
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.rows import embed
 from spt_ds.model.spt import Spt
 
 
@@ -29,7 +28,7 @@ def naive_loss(backbone: Backbone, spt: Spt, batch: Batch, length: int) -> torch
     """
     settings, lm = spt.config.losses, backbone.lm
     lm.set_attn_implementation("sdpa")
-    scores = spt.trainables.scores(spt.pooled(backbone, batch, embed(backbone, batch)))  # [K, B]
+    _, _, scores = spt.score(backbone, spt.pack(batch))  # [K, B]
     text, targets, mask = (
         part.to(scores.device) for part in _padded(batch, length, spt.trainables.bank.tokens)
     )
@@ -77,8 +76,8 @@ def _padded(
     targets = torch.full((len(batch), virtual + length), -100)
     mask = torch.zeros(len(batch), virtual + length, dtype=torch.long)
     contexts, responses = (
-        batch.context_ids.split(batch.context_lens),
-        batch.response_ids.split(batch.response_lens),
+        torch.from_numpy(batch.context_ids).split(batch.context_lens),
+        torch.from_numpy(batch.response_ids).split(batch.response_lens),
     )
     for row, (context, response) in enumerate(zip(contexts, responses, strict=True)):
         end = len(context) + len(response)

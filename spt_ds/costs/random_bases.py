@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
@@ -96,11 +97,11 @@ def micro_batch(source: str, tokenizer: str, size: int, vocabulary: int, max_tok
     encoded.sort(key=lambda example: len(example.context_ids) + len(example.response_ids))
     chosen = [encoded[(2 * row + 1) * len(encoded) // (2 * size)] for row in range(size)]
     # The tokenizer may know more ids than the base: a cost does not depend on which token it is.
-    contexts = [torch.tensor(example.context_ids) % vocabulary for example in chosen]
-    responses = [torch.tensor(example.response_ids) % vocabulary for example in chosen]
+    contexts = [np.array(example.context_ids) % vocabulary for example in chosen]
+    responses = [np.array(example.response_ids) % vocabulary for example in chosen]
     return Batch(
-        torch.cat(contexts),
-        torch.cat(responses),
+        np.concatenate(contexts),
+        np.concatenate(responses),
         tuple(len(ids) for ids in contexts),
         tuple(len(ids) for ids in responses),
         tuple(range(size)),

@@ -22,7 +22,7 @@ from spt_ds.costs.meters import Clock, Inside, matmul_ceiling, peak_bytes, reset
 from spt_ds.costs.naive_step import naive_loss
 from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.model.backbone import Backbone, base_dtype
-from spt_ds.model.spt import Counts, Spt
+from spt_ds.model.spt import Spt
 from spt_ds.placement.shape import BaseShape
 
 # precise is prefix in float64: it shows whose rounding a difference is.
@@ -116,8 +116,8 @@ class Stepper:
         if self.case == "naive":
             self.loss = naive_loss(self.backbone, self.spt, self.batch, self.args.max_tokens)
         else:
-            counts = Counts(len(self.batch), len(self.batch.response_ids))
-            self.loss = self.backbone(self.spt.micro_losses, self.batch, counts).total
+            counts = (len(self.batch), len(self.batch.response_ids))
+            self.loss = self.backbone(self.spt.micro_losses, self.batch, *counts).total
         marks.append(self.clock.now())
         self.loss.backward()
         marks.append(self.clock.now())

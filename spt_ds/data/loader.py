@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from spt_ds.batch import Batch, Contrast, Window
@@ -56,9 +55,7 @@ class TrainLoader:
         self._workers = workers
 
     def windows(self, start_step: int) -> Iterator[Window]:
-        """Yield the windows of steps `start_step`, `start_step` + 1, ... without end, in pinned
-        memory under CUDA.
-        """
+        """Yield the windows of steps `start_step`, `start_step` + 1, ... without end."""
         loader = DataLoader(
             self._windows,
             batch_size=None,
@@ -67,50 +64,27 @@ class TrainLoader:
             prefetch_factor=_PREFETCH if self._workers else None,
             collate_fn=_same,
         )
-        pin = torch.cuda.is_available()
-        for item in loader:
-            if isinstance(item, SptError):
-                raise item
-            yield _window(item, pin)
+        for window in loader:
+            if isinstance(window, SptError):
+                raise window
+            yield window
 
 
 def eval_batches(store: ExampleStore, micro_batch: int, world: int, rank: int) -> Iterator[Batch]:
     """Yield this rank's batches: over all ranks every example once with weight 1; the same number
     on every rank.
     """
-    pin = torch.cuda.is_available()
     rows = np.arange(len(store))
     for slots in assign(rows, store.lengths.total, world, micro_batch)[rank]:
-        yield _batch(_rows(store, slots), pin)
+        yield _batch(store, slots)
 
 
 def make_batch(store: ExampleStore, rows: Sequence[int]) -> Batch:
-    """The given examples, in this order, as one batch on the CPU."""
-    return _batch(_rows(store, [Slot(row, row, 1.0) for row in rows]), pin=False)
+    """Return the given examples, in this order, as one batch."""
+    return _batch(store, [Slot(row, row, 1.0) for row in rows])
 
 
-class _Rows(NamedTuple):
-    """A `Batch` before its arrays become tensors."""
-
-    context_ids: np.ndarray
-    response_ids: np.ndarray
-    context_lens: tuple[int, ...]
-    response_lens: tuple[int, ...]
-    indices: tuple[int, ...]
-    weights: tuple[float, ...]
-
-
-class _Prepared(NamedTuple):
-    """A `Window` before its arrays become tensors; pairs and targets are None without contrast."""
-
-    micro: tuple[_Rows, ...]
-    target_tokens: int
-    owner: tuple[tuple[int, int], ...]
-    pairs: np.ndarray | None
-    targets: np.ndarray | None
-
-
-class _Windows(Dataset[_Prepared | SptError]):
+class _Windows(Dataset[Window | SptError]):
     """Item s is the window of step s; a fault of the data is returned, so that its text survives
     the worker.
     """
@@ -133,65 +107,48 @@ class _Windows(Dataset[_Prepared | SptError]):
         self._seed = seed
         self._bleu_threshold = bleu_threshold
 
-    def __getitem__(self, step: int) -> _Prepared | SptError:
+    def __getitem__(self, step: int) -> Window | SptError:
         try:
             return self._prepare(step)
         except SptError as error:
             return error
 
-    def _prepare(self, step: int) -> _Prepared:
+    def _prepare(self, step: int) -> Window:
         store = self._store
         indices = window_indices(len(store), self._global_batch, self._seed, step)
         dealt = assign(indices, store.lengths.total[indices], self._world, self._micro_batch)
-        owner = _owners(dealt, len(indices))
-        pairs = targets = None
+        contrast = None
         if self._bleu_threshold is not None:
-            texts = [
-                pair_text(persona, history) for persona, history in store.texts(indices.tolist())
-            ]
-            local = [rank == self._rank for rank, _ in owner]
-            pairs, targets = contrast_pairs(texts, local, self._bleu_threshold)
-        micro = tuple(_rows(store, slots) for slots in dealt[self._rank])
-        return _Prepared(micro, int(store.lengths.response[indices].sum()), owner, pairs, targets)
+            contrast = self._contrast(indices.tolist(), _owners(dealt, len(indices)))
+        micro = tuple(_batch(store, slots) for slots in dealt[self._rank])
+        target_tokens = int(store.lengths.response[indices].sum())
+        return Window(micro, len(indices), target_tokens, contrast)
+
+    def _contrast(self, indices: list[int], owner: tuple[tuple[int, int], ...]) -> Contrast:
+        texts = [pair_text(persona, history) for persona, history in self._store.texts(indices)]
+        local = [rank == self._rank for rank, _ in owner]
+        pairs, targets = contrast_pairs(texts, local, self._bleu_threshold)
+        return Contrast(owner, pairs, targets, pair_count=len(owner) * (len(owner) - 1) // 2)
 
 
 def _owners(dealt: list[list[list[Slot]]], examples: int) -> tuple[tuple[int, int], ...]:
     """(rank, slot) of each window position."""
     owner = [(-1, -1)] * examples
     for rank, micro in enumerate(dealt):
-        for place, slot in enumerate(slot for slots in micro for slot in slots):
+        for number, slot in enumerate(slot for slots in micro for slot in slots):
             if slot.position >= 0:
-                owner[slot.position] = (rank, place)
+                owner[slot.position] = (rank, number)
     return tuple(owner)
 
 
-def _rows(store: ExampleStore, slots: list[Slot]) -> _Rows:
+def _batch(store: ExampleStore, slots: list[Slot]) -> Batch:
     indices = tuple(slot.row for slot in slots)
     context_ids, response_ids = store.ids(indices)
     context_lens, response_lens = (
         tuple(lengths[list(indices)].tolist()) for lengths in store.lengths
     )
     weights = tuple(slot.weight for slot in slots)
-    return _Rows(context_ids, response_ids, context_lens, response_lens, indices, weights)
-
-
-def _batch(rows: _Rows, pin: bool) -> Batch:
-    return Batch(_tensor(rows.context_ids, pin), _tensor(rows.response_ids, pin), *rows[2:])
-
-
-def _window(item: _Prepared, pin: bool) -> Window:
-    contrast = None
-    examples = len(item.owner)
-    if item.pairs is not None and item.targets is not None:
-        pairs, targets = _tensor(item.pairs, pin), _tensor(item.targets, pin)
-        contrast = Contrast(item.owner, pairs, targets, pair_count=examples * (examples - 1) // 2)
-    micro = tuple(_batch(rows, pin) for rows in item.micro)
-    return Window(micro, examples, item.target_tokens, sum(map(len, micro)), contrast)
-
-
-def _tensor(array: np.ndarray, pin: bool) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if pin else tensor
+    return Batch(context_ids, response_ids, context_lens, response_lens, indices, weights)
 
 
 def _same(item: Any) -> Any:

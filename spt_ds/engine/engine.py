@@ -20,7 +20,7 @@ from spt_ds.config.schema import Config, OptimConfig
 from spt_ds.engine.zero import Sharding
 from spt_ds.errors import NonFiniteError
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.spt import Counts, MicroLosses, Spt, Trainables
+from spt_ds.model.spt import MicroLosses, Spt, Trainables
 
 PARTS = ("nll", "selection", "fusion", "contrastive")
 SIGNALS = ("stop", "save")
@@ -112,12 +112,13 @@ class Engine:
         infinite.
         """
         self.buffer.zero_()
-        counts = Counts(window.examples, window.target_tokens)
         outs: list[MicroLosses] = []
         for batch in window.micro:
-            out: MicroLosses = self.root(self.spt.micro_losses, batch, counts)
+            out: MicroLosses = self.root(
+                self.spt.micro_losses, batch, window.examples, window.target_tokens
+            )
             out.total.backward()
-            self._add(out, batch)
+            self._add(out)
             outs.append(out)
         weight = self.config.losses.contrastive
         if weight and window.contrast is not None:
@@ -144,11 +145,11 @@ class Engine:
         weights = (1.0, losses.selection, losses.fusion, losses.contrastive)
         return StepResult(reduced, grad_norm, lr, weights)
 
-    def _add(self, out: MicroLosses, batch: Batch) -> None:
+    def _add(self, out: MicroLosses) -> None:
         self.sums[:3] += out.parts
         self.sums[len(PARTS) + len(SIGNALS)] += out.bad.sum()
-        real = on_device(batch.weights, self.sums.device, self.sums.dtype)
-        self.sums[len(PARTS) + len(SIGNALS) + 1 :].index_add_(0, out.scores.argmax(dim=0), real)
+        usage = self.sums[len(PARTS) + len(SIGNALS) + 1 :]
+        usage.index_add_(0, out.scores.argmax(dim=0), out.packed.weights)
 
     def _set_lr(self, step: int, total_steps: int) -> float:
         factor = lr_factor(self.config.optim, step, total_steps)
@@ -183,9 +184,9 @@ class Engine:
         """
         sums = torch.zeros(7, dtype=torch.float64, device=self.world.device)
         for batch in batches:
-            out: MicroLosses = self.root(self.spt.micro_losses, batch, Counts(1, 1))
-            weights = on_device(batch.weights, sums.device, sums.dtype)
-            tokens = weights * on_device(batch.response_lens, sums.device, sums.dtype)
+            out: MicroLosses = self.root(self.spt.micro_losses, batch, 1, 1)
+            weights = out.packed.weights.to(sums.dtype)
+            tokens = weights * out.packed.response_tokens
             nll = out.nll.double()
             selected = nll.gather(0, out.scores.argmax(dim=0)[None])[0]
             best = nll.min(dim=0).values

@@ -26,9 +26,10 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from spt_ds.batch import Batch
 from spt_ds.config.schema import GenerateConfig
+from spt_ds.model import losses
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.conversation import Live, StopOn, cache_argument
-from spt_ds.model.rows import Embedded, embed, read_context, target_states
+from spt_ds.model.rows import read_context, target_states
 from spt_ds.model.spt import Spt
 from spt_ds.rng import keyed_generator
 
@@ -88,12 +89,11 @@ def decode(
     `special` is (end-of-sequence id, pad id); `synced` keeps ranks that share a sharded base in
     step until the longest reply of all is done; `live` is what a conversation adds.
     """
-    embedded = embed(backbone, batch)
     bank = spt.trainables.bank.weight
-    # Nothing of the reference replies: a pool over the whole text (retriever.pool: padded_text)
-    # would read them.
-    asked = Embedded(embedded.context, embedded.response[:0])
-    scores = spt.trainables.scores(spt.pooled(backbone, batch.contexts(), asked))
+    # Without the reference replies: a pool over the whole text (reference.padded_pool) would
+    # read them.
+    asked = spt.pack(batch.contexts())
+    text, _, scores = spt.score(backbone, asked)
     seed = spt.config.train.seed
     chosen = choose_prompts(options.mode, scores, batch.indices, seed)
     fused = options.mode == "fuse"
@@ -101,7 +101,7 @@ def decode(
     prompts = (
         bank[:, None].expand(-1, len(batch), -1, -1) if fused else bank[rows][None]
     )  # [K or 1, B, P, D]
-    contexts = embedded.context.split(batch.context_lens)
+    contexts = text.split(batch.context_lens)
     suffix = spt.config.prompts.placement == "suffix"
     pieces = [
         torch.cat([context, own.to(context.dtype)] if suffix else [own.to(context.dtype), context])
@@ -112,7 +112,11 @@ def decode(
     end, pad = special
     processors = LogitsProcessorList(
         [
-            *([FuseRows(spt.mixture(scores))] if fused else []),
+            *(
+                [FuseRows(losses.fusion_weights(scores, spt.config.losses.fusion_weights))]
+                if fused
+                else []
+            ),
             *_constraints(options, end, embeddings.device),
             *_sampling(options, batch.indices * len(prompts), seed),
         ]
@@ -145,9 +149,11 @@ def decode(
     tokens = [_until(row, end) for row in out[: len(batch)].tolist()]
     nll = None
     if options.perplexity:
-        read = read_context(backbone, batch, embedded, spt.config.prompts.placement)
-        hidden = target_states(backbone, batch, embedded, prompts, read)
-        nll = spt.reply_losses(backbone, batch, hidden)[0]
+        packed = spt.pack(batch)
+        whole = backbone.embed(packed.ids)
+        read = read_context(backbone, packed, whole, spt.config.prompts.placement)
+        hidden = target_states(backbone, packed, whole, prompts, read)
+        nll = spt.reply_losses(backbone, packed, hidden)[0]
     return Decoded(tokens, chosen, scores, nll)
 
 
@@ -168,7 +174,7 @@ class FuseRows(LogitsProcessor):
     """
 
     def __init__(self, weights: torch.Tensor) -> None:
-        self.weights = weights  # [K, B], see Spt.mixture
+        self.weights = weights  # [K, B], see losses.fusion_weights
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         count, size = self.weights.shape

@@ -11,22 +11,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from spt_ds.batch import owners
 
+def mean_per_example(values: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
+    """Token losses [..., n] -> means [..., B]; member [n, B] is 1 for the tokens of an example.
 
-def membership(lens: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """[n, B] matrix with a 1 where token i belongs to example b; products with it are deterministic
-    sums.
+    Matrix products, because they add in the same order in every run.
     """
-    return (owners(lens, device)[:, None] == torch.arange(len(lens), device=device)).to(dtype)
-
-
-def mean_per_example(values: torch.Tensor, member: torch.Tensor, mask: str) -> torch.Tensor:
-    """Token losses [..., n] -> means [..., B]; `mask: nonzero` leaves out tokens with loss 0
-    (reference).
-    """
-    counted = (values != 0).to(values.dtype) if mask == "nonzero" else torch.ones_like(values)
-    return (values @ member) / (counted @ member)
+    return (values @ member) / (torch.ones_like(values) @ member)
 
 
 def selection(
@@ -38,6 +29,11 @@ def selection(
     gold = (-nll.detach() / tau_gold).log_softmax(dim=0)
     similar = (scores / tau_sim).log_softmax(dim=0)
     return (gold.exp() * (gold - similar)).sum(dim=0)
+
+
+def fusion_weights(scores: torch.Tensor, kind: str) -> torch.Tensor:
+    """Weights of the K prompts' logits in the fusion: [K, B] -> [K, B]; `normalised` sums to 1."""
+    return scores / scores.sum(dim=0) if kind == "normalised" else scores
 
 
 def fuse(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -43,13 +43,10 @@ def initial_prompts(
     """Return E [K, P, D] in fp32 on the CPU.
 
     `vocab` copies randomly chosen rows of the frozen table, `text` the rows of given token ids
-    (repeated or cut to P), `normal` draws at the table's own mean square, `reference` draws from
-    N(0, 1) as PEFT does. `vocab` is the default because in PEFT's method comparison init and
+    (repeated or cut to P), `normal` draws at the table's own mean square. `vocab` is the default because in PEFT's method comparison init and
     learning rate alone move prompt tuning from 5.7 to 34.3 %.
     """
     count, tokens, _ = shape
-    if init == "reference":
-        return torch.randn(shape, generator=generator)
     if init == "text":
         lists = [text_ids[k % len(text_ids)] for k in range(count)]
         ids = torch.tensor([[one[p % len(one)] for p in range(tokens)] for one in lists])

@@ -6,13 +6,17 @@ Legend: K prompts, P virtual tokens, B examples, D embedding size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spt_ds.batch import on_device
-from spt_ds.errors import ModelError
-from spt_ds.model.losses import membership
+from spt_ds.batch import Packed
+from spt_ds.model.backbone import Backbone
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+Pool = Callable[[Backbone, Packed, torch.Tensor], torch.Tensor]
 
 
 def softplus_scores(cos: torch.Tensor) -> torch.Tensor:
@@ -20,24 +24,21 @@ def softplus_scores(cos: torch.Tensor) -> torch.Tensor:
     return F.softplus(cos)
 
 
-def reference_scores(cos: torch.Tensor) -> torch.Tensor:
-    """The reference's softplus(beta 10, threshold 1): jumps down from 0.1313 to 0.1 at cos = 0.1."""
-    return F.softplus(cos, beta=10, threshold=1)
-
-
-ACTIVATIONS = {"softplus": softplus_scores, "reference": reference_scores}
-
-
 class Retriever(nn.Module):
     """`c_b = W_c pooled_b + b_c`, `v_k = W_p mean_p E_kp + b_p`, score = activation(cos(v_k, c_b))."""
 
     def __init__(
-        self, size: int, *, shared: bool, activation: str, generator: torch.Generator | None = None
+        self,
+        size: int,
+        *,
+        shared: bool,
+        activation: Activation = softplus_scores,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.context = _linear(size, generator)
         self.prompt = self.context if shared else _linear(size, generator)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
 
     def cosines(self, bank: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         """bank E [K, P, D], pooled contexts [B, D] -> cosines [K, B], in the precision of the
@@ -65,29 +66,20 @@ def _linear(size: int, generator: torch.Generator | None) -> nn.Linear:
     return layer
 
 
-def pool(
-    embeddings: torch.Tensor, lens: tuple[int, ...], fill: torch.Tensor | None, length: int
-) -> torch.Tensor:
-    """Mean embedding of each of B spans that lie end to end.
+def mean_of_contexts(backbone: Backbone, packed: Packed, text: torch.Tensor) -> torch.Tensor:
+    """Mean embedding [B, D] of each context, in fp32, or fp64 where the embeddings are.
 
-    Args: embeddings [n, D]; lens, B of them; fill [D] or None. With `fill` each span counts as
-    padded to `length` tokens with that row (the reference's pooling, faults 1 and 2). Returns [B,
-    D] in fp32, or fp64 where the embeddings are. Raises ModelError where a span is longer than
-    `length`.
+    Args: text [t, D], the embeddings of `packed.ids`, contexts first. The backbone is for a pool
+    that looks another token up (see model/reference.py).
+    """
+    sums = span_sums(text[: len(packed.of_context)], packed.of_context)
+    return sums / packed.context_tokens.to(sums.dtype)[:, None]
+
+
+def span_sums(embeddings: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
+    """Sum the embeddings [n, D] of each span, in fp32 or better: member [n, B] of 0/1 -> [B, D].
+
+    A matrix product adds in the same order on every device and in every run.
     """
     precise = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    member = membership(lens, precise.device, precise.dtype)  # [n, B]
-    sums = (
-        member.T @ precise
-    )  # a matrix product: the same order of additions on every device and run
-    counted = on_device(lens, precise.device, precise.dtype)[:, None]
-    if fill is None:
-        return sums / counted
-    if max(lens) > length:
-        raise ModelError(
-            f"retriever.pool: padded_text: a text of {max(lens)} tokens is longer than"
-            f" retriever.pool_length_tokens = {length}, to which texts are padded; set it to"
-            " data.max_tokens or more"
-        )
-    missing = length - counted
-    return (sums + missing * fill.to(precise.dtype)) / length
+    return member.to(precise.dtype).T @ precise

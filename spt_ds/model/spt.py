@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
-from spt_ds.batch import Batch, Contrast, on_device, owners
+from spt_ds.batch import Batch, Contrast, Packed, on_device
 from spt_ds.config.schema import Config
-from spt_ds.model import losses
+from spt_ds.model import losses, reference
+from spt_ds.model.attention import Layout
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.prompt_bank import PromptBank, initial_prompts
-from spt_ds.model.retriever import Retriever, pool
-from spt_ds.model.rows import Embedded, embed, read_context, target_states
+from spt_ds.model.retriever import Retriever
+from spt_ds.model.rows import read_context, target_states
 
 
 class Trainables(nn.Module):
@@ -38,14 +40,6 @@ class Trainables(nn.Module):
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What the sums of one optimizer step are divided by, over all ranks and micro-batches."""
-
-    examples: int
-    target_tokens: int
-
-
-@dataclass(frozen=True)
 class MicroLosses:
     """Losses of one micro-batch. `total` carries the gradient; the rest is detached, for metrics
     and messages.
@@ -59,6 +53,7 @@ class MicroLosses:
     )  # [B] target tokens whose loss is not finite: `nll` of the whole micro-batch is lost with one
     scores: torch.Tensor  # [K, B]
     pooled: torch.Tensor  # [B, D]
+    packed: Packed  # the micro-batch on the device
 
 
 def build_trainables(
@@ -77,16 +72,18 @@ def build_trainables(
     def rows(ids: torch.Tensor) -> torch.Tensor:
         return backbone.embed(ids.to(device))
 
-    bank = PromptBank(
-        initial_prompts(config.prompts.init, shape, rows, backbone.vocabulary, init_ids, generator)
-    )
+    if config.reference.unit_normal_prompts:
+        weight = reference.unit_normal_prompts(shape, generator)
+    else:
+        init, vocabulary = config.prompts.init, backbone.vocabulary
+        weight = initial_prompts(init, shape, rows, vocabulary, init_ids, generator)
     retriever = Retriever(
         backbone.embed_size,
         shared=config.retriever.projections == "shared",
-        activation=config.retriever.activation,
+        activation=reference.activation_of(config.reference),
         generator=generator,
     )
-    return Trainables(bank, retriever).to(device)
+    return Trainables(PromptBank(weight), retriever).to(device)
 
 
 class Spt:
@@ -96,106 +93,99 @@ class Spt:
         self.config = config
         self.trainables = trainables
         self.pad_id = pad_id
+        self.pool = reference.pool_of(config.reference, pad_id)
+        self.mean_per_example = reference.mean_of(config.reference)
 
-    @torch.no_grad()
-    def pooled(self, backbone: Backbone, batch: Batch, embedded: Embedded) -> torch.Tensor:
-        """Mean context embedding [B, D] that the retriever reads: the same function in training and
-        generation.
+    def pack(self, batch: Batch) -> Packed:
+        """Send a micro-batch to the device of the trainables, as rows of the method's prompts."""
+        bank = self.trainables.bank.weight
+        suffix = self.config.prompts.placement == "suffix"
+        return Packed.from_batch(batch, bank.shape[1], bank.device, suffix=suffix)
 
-        Without a graph, also where the embedding table trains: micro-batches keep it until the end
-        of the step.
+    def score(
+        self, backbone: Backbone, packed: Packed
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Score every prompt for every context, without a pass through the base.
+
+        Returns: text [t, D], the embeddings of `packed.ids`; pooled [B, D], the mean context
+        embedding that the retriever reads, the same function in training and generation; scores
+        s [K, B].
         """
-        if self.config.retriever.pool == "context":
-            return pool(embedded.context, batch.context_lens, None, 0)
-        parts = zip(
-            embedded.context.split(batch.context_lens),
-            embedded.response.split(batch.response_lens),
-            strict=True,
-        )
-        text = torch.cat([piece for pair in parts for piece in pair])
-        lens = tuple(c + r for c, r in zip(batch.context_lens, batch.response_lens, strict=True))
-        fill = backbone.embed(on_device([self.pad_id], text.device))[0]
-        return pool(text, lens, fill, self.config.retriever.pool_length_tokens)
+        text = backbone.embed(packed.ids)
+        # Without a graph, also where the embedding table trains: the contrastive loss keeps `pooled`
+        # until the end of the step.
+        with torch.no_grad():
+            pooled = self.pool(backbone, packed, text)
+        return text, pooled, self.trainables.scores(pooled)
 
-    def scores(self, backbone: Backbone, batch: Batch) -> torch.Tensor:
-        """Retriever scores [K, B]: no pass through the LLM."""
-        return self.trainables.scores(self.pooled(backbone, batch, embed(backbone, batch)))
+    def micro_losses(
+        self, backbone: Backbone, batch: Batch, examples: int, target_tokens: int
+    ) -> MicroLosses:
+        """Forward one micro-batch under all K prompts.
 
-    def mixture(self, scores: torch.Tensor) -> torch.Tensor:
-        """Weights [K, B] of the K prompts' logits in the fusion, from their scores [K, B]."""
-        return (
-            scores / scores.sum(dim=0)
-            if self.config.losses.fusion_weights == "normalised"
-            else scores
-        )
-
-    def micro_losses(self, backbone: Backbone, batch: Batch, counts: Counts) -> MicroLosses:
-        """Forward one micro-batch under all K prompts; see `MicroLosses`."""
-        settings = self.config.losses
-        embedded = embed(backbone, batch)
-        pooled = self.pooled(backbone, batch, embedded)
-        scores = self.trainables.scores(pooled)  # [K, B]
-        hidden = self._states(backbone, batch, embedded)  # [K, n, head size]
-        token_loss, fused_loss = self._token_losses(backbone, batch, hidden, self.mixture(scores))
-        member = losses.membership(batch.response_lens, scores.device, token_loss.dtype)  # [n, B]
-        weights = on_device(batch.weights, scores.device, token_loss.dtype)
-        nll = losses.mean_per_example(token_loss, member, settings.mask)  # [K, B]
-        fused = losses.mean_per_example(fused_loss, member, settings.mask)  # [B]
+        `examples` and `target_tokens` are counts over the whole optimizer step, all ranks and
+        micro-batches: the losses are divided by them.
+        """
+        settings, bank = self.config.losses, self.trainables.bank.weight
+        packed = self.pack(batch)
+        text, pooled, scores = self.score(backbone, packed)
+        context = read_context(backbone, packed, text, self.config.prompts.placement)
+        if 0 < settings.train_top_m < len(bank) and torch.is_grad_enabled():
+            hidden = self._selective_states(backbone, packed, text, context)
+        else:
+            every = bank[:, None].expand(-1, len(batch), -1, -1)
+            hidden = target_states(backbone, packed, text, every, context)  # [K, n, head size]
+        # The fused rows go through the head beside those of the prompts: one visit to its weight.
+        mixture = losses.fusion_weights(scores, settings.fusion_weights)[
+            :, packed.example
+        ]  # [K, n]
+        fused = losses.fuse(hidden, mixture).to(hidden.dtype)  # [n, head size]
+        rows = torch.cat([hidden.flatten(0, 1), fused])
+        # The head is linear but for its bias, and a fused row sums the biases of K rows.
+        biases = torch.cat([mixture.new_ones(hidden.shape[:2]).flatten(), mixture.sum(dim=0)])
+        targets = packed.targets.repeat(len(bank) + 1)
+        out = backbone.head(rows, targets, biases, settings.head_chunk_mib)
+        token_loss, fused_loss = out.view(len(bank) + 1, -1).split([len(bank), 1])
+        member, weights = packed.of_response.to(out.dtype), packed.weights.to(out.dtype)
+        nll = self.mean_per_example(token_loss, member)  # [K, B]
+        fused_nll = self.mean_per_example(fused_loss[0], member)  # [B]
         chosen = losses.selection(nll, scores, settings.tau_gold, settings.tau_sim)  # [B]
         parts = torch.stack(
             [
-                (token_loss @ member @ weights).mean() / counts.target_tokens,
-                chosen @ weights / counts.examples,
-                fused @ weights / counts.examples,
+                (token_loss @ member @ weights).mean() / target_tokens,
+                chosen @ weights / examples,
+                fused_nll @ weights / examples,
             ]
         )
         total = parts[0] + settings.selection * parts[1] + settings.fusion * parts[2]
         bad = (~torch.isfinite(token_loss)).any(dim=0).to(member.dtype) @ member
-        return MicroLosses(total, parts.detach(), nll.detach(), bad, scores.detach(), pooled)
-
-    def _states(self, backbone: Backbone, batch: Batch, embedded: Embedded) -> torch.Tensor:
-        bank = self.trainables.bank.weight
-        context = read_context(backbone, batch, embedded, self.config.prompts.placement)
-        every = bank[:, None].expand(-1, len(batch), -1, -1)
-        best = self.config.losses.train_top_m
-        if not best or best == len(bank) or not torch.is_grad_enabled():
-            return target_states(backbone, batch, embedded, every, context)
-        # Selective backward: the value is that of all K, the gradient goes through the m best of
-        # each example only.
-        with torch.no_grad():
-            hidden = target_states(backbone, batch, embedded, every, context)
-            nll = self.reply_losses(backbone, batch, hidden)
-        chosen = nll.topk(best, dim=0, largest=False).indices  # [m, B]
-        trained = target_states(backbone, batch, embedded, bank[chosen], context)
-        rows = chosen[:, owners(batch.response_lens, chosen.device)]
-        return hidden.scatter(0, rows[..., None].expand_as(trained), trained)
-
-    def _token_losses(
-        self, backbone: Backbone, batch: Batch, hidden: torch.Tensor, mixture: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [K, n, head size], mixture [K, B] -> losses under each prompt [K, n] and of the
-        fusion [n].
-        """
-        count, tokens = hidden.shape[:2]
-        targets = on_device(batch.response_ids, hidden.device)
-        per_token = mixture[:, owners(batch.response_lens, hidden.device)]  # [K, n]
-        fused = losses.fuse(hidden, per_token).to(hidden.dtype)
-        bias_scale = torch.cat([per_token.new_ones(count * tokens), per_token.sum(dim=0)])
-        out = backbone.head(
-            torch.cat([hidden.flatten(0, 1), fused]),
-            targets.repeat(count + 1),
-            bias_scale,
-            self.config.losses.head_chunk_mib,
+        return MicroLosses(
+            total, parts.detach(), nll.detach(), bad, scores.detach(), pooled, packed
         )
-        return out[: count * tokens].view(count, tokens), out[count * tokens :]
 
-    def reply_losses(self, backbone: Backbone, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    def _selective_states(
+        self, backbone: Backbone, packed: Packed, text: torch.Tensor, context: Layout | None
+    ) -> torch.Tensor:
+        """Target states [K, n, head size] whose gradient goes through the m best prompts only."""
+        bank, best = self.trainables.bank.weight, self.config.losses.train_top_m
+        every = bank[:, None].expand(-1, len(packed.batch), -1, -1)
+        with torch.no_grad():
+            hidden = target_states(backbone, packed, text, every, context)
+            nll = self.reply_losses(backbone, packed, hidden)
+        chosen = nll.topk(best, dim=0, largest=False).indices  # [m, B]
+        trained = target_states(backbone, packed, text, bank[chosen], context)
+        # `hidden` is a constant: the states that were read again replace their twins in it.
+        rows = chosen[:, packed.example, None]
+        return hidden.scatter(0, rows.expand_as(trained), trained)
+
+    def reply_losses(
+        self, backbone: Backbone, packed: Packed, hidden: torch.Tensor
+    ) -> torch.Tensor:
         """hidden [M, n, head size] -> mean loss of each reply [M, B]."""
-        count = len(hidden)
-        targets = on_device(batch.response_ids, hidden.device).repeat(count)
+        targets = packed.targets.repeat(len(hidden))
         out = backbone.head(hidden.flatten(0, 1), targets, None, self.config.losses.head_chunk_mib)
-        member = losses.membership(batch.response_lens, hidden.device, out.dtype)
-        return losses.mean_per_example(out.view(count, -1), member, "target")
+        member = packed.of_response.to(out.dtype)
+        return losses.mean_per_example(out.view(len(hidden), -1), member)
 
     def contrastive(
         self, pooled: torch.Tensor, everyone: torch.Tensor, contrast: Contrast, rank: int
@@ -212,8 +202,8 @@ class Spt:
             torch.cat([everyone[:rank], own[None], everyone[rank + 1 :]]).transpose(0, 1).flatten(1)
         )  # [K, ranks * slots]
         slots = own.shape[1]
-        column = on_device([r * slots + slot for r, slot in contrast.owner], own.device, torch.long)
-        pairs = column[on_device(contrast.pairs, own.device)]  # [pairs, 2]
+        column = np.array([r * slots + slot for r, slot in contrast.owner])
+        pairs = on_device(column[contrast.pairs], own.device)  # [pairs, 2]
         similar = on_device(contrast.targets, own.device)
         terms = losses.contrastive(table[:, pairs[:, 0]], table[:, pairs[:, 1]], similar)
         both = ((pairs // slots) == rank).all(dim=1)

@@ -85,16 +85,16 @@ def train_with_nan(world: dist.World, setup: Setup, where: str) -> dict[str, Any
     if world.rank == 1:
         forward = engine.spt.micro_losses
 
-        def poisoned(backbone: Any, batch: Any, counts: Any) -> MicroLosses:
+        def poisoned(backbone: Any, batch: Any, *counts: int) -> MicroLosses:
             if where == "gradient":
-                out = forward(backbone, batch, counts)
+                out = forward(backbone, batch, *counts)
                 out.total.register_hook(lambda grad: grad * torch.nan)
                 return out
             if victim not in batch.indices:
-                return forward(backbone, batch, counts)
+                return forward(backbone, batch, *counts)
             embed = backbone.embed
             backbone.embed = lambda ids: embed(ids) * torch.nan
-            out = forward(backbone, batch, counts)
+            out = forward(backbone, batch, *counts)
             backbone.embed = embed
             return out
 

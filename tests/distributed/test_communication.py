@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from spt_ds import dist
 from spt_ds.engine import zero
 from spt_ds.errors import EngineError
-from spt_ds.model.spt import Counts
 from spt_ds.placement.zero_plan import ZeroPlan
 from tests.distributed.scenes import ROOT, Scene, Setup, open_engine, windows
 from tests.helpers.ranks import run_ranks
@@ -74,7 +73,7 @@ def kept(world: dist.World, setup: Setup) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        session.root(session.spt.micro_losses, batch, Counts(1, 1))
+        session.root(session.spt.micro_losses, batch, 1, 1)
     return sum(storage.nbytes() for storage in held.values())
 
 

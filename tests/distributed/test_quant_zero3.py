@@ -22,7 +22,6 @@ from spt_ds.engine.zero import Sharding, local_bytes
 from spt_ds.errors import ModelError
 from spt_ds.model.backbone import Backbone, load_base_config, load_lm
 from spt_ds.model.quant import QuantLinear
-from spt_ds.model.spt import Counts
 from spt_ds.placement.ds_check import plan_of_file, plan_of_kind
 from spt_ds.placement.shape import BaseShape
 from tests.distributed.test_communication import counted
@@ -95,10 +94,10 @@ def train(root: Any) -> tuple[list[float], list[list[float]], list[int]]:
     """
     spt = tiny_spt(root, dtype=torch.float32)
     batch = random_batch([(5, 3), (7, 2)])
-    first = root(spt.micro_losses, batch, Counts(2, 5))
+    first = root(spt.micro_losses, batch, 2, 5)
     first.total.backward()
     with torch.no_grad():
-        between = root(spt.micro_losses, batch, Counts(2, 5))
+        between = root(spt.micro_losses, batch, 2, 5)
         prompt = torch.arange(3, 9)[None]
         tokens = root(
             lambda base: base.generate(
@@ -108,7 +107,7 @@ def train(root: Any) -> tuple[list[float], list[list[float]], list[int]]:
                 synced_gpus=dist_on(root),
             )
         )
-    second = root(spt.micro_losses, random_batch([(4, 4), (6, 3)], seed=5), Counts(2, 7))
+    second = root(spt.micro_losses, random_batch([(4, 4), (6, 3)], seed=5), 2, 7)
     second.total.backward()
     losses = [out.total.item() for out in (first, between, second)]
     grads = [p.grad.flatten().tolist() for p in spt.trainables.parameters() if p.grad is not None]
@@ -238,7 +237,7 @@ def bytes_of_a_step(
         root, _ = open_base(world, bases[arch], bits, "zero3")
         spt = tiny_spt(root, dtype=torch.float32)
         counted[0] = 0
-        root(spt.micro_losses, random_batch([(5, 3), (7, 2)]), Counts(2, 5)).total.backward()
+        root(spt.micro_losses, random_batch([(5, 3), (7, 2)]), 2, 5).total.backward()
         out[arch, bits] = local_bytes(root), counted[0]
     return out
 

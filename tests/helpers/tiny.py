@@ -28,6 +28,7 @@ from spt_ds.config.schema import Config
 from spt_ds.model.attention import PACKED
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.prompt_bank import PromptBank
+from spt_ds.model.reference import activation_of
 from spt_ds.model.retriever import Retriever
 from spt_ds.model.spt import Spt, Trainables
 
@@ -170,7 +171,7 @@ def tiny_spt(
     retriever = Retriever(
         backbone.embed_size,
         shared=config.retriever.projections == "shared",
-        activation=config.retriever.activation,
+        activation=activation_of(config.reference),
         generator=generator,
     )
     return Spt(config, Trainables(bank, retriever).to(dtype), pad_id=1)
@@ -183,8 +184,8 @@ def make_batch(
 ) -> Batch:
     """A micro-batch of the given token rows."""
     return Batch(
-        torch.cat(list(contexts)),
-        torch.cat(list(responses)),
+        torch.cat(list(contexts)).numpy(),
+        torch.cat(list(responses)).numpy(),
         tuple(len(c) for c in contexts),
         tuple(len(r) for r in responses),
         tuple(range(len(contexts))),
@@ -208,8 +209,9 @@ def random_batch(
 
 def examples_of(batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The (context, response) token rows of a micro-batch."""
-    contexts = batch.context_ids.split(batch.context_lens)
-    return list(zip(contexts, batch.response_ids.split(batch.response_lens), strict=True))
+    contexts = torch.from_numpy(batch.context_ids).split(batch.context_lens)
+    responses = torch.from_numpy(batch.response_ids).split(batch.response_lens)
+    return list(zip(contexts, responses, strict=True))
 
 
 def pick(batch: Batch, rows: Sequence[int]) -> Batch:
@@ -228,4 +230,5 @@ def all_pairs(size: int, dtype: torch.dtype = torch.float64) -> Contrast:
     """
     pairs = torch.combinations(torch.arange(size))
     targets = torch.where(torch.arange(len(pairs)) % 3 == 0, 1.0, -1.0).to(dtype)
-    return Contrast(tuple((0, b) for b in range(size)), pairs, targets, len(pairs))
+    owner = tuple((0, b) for b in range(size))
+    return Contrast(owner, pairs.numpy(), targets.numpy(), len(pairs))

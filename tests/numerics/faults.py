@@ -7,17 +7,19 @@ the comparison with the twin fails, in every dtype that is named.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from spt_ds.model import attention, losses, rows, spt
+from spt_ds.batch import Packed
+from spt_ds.model import attention, losses, reference, rows, spt
 from spt_ds.model.attention import Branches, Layout
+from spt_ds.model.backbone import Backbone
 from spt_ds.model.head import FrozenHead
-from spt_ds.model.retriever import Retriever, pool
+from spt_ds.model.retriever import Retriever, mean_of_contexts
 from spt_ds.model.spt import Spt
 
 Tensor = torch.Tensor
@@ -36,9 +38,14 @@ class Fault:
     dtypes: Sequence[torch.dtype] = ALL
 
 
+def in_packed(patch: pytest.MonkeyPatch, change: Callable[[Packed], Packed]) -> None:
+    """Change each micro-batch when it has been packed."""
+    right = Spt.pack
+    patch.setattr(Spt, "pack", lambda self, batch: change(right(self, batch)))
+
+
 def off_by_one_target(patch: pytest.MonkeyPatch) -> None:
-    right = rows._target_index
-    patch.setattr(rows, "_target_index", lambda *args: right(*args) - 1)
+    in_packed(patch, lambda packed: replace(packed, reads=packed.reads - 1))
 
 
 def last_target_dropped(patch: pytest.MonkeyPatch) -> None:
@@ -196,21 +203,24 @@ def softmax_over_examples(patch: pytest.MonkeyPatch) -> None:
 
 
 def pad_token_in_pool(patch: pytest.MonkeyPatch) -> None:
-    def broken(rows: Tensor, lens: tuple[int, ...], fill: Tensor | None, length: int) -> Tensor:
-        return pool(rows, lens, rows[0], max(lens))
+    def broken(backbone: Backbone, packed: Packed, text: Tensor) -> Tensor:
+        tokens = packed.context_tokens
+        sums = mean_of_contexts(backbone, packed, text) * tokens[:, None]
+        pads = (tokens.max() - tokens)[:, None] * text[0]
+        return (sums + pads) / tokens.max()
 
-    patch.setattr(spt, "pool", broken)
+    patch.setattr(reference, "mean_of_contexts", broken)
 
 
 def mean_of_means(patch: pytest.MonkeyPatch) -> None:
     """Every example weighs the same in L_nll, however many targets it has."""
-    right = losses.membership
 
-    def broken(lens: tuple[int, ...], *args: Any) -> Tensor:
-        out = right(lens, *args)
-        return out / out.sum(dim=0) * out.sum() / len(lens)
+    def broken(packed: Packed) -> Packed:
+        member = packed.of_response.double()
+        scaled = member / member.sum(dim=0) * member.sum() / len(packed.batch)
+        return replace(packed, of_response=scaled)
 
-    patch.setattr(losses, "membership", broken)
+    in_packed(patch, broken)
 
 
 def fusion_by_softmax(patch: pytest.MonkeyPatch) -> None:
@@ -219,11 +229,13 @@ def fusion_by_softmax(patch: pytest.MonkeyPatch) -> None:
 
 
 def fusion_not_normalised(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Spt, "mixture", lambda self, scores: scores)
+    patch.setattr(losses, "fusion_weights", lambda scores, kind: scores)
 
 
 def fusion_normalised_over_examples(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Spt, "mixture", lambda self, scores: scores / scores.sum(dim=1, keepdim=True))
+    patch.setattr(
+        losses, "fusion_weights", lambda scores, kind: scores / scores.sum(dim=1, keepdim=True)
+    )
 
 
 def fusion_without_gradient_to_scores(patch: pytest.MonkeyPatch) -> None:
@@ -254,13 +266,15 @@ def bank_detached_in_retriever(patch: pytest.MonkeyPatch) -> None:
 
 def losses_under_another_prompt(patch: pytest.MonkeyPatch) -> None:
     """The loss of each prompt is reported under its neighbour."""
-    right = Spt._states
-    patch.setattr(Spt, "_states", lambda *args: right(*args).roll(1, dims=0))
+    right = rows.target_states
+    patch.setattr(spt, "target_states", lambda *args: right(*args).roll(1, dims=0))
 
 
 def prompts_rounded_to_bf16(patch: pytest.MonkeyPatch) -> None:
     right = rows._pack
-    patch.setattr(rows, "_pack", lambda prompts, *rest: right(prompts.bfloat16(), *rest))
+    patch.setattr(
+        rows, "_pack", lambda packed, text, prompts: right(packed, text, prompts.bfloat16())
+    )
 
 
 def logits_one_precision_lower(patch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from spt_ds.batch import Batch, Contrast
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.spt import Counts, Spt
+from spt_ds.model.spt import Spt
 from tests.helpers.tiny import (
     all_pairs,
     examples_of,
@@ -61,10 +61,10 @@ def build(case: Case, **options: float | int) -> tuple[Backbone, Spt]:
     )
 
 
-def counts_of(batch: Batch) -> Counts:
-    """The counts of a window that is this one micro-batch."""
+def counts_of(batch: Batch) -> tuple[int, int]:
+    """Examples and target tokens of a window that is this one micro-batch."""
     real = [r for r, weight in zip(batch.response_lens, batch.weights, strict=True) if weight]
-    return Counts(len(real), sum(real))
+    return len(real), sum(real)
 
 
 def our_step(
@@ -72,18 +72,15 @@ def our_step(
     spt: Spt,
     micro: Sequence[Batch],
     contrast: Contrast | None = None,
-    counts: Counts | None = None,
+    counts: tuple[int, int] | None = None,
 ) -> Step:
     """Losses and gradients of a window of micro-batches, summed as a training step sums them."""
-    total_counts = counts or Counts(
-        sum(counts_of(batch).examples for batch in micro),
-        sum(counts_of(batch).target_tokens for batch in micro),
-    )
+    examples, target_tokens = counts or map(sum, zip(*map(counts_of, micro), strict=True))
     for parameter in spt.trainables.parameters():
         parameter.grad = None
     outs = []
     for batch in micro:
-        out = backbone(spt.micro_losses, batch, total_counts)
+        out = backbone(spt.micro_losses, batch, examples, target_tokens)
         out.total.backward()
         outs.append(out)
     values = dict(zip(PARTS, sum(out.parts for out in outs), strict=True))

@@ -19,7 +19,7 @@ from spt_ds.model import head as head_module
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.baselines import BaseTrainables, build_base_trainables
 from spt_ds.model.head import FrozenHead
-from spt_ds.model.spt import Counts, Spt
+from spt_ds.model.spt import Spt
 from tests.helpers.tiny import VOCABULARY, examples_of, random_batch, tiny_backbone, tiny_lm
 from tests.helpers.tolerances import TOLERANCES, Step, assert_steps_close, gaps
 
@@ -61,7 +61,7 @@ def build(kind: str, backbone: Backbone, targets: list[str], dtype: torch.dtype)
 
 
 def ours(backbone: Backbone, spt: Spt, batch: Batch) -> Step:
-    out = backbone(spt.micro_losses, batch, Counts(len(batch), sum(batch.response_lens)))
+    out = backbone(spt.micro_losses, batch, len(batch), sum(batch.response_lens))
     out.total.backward()
     grads = {name: parameter.grad for name, parameter in spt.trainables.named_parameters()}
     return Step(
@@ -214,7 +214,7 @@ def test_fresh_adapters_change_nothing_and_are_the_same_for_a_seed(arch: str) ->
     batch = random_batch(LENS)
     plain = tiny_backbone(arch, torch.float32)
     base = Spt(config_of("none"), build_base_trainables(config_of("none"), plain, 0), pad_id=1)
-    expected = plain(base.micro_losses, batch, Counts(1, 1))
+    expected = plain(base.micro_losses, batch, 1, 1)
     drawn: list[list[torch.Tensor]] = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(drawn))  # peft's own draws come from here; ours do not
@@ -222,7 +222,7 @@ def test_fresh_adapters_change_nothing_and_are_the_same_for_a_seed(arch: str) ->
         spt = Spt(
             config_of("lora"), build_base_trainables(config_of("lora"), backbone, seed), pad_id=1
         )
-        assert torch.equal(backbone(spt.micro_losses, batch, Counts(1, 1)).nll, expected.nll)
+        assert torch.equal(backbone(spt.micro_losses, batch, 1, 1).nll, expected.nll)
         drawn.append(
             [p.detach().clone() for n, p in spt.trainables.named_parameters() if "lora_A" in n]
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,7 +38,7 @@ def run(
     whole = all_pairs(len(pooled))
     total = torch.zeros((), dtype=torch.float64)
     for rank, part in enumerate(split):
-        here = torch.tensor([i in part or j in part for i, j in whole.pairs.tolist()])
+        here = np.array([i in part or j in part for i, j in whole.pairs.tolist()])
         contrast = Contrast(
             tuple(owner[g] for g in range(len(pooled))),
             whole.pairs[here],
@@ -53,7 +54,7 @@ def run(
 @pytest.mark.parametrize("split", SPLITS[1:], ids=["2 ranks", "3 ranks", "5 ranks"])
 def test_ranks_add_up(split: list[list[int]]) -> None:
     backbone, spt = build(Case("llama"))
-    pooled = backbone.embed(random_batch(LENS).context_ids)[: len(LENS)].clone()
+    pooled = backbone.embed(torch.from_numpy(random_batch(LENS).context_ids))[: len(LENS)].clone()
     loss, grads = run(spt, pooled, ONE_RANK)
     shared_loss, shared_grads = run(spt, pooled, split)
     torch.testing.assert_close(shared_loss, loss, rtol=1e-13, atol=1e-13)
@@ -65,7 +66,7 @@ def test_ranks_add_up(split: list[list[int]]) -> None:
 def test_pairs_inside_ranks_alone_would_differ() -> None:
     """The reference's way: a pair of two ranks is never compared."""
     backbone, spt = build(Case("llama"))
-    pooled = backbone.embed(random_batch(LENS).context_ids)[: len(LENS)].clone()
+    pooled = backbone.embed(torch.from_numpy(random_batch(LENS).context_ids))[: len(LENS)].clone()
     loss, _ = run(spt, pooled, ONE_RANK)
     scores = spt.trainables.scores(pooled).detach()
     whole = all_pairs(len(pooled))

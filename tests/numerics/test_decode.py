@@ -16,7 +16,7 @@ from spt_ds.model.attention import Layout
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.decode import Decoded, FuseRows, choose_prompts, decode
 from spt_ds.model.spt import Spt
-from tests.helpers.tiny import pick, random_batch, tiny_backbone, tiny_spt
+from tests.helpers.tiny import examples_of, pick, random_batch, tiny_backbone, tiny_spt
 
 ARCHS = ["opt", "llama"]
 PLACEMENTS = ["prefix", "suffix"]
@@ -47,7 +47,7 @@ def direct(
     """Greedy decoding of one example without a cache: the packed path, one whole pass per prompt
     and token.
     """
-    context = batch.context_ids.split(batch.context_lens)[place]
+    context = examples_of(batch)[place][0]
     suffix = spt.config.prompts.placement == "suffix"
     tokens: list[int] = []
     for _ in range(steps):
@@ -106,21 +106,19 @@ def test_fuse_mixes_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(mixed[0], scores / scores.sum(dim=0))
 
 
-@pytest.mark.parametrize("pool", ["context", "padded_text"])
-def test_the_reference_reply_has_no_part_in_the_choice(pool: str) -> None:
-    """`padded_text` pools over the whole text in training, as the public reference does; at test
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_reference_reply_has_no_part_in_the_choice(padded: bool) -> None:
+    """`padded_pool` pools over the whole text in training, as the public reference does; at test
     there is no reply.
     """
     backbone, _, batch = tiny("llama", "prefix")
-    spt = tiny_spt(backbone, retriever={"pool": pool, "pool_length_tokens": 24})
+    spt = tiny_spt(backbone, reference={"padded_pool": padded, "pool_length_tokens": 24})
     known, unknown = run(backbone, spt, batch), run(backbone, spt, batch.contexts())
     assert torch.equal(known.scores, unknown.scores)
     assert known.tokens == unknown.tokens
     with torch.no_grad():
-        trained = backbone(spt.scores, batch)
-    assert torch.equal(trained, known.scores) is (pool == "context"), (
-        "the case must tell the two apart"
-    )
+        trained = backbone(spt.score, spt.pack(batch))[2]
+    assert torch.equal(trained, known.scores) is not padded, "the case must tell the two apart"
 
 
 def test_each_example_is_decoded_once_whatever_the_prompts() -> None:
@@ -155,11 +153,9 @@ def test_sampling_does_not_depend_on_the_batch() -> None:
 
 def test_perplexity_is_the_loss_under_the_chosen_prompt() -> None:
     backbone, spt, batch = tiny("opt", "suffix")
-    from spt_ds.model.spt import Counts
-
     out = run(backbone, spt, batch, perplexity=True)
     with torch.no_grad():
-        expected = backbone(spt.micro_losses, batch, Counts(1, 1)).nll
+        expected = backbone(spt.micro_losses, batch, 1, 1).nll
     assert out.nll is not None
     for place, k in enumerate(out.chosen):
         assert k is not None
@@ -171,7 +167,7 @@ def likelihood(
     backbone: Backbone, spt: Spt, batch: Batch, place: int, k: int, tokens: list[int]
 ) -> float:
     """Log-likelihood of a reply after its context and prompt k, in one pass."""
-    context = batch.context_ids.split(batch.context_lens)[place]
+    context = examples_of(batch)[place][0]
     ids = torch.cat([context, torch.tensor(tokens)])
     row = torch.cat([spt.trainables.bank.weight[k], backbone.embed(ids)])
     logits = backbone.head(

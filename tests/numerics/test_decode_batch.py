@@ -19,7 +19,7 @@ from spt_ds.model import decode as decoding
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.decode import decode
 from spt_ds.model.spt import Spt
-from tests.helpers.tiny import pick, random_batch, tiny_backbone, tiny_lm, tiny_spt
+from tests.helpers.tiny import examples_of, pick, random_batch, tiny_backbone, tiny_lm, tiny_spt
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden_opt_tiny_k3"
 SIZE, NEW_TOKENS, VIRTUAL, PAD = 32, 6, 2, 1
@@ -143,7 +143,7 @@ def test_side_by_side_with_peft(arch: str) -> None:
     spt = tiny_spt(backbone, tokens=VIRTUAL)
     batch = random_batch(LENS)
     prompt = spt.trainables.bank.weight[0].detach()
-    contexts = list(batch.context_ids.split(batch.context_lens))
+    contexts = [context for context, _ in examples_of(batch)]
 
     def theirs(rows: list[torch.Tensor]) -> list[list[int]]:
         lm = tiny_lm(arch, torch.float64)
@@ -170,14 +170,11 @@ def test_golden_replies(dtype: torch.dtype) -> None:
     """
     backbone, spt, _, arrays = golden.load_case(GOLDEN, dtype)
     real = arrays["infer_attention_mask"].astype(bool)
-    contexts = [
-        torch.from_numpy(ids[mask])
-        for ids, mask in zip(arrays["infer_input_ids"], real, strict=True)
-    ]
+    contexts = [ids[mask] for ids, mask in zip(arrays["infer_input_ids"], real, strict=True)]
     count = len(contexts)
     batch = Batch(
-        torch.cat(contexts),
-        torch.zeros(0, dtype=torch.long),
+        np.concatenate(contexts),
+        np.zeros(0, dtype=np.int64),
         tuple(map(len, contexts)),
         (0,) * count,
         tuple(range(count)),
@@ -185,7 +182,7 @@ def test_golden_replies(dtype: torch.dtype) -> None:
     )
     width = {"pool_length_tokens": real.shape[1]}  # the reference pools over the padding too
     config = spt.config.model_copy(
-        update={"retriever": spt.config.retriever.model_copy(update=width)}
+        update={"reference": spt.config.reference.model_copy(update=width)}
     )
     spt = Spt(config, spt.trainables, spt.pad_id)
     with torch.no_grad():

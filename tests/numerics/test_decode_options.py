@@ -16,7 +16,7 @@ from spt_ds.model.attention import Layout
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.decode import decode
 from spt_ds.model.spt import Spt
-from tests.helpers.tiny import random_batch, tiny_backbone, tiny_lm, tiny_spt
+from tests.helpers.tiny import examples_of, random_batch, tiny_backbone, tiny_lm, tiny_spt
 
 NEW_TOKENS = 8
 NEVER = 10_000  # an end-of-sequence id that no tiny base can produce
@@ -45,7 +45,7 @@ def greedy(backbone: Backbone, spt: Spt, batch: Batch, change: Change) -> list[l
     in place.
     """
     replies = []
-    for context in batch.context_ids.split(batch.context_lens):
+    for context, _ in examples_of(batch):
         tokens: list[int] = []
         for _ in range(NEW_TOKENS):
             ids = torch.cat([context, torch.tensor(tokens, dtype=torch.long)])

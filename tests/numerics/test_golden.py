@@ -46,21 +46,23 @@ def test_golden_compares_every_loss_and_gradient() -> None:
     assert all(float(computed[f"g_prompt_{name}"].abs().max()) > 1e-6 for name in names)
 
 
-def option(section: str, **values: Any) -> Callable[[Spt], None]:
+def option(section: str, **values: Any) -> Callable[[Spt], Spt]:
     """Change options of the resolved recipe."""
 
-    def change(spt: Spt) -> None:
+    def change(spt: Spt) -> Spt:
         changed = getattr(spt.config, section).model_copy(update=values)
-        spt.config = spt.config.model_copy(update={section: changed})
+        config = spt.config.model_copy(update={section: changed})
+        return Spt(config, spt.trainables, spt.pad_id)
 
     return change
 
 
-def activation(spt: Spt) -> None:
+def activation(spt: Spt) -> Spt:
     spt.trainables.retriever.activation = softplus_scores
+    return spt
 
 
-def projections(spt: Spt) -> None:
+def projections(spt: Spt) -> Spt:
     """Two projections, even when both start from the reference's weights: the gradient is then
     split.
     """
@@ -68,17 +70,18 @@ def projections(spt: Spt) -> None:
     apart = torch.nn.Linear(shared.in_features, shared.out_features).to(shared.weight.dtype)
     apart.load_state_dict(shared.state_dict())
     spt.trainables.retriever.prompt = apart
+    return spt
 
 
-def pad_row(spt: Spt) -> None:
-    spt.pad_id = 2
+def pad_row(spt: Spt) -> Spt:
+    return Spt(spt.config, spt.trainables, pad_id=2)
 
 
 SWITCHES = {
-    "retriever.activation": activation,
+    "reference.jumping_activation": activation,
     "retriever.projections": projections,
-    "retriever.pool": option("retriever", pool="context"),
-    "retriever.pool_length_tokens": option("retriever", pool_length_tokens=512),
+    "reference.padded_pool": option("reference", padded_pool=False),
+    "reference.pool_length_tokens": option("reference", pool_length_tokens=512),
     "losses.selection": option("losses", selection=1.0),
     "losses.fusion": option("losses", fusion=0.5),
     "losses.contrastive": option("losses", contrastive=1.0),
@@ -97,9 +100,8 @@ def test_golden_sees_each_option_switched_off(
     right = golden.load_case
 
     def switched(*args: Any) -> Any:
-        case = right(*args)
-        SWITCHES[name](case[1])
-        return case
+        backbone, spt, *case = right(*args)
+        return backbone, SWITCHES[name](spt), *case
 
     monkeypatch.setattr(golden, "load_case", switched)
     assert not within(golden.compare(FOLDER, dtype), dtype)
@@ -110,8 +112,8 @@ def test_golden_cannot_tell_the_masks_apart() -> None:
     test_reference_faults.py instead.
     """
     backbone, spt, batch, arrays = golden.load_case(FOLDER, torch.float64)
-    option("losses", mask="target")(spt)
-    out = golden.compute(backbone, spt, batch, arrays)
+    plain = option("reference", nonzero_mask=False)(spt)
+    out = golden.compute(backbone, plain, batch, arrays)
     assert abs(float(out["loss_total"]) - float(arrays["loss_total64"])) < 1e-12
 
 

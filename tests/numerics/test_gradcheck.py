@@ -13,9 +13,16 @@ from spt_ds.model import head as head_module
 from spt_ds.model import losses
 from spt_ds.model.attention import Branches, Layout
 from spt_ds.model.head import FrozenHead
-from spt_ds.model.retriever import Retriever, pool, softplus_scores
+from spt_ds.model.reference import Mean, mean_of_nonzero
+from spt_ds.model.retriever import Retriever, softplus_scores
+from tests.helpers.tiny import random_batch, tiny_backbone, tiny_spt
 
 V, D, N = 11, 5, 7
+
+
+def membership(lens: tuple[int, ...]) -> torch.Tensor:
+    """[n, B], 1 where token i belongs to example b."""
+    return torch.block_diag(*(torch.ones(n, 1) for n in lens)).double()
 
 
 def random(*shape: int, seed: int = 0, grad: bool = True) -> torch.Tensor:
@@ -88,28 +95,33 @@ def test_contrastive(target: float) -> None:
     assert gradcheck(lambda a, b: losses.contrastive(a, b, targets), (left, right))
 
 
-@pytest.mark.parametrize("mask", ["target", "nonzero"])
-def test_mean_per_example(mask: str) -> None:
-    member = losses.membership((2, 4, 1), torch.device("cpu"), torch.float64)
-    assert gradcheck(lambda values: losses.mean_per_example(values, member, mask), (random(3, N),))
+@pytest.mark.parametrize("mean", [losses.mean_per_example, mean_of_nonzero])
+def test_mean_per_example(mean: Mean) -> None:
+    member = membership((2, 4, 1))
+    assert gradcheck(lambda values: mean(values, member), (random(3, N),))
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_pool(padded: bool) -> None:
-    fill = random(D, seed=1, grad=False) if padded else None
-    assert gradcheck(lambda rows: pool(rows, (2, 4, 1), fill, 9 if padded else 0), (random(N, D),))
+    backbone = tiny_backbone("opt")
+    settings = {"padded_pool": padded, "pool_length_tokens": 9}
+    spt = tiny_spt(backbone, reference=settings)
+    packed = spt.pack(random_batch(((2, 1), (3, 2), (1, 4))))
+    text = random(len(packed.ids), backbone.embed_size)
+    assert gradcheck(lambda rows: spt.pool(backbone, packed, rows), (text,))
 
 
 def test_a_text_longer_than_the_padding_is_refused() -> None:
+    backbone = tiny_backbone("opt")
+    spt = tiny_spt(backbone, reference={"padded_pool": True, "pool_length_tokens": 8})
+    batch = random_batch(((2, 1), (6, 3)))
     with pytest.raises(ModelError, match=r"a text of 9 tokens .*pool_length_tokens = 8"):
-        pool(torch.ones(12, D), (3, 9), torch.zeros(D), 8)
+        backbone(spt.score, spt.pack(batch))
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_retriever(shared: bool) -> None:
-    retriever = Retriever(
-        D, shared=shared, activation="softplus", generator=torch.Generator().manual_seed(0)
-    ).double()
+    retriever = Retriever(D, shared=shared, generator=torch.Generator().manual_seed(0)).double()
 
     def scores(bank: torch.Tensor, pooled: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         names = [name for name, _ in retriever.named_parameters()]

@@ -12,7 +12,7 @@ import torch
 
 from spt_ds.batch import Batch
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.rows import embed, read_context, target_states
+from spt_ds.model.rows import read_context, target_states
 from spt_ds.model.spt import MicroLosses, Spt
 from tests.helpers.tiny import pick, random_batch
 from tests.numerics.steps import Case, build, contrast_of, counts_of, our_step, twin_of
@@ -65,7 +65,7 @@ def step(placement: str = "prefix", arch: str = "llama") -> tuple[Backbone, Spt,
 
 
 def forward(backbone: Backbone, spt: Spt, batch: Batch) -> MicroLosses:
-    out = backbone(spt.micro_losses, batch, counts_of(batch))
+    out = backbone(spt.micro_losses, batch, *counts_of(batch))
     assert isinstance(out, MicroLosses)
     return out
 
@@ -117,7 +117,7 @@ def test_identity_4_no_weight_gradients(placement: str, checkpointing: str) -> N
         torch.equal(before[name], weight) for name, weight in backbone.lm.state_dict().items()
     )
     assert all(float(grad.abs().max()) > 0 for grad in found.grads.values())
-    assert not embed(backbone, batch).context.requires_grad
+    assert not backbone(spt.score, spt.pack(batch))[0].requires_grad
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
@@ -126,12 +126,14 @@ def test_identity_5_each_example_is_read_once_with_its_own_prompt(placement: str
     backbone, spt, batch, _ = step(placement)
     bank, chosen = spt.trainables.bank.weight.detach(), torch.tensor([2, 0, 3])
     every = bank[:, None].expand(-1, EXAMPLES, -1, -1)
+    packed = spt.pack(batch)
     with torch.no_grad():
-        read = read_context(backbone, batch, embed(backbone, batch), placement)
-        full = backbone(target_states, batch, embed(backbone, batch), every, read)
+        text = backbone.embed(packed.ids)
+        read = read_context(backbone, packed, text, placement)
+        full = backbone(target_states, packed, text, every, read)
         with metered(backbone) as meter:
-            read = read_context(backbone, batch, embed(backbone, batch), placement)
-            own = backbone(target_states, batch, embed(backbone, batch), bank[chosen][None], read)
+            read = read_context(backbone, packed, text, placement)
+            own = backbone(target_states, packed, text, bank[chosen][None], read)
     rows = torch.repeat_interleave(chosen, torch.tensor(batch.response_lens))
     torch.testing.assert_close(own[0], full[rows, torch.arange(TARGETS)], rtol=1e-12, atol=1e-12)
     assert sum(meter.layer_tokens) == EXAMPLES * TOKENS + CONTEXT + TARGETS - EXAMPLES

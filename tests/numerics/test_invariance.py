@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from spt_ds.batch import Batch
-from spt_ds.model import rows
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.rows import Embedded
-from spt_ds.model.spt import Counts, MicroLosses, Spt
+from spt_ds.model.head import FrozenHead
+from spt_ds.model.spt import MicroLosses, Spt
 from tests.helpers.tiny import all_pairs, pick, random_batch
 from tests.helpers.tolerances import Step, assert_steps_close
 from tests.numerics.steps import Case, build, counts_of, our_step
@@ -32,7 +32,7 @@ each_case = pytest.mark.parametrize(
 
 
 def micro(backbone: Backbone, spt: Spt, batch: Batch) -> MicroLosses:
-    out = backbone(spt.micro_losses, batch, counts_of(batch))
+    out = backbone(spt.micro_losses, batch, *counts_of(batch))
     assert isinstance(out, MicroLosses)
     return out
 
@@ -120,28 +120,41 @@ def test_a_filler_that_counts_is_seen() -> None:
     assert abs(float(one.values["total"] - other.values["total"])) > 1e-3
 
 
-def poisoned(embedded: Embedded, batch: Batch, victim: int, poison: float) -> Embedded:
-    """The embeddings with every token of one example replaced."""
-    context, response = embedded.context.clone(), embedded.response.clone()
-    first, start = sum(batch.context_lens[:victim]), sum(batch.response_lens[:victim])
-    context[first : first + batch.context_lens[victim]] = poison
-    response[start : start + batch.response_lens[victim]] = poison
-    return Embedded(context, response)
+def poisoned(text: torch.Tensor, batch: Batch, victim: int, poison: float) -> torch.Tensor:
+    """The embeddings [t, D] of contexts and responses with every token of one example replaced."""
+    contexts, responses = text.clone().split([len(batch.context_ids), len(batch.response_ids)])
+    contexts.split(batch.context_lens)[victim].fill_(poison)
+    responses.split(batch.response_lens)[victim].fill_(poison)
+    return torch.cat([contexts, responses])
 
 
 @each_case
 @pytest.mark.parametrize("poison", [float("nan"), 1e4, float("inf")])
 @pytest.mark.parametrize("victim", [0, 1, 4])
-def test_no_token_attends_across_examples(case: Case, victim: int, poison: float) -> None:
+def test_no_token_attends_across_examples(
+    case: Case, victim: int, poison: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Hidden states and token losses of the other examples keep every bit."""
     backbone, spt = build(case)
     batch = random_batch(LENS)
-    clean = rows.embed(backbone, batch)
-    weights = torch.ones(case.count, len(batch), dtype=case.dtype)
+    clean = backbone.embed(spt.pack(batch).ids)
+    scores = torch.ones(case.count, len(batch), dtype=case.dtype)
+    right = FrozenHead.forward
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def per_example(embedded: Embedded) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        hidden = backbone(spt._states, batch, embedded)
-        losses, _ = backbone(spt._token_losses, batch, hidden, weights)
+    def record(self: FrozenHead, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+        out = right(self, hidden, *args)
+        seen.append((hidden, out))
+        return out
+
+    monkeypatch.setattr(FrozenHead, "forward", record)
+
+    def per_example(text: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Rows of the head and their losses: those of the K prompts and of the fusion."""
+        # Pooling is a matrix product over all tokens, so the scores are given, not computed.
+        monkeypatch.setattr(Spt, "score", lambda *args: (text, text[:0], scores))
+        micro(backbone, spt, batch)
+        hidden, losses = (part.unflatten(0, (case.count + 1, -1)) for part in seen.pop())
         lens = list(batch.response_lens)
         return list(zip(hidden.split(lens, dim=1), losses.split(lens, dim=1), strict=True))
 
@@ -161,10 +174,8 @@ def test_nll_of_companions_survives_a_huge_example(
     backbone, spt = build(case)
     batch, victim = random_batch(LENS), 2
     clean = micro(backbone, spt, batch)
-    right = rows.embed
-    monkeypatch.setattr(
-        "spt_ds.model.spt.embed", lambda *args: poisoned(right(*args), batch, victim, 1e4)
-    )
+    right = Backbone.embed
+    monkeypatch.setattr(Backbone, "embed", lambda *args: poisoned(right(*args), batch, victim, 1e4))
     dirty = micro(backbone, spt, batch)
     others = [b for b in range(len(batch)) if b != victim]
     assert torch.equal(clean.nll[:, others], dirty.nll[:, others])
@@ -176,7 +187,7 @@ def test_counts_are_those_of_the_window_not_of_the_micro_batch() -> None:
     backbone, spt = build(CASES[0])
     batch = random_batch(LENS)
     small, large = (
-        backbone(spt.micro_losses, batch, Counts(5, 16)),
-        backbone(spt.micro_losses, batch, Counts(10, 64)),
+        backbone(spt.micro_losses, batch, 5, 16),
+        backbone(spt.micro_losses, batch, 10, 64),
     )
     assert_same(large.parts, small.parts / torch.tensor([4.0, 2.0, 2.0], dtype=torch.float64))

@@ -37,7 +37,7 @@ def without_numbers(case: Case, **options: int) -> None:
     contrast = contrast_of(batch, case.precise)
     assert contrast is not None
     with FakeTensorMode(allow_non_fake_inputs=True):
-        out = backbone(spt.micro_losses, batch, counts_of(batch))
+        out = backbone(spt.micro_losses, batch, *counts_of(batch))
         loss, _ = spt.contrastive(out.pooled, out.scores[None], contrast, 0)
         trained = list(spt.trainables.parameters())
         grads = torch.autograd.grad(out.total + loss, trained)
@@ -79,7 +79,7 @@ def test_the_base_reads_no_value(arch: str, placement: str) -> None:
     backbone, spt = build(Case(arch, torch.float32, placement=placement))
     batch = random_batch(LENS)
     with Reads() as reads:
-        backbone(spt.micro_losses, batch, counts_of(batch)).total.backward()
+        backbone(spt.micro_losses, batch, *counts_of(batch)).total.backward()
     assert reads.seen == []
     with reads:
         torch.ones(1).item()

@@ -26,7 +26,6 @@ from spt_ds.model import quant, quant_check
 from spt_ds.model.backbone import Backbone, load_base_config, load_lm
 from spt_ds.model.quant import Packing, QuantLinear, dequantise, linear
 from spt_ds.model.quant_load import load_quantized
-from spt_ds.model.spt import Counts
 from tests.helpers.tiny import random_batch, tiny_lm, tiny_spt
 
 CPU = torch.device("cpu")
@@ -173,7 +172,7 @@ def fingerprints(lm: Any) -> dict[str, tuple[int, int]]:
 def losses_and_gradients(lm: Any) -> list[torch.Tensor]:
     backbone = Backbone(lm, "sdpa")
     spt = tiny_spt(backbone, dtype=torch.float32)
-    out = spt.micro_losses(backbone, random_batch([(5, 3), (7, 2)]), Counts(2, 5))
+    out = spt.micro_losses(backbone, random_batch([(5, 3), (7, 2)]), 2, 5)
     out.total.backward()
     return [out.parts, *(p.grad for p in spt.trainables.parameters() if p.grad is not None)]
 

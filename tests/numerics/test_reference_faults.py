@@ -15,7 +15,8 @@ import torch
 from spt_ds.batch import Batch
 from spt_ds.model import losses
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.retriever import reference_scores, softplus_scores
+from spt_ds.model.reference import jumping_softplus, mean_of_nonzero
+from spt_ds.model.retriever import softplus_scores
 from spt_ds.model.spt import MicroLosses, Spt
 from tests.helpers.tiny import (
     EOS,
@@ -32,7 +33,7 @@ LENS = ((5, 3), (9, 1), (7, 4))
 
 
 def micro(backbone: Backbone, spt: Spt, batch: Batch) -> MicroLosses:
-    out = backbone(spt.micro_losses, batch, counts_of(batch))
+    out = backbone(spt.micro_losses, batch, *counts_of(batch))
     assert isinstance(out, MicroLosses)
     return out
 
@@ -51,14 +52,16 @@ def test_fault_01_the_response_is_not_pooled() -> None:
     batch = random_batch(LENS)
     trained = micro(backbone, spt, batch)
     assert torch.equal(trained.scores, micro(backbone, spt, with_other_responses(batch)).scores)
-    assert torch.equal(trained.scores, backbone(spt.scores, with_other_responses(batch)))
-    context = backbone.embed(batch.context_ids).split(batch.context_lens)[1]
+    assert torch.equal(
+        trained.scores, backbone(spt.score, spt.pack(with_other_responses(batch)))[2]
+    )
+    context = backbone.embed(examples_of(batch)[1][0])
     torch.testing.assert_close(trained.pooled[1], context.mean(dim=0), rtol=1e-14, atol=1e-14)
 
 
 def test_fault_01_the_reference_pool_leaks_the_response() -> None:
     backbone = tiny_backbone("opt")
-    spt = tiny_spt(backbone, retriever={"pool": "padded_text", "pool_length_tokens": 20})
+    spt = tiny_spt(backbone, reference={"padded_pool": True, "pool_length_tokens": 20})
     batch = random_batch(LENS)
     leaked = (
         micro(backbone, spt, batch).scores
@@ -85,9 +88,9 @@ def test_fault_03_the_activation_is_monotone() -> None:
     ours = softplus_scores(cos)
     assert float(ours.diff().min()) > 0
     assert float(ours.min()) > 0
-    theirs = reference_scores(cos)
+    theirs = jumping_softplus(cos)
     assert float(theirs.diff().min()) < -0.03
-    jump = reference_scores(torch.tensor([0.1, 0.1 + 1e-9], dtype=torch.float64))
+    jump = jumping_softplus(torch.tensor([0.1, 0.1 + 1e-9], dtype=torch.float64))
     torch.testing.assert_close(
         jump, torch.tensor([0.1313, 0.1], dtype=torch.float64), rtol=0, atol=5e-5
     )
@@ -133,17 +136,13 @@ def test_fault_04_dropout_would_be_seen() -> None:
 
 def test_fault_05_a_target_with_loss_zero_counts() -> None:
     values = torch.tensor([[2.0, 0.0, 4.0, 0.0, 0.0]])
-    member = losses.membership((2, 3), torch.device("cpu"), torch.float32)
-    assert torch.equal(
-        losses.mean_per_example(values, member, "target"), torch.tensor([[1.0, 4 / 3]])
-    )
-    assert torch.equal(
-        losses.mean_per_example(values, member, "nonzero"), torch.tensor([[2.0, 4.0]])
-    )
+    member = torch.tensor([[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 3)
+    assert torch.equal(losses.mean_per_example(values, member), torch.tensor([[1.0, 4 / 3]]))
+    assert torch.equal(mean_of_nonzero(values, member), torch.tensor([[2.0, 4.0]]))
 
 
-@pytest.mark.parametrize(("mask", "counted"), [("target", 3), ("nonzero", 1)])
-def test_fault_05_through_the_whole_step(mask: str, counted: int) -> None:
+@pytest.mark.parametrize(("nonzero", "counted"), [(False, 3), (True, 1)])
+def test_fault_05_through_the_whole_step(nonzero: bool, counted: int) -> None:
     """A head so sure of one token that its loss is exactly 0 in fp32: our mean is over all 3
     targets, not over 1.
     """
@@ -152,7 +151,7 @@ def test_fault_05_through_the_whole_step(mask: str, counted: int) -> None:
     head = backbone.lm.get_output_embeddings()
     with torch.no_grad():
         head.bias[sure] = 1e4
-    spt = tiny_spt(backbone, count=1, dtype=torch.float32, losses={"mask": mask})
+    spt = tiny_spt(backbone, count=1, dtype=torch.float32, reference={"nonzero_mask": nonzero})
     batch = make_batch([torch.tensor([5, 6, 7])], [torch.tensor([sure, other, sure])])
     nll = float(micro(backbone, spt, batch).nll)
     assert 9e3 / counted < nll < 1.1e4 / counted
@@ -170,9 +169,9 @@ def test_fault_07_eos_is_a_target() -> None:
     hook = backbone.lm.get_output_embeddings().register_forward_pre_hook(record)
     micro(backbone, spt, batch)
     hook.remove()
-    assert torch.equal(seen[0], batch.response_ids.repeat(4))
-    ends = batch.response_ids[torch.tensor(batch.response_lens).cumsum(0) - 1]
-    assert torch.equal(ends, torch.full((3,), EOS))
+    targets = torch.from_numpy(batch.response_ids)
+    assert torch.equal(seen[0], targets.repeat(4))
+    assert [int(response[-1]) for _, response in examples_of(batch)] == [EOS] * 3
 
 
 def test_fault_07_a_model_that_never_stops_has_a_higher_loss() -> None:
@@ -182,7 +181,7 @@ def test_fault_07_a_model_that_never_stops_has_a_higher_loss() -> None:
     backbone, spt = build(Case("phi"))
     batch = pick(random_batch(LENS), [1])  # a reply of EOS alone
     before = micro(backbone, spt, batch).nll
-    spt.pad_id = EOS
+    spt = Spt(spt.config, spt.trainables, pad_id=EOS)
     assert torch.equal(before, micro(backbone, spt, batch).nll)
     with torch.no_grad():
         backbone.lm.get_output_embeddings().bias[EOS] -= 5.0
@@ -193,6 +192,6 @@ def test_all_weights_zero_give_a_loss_of_zero() -> None:
     """A rank that holds fillers alone adds nothing, not NaN."""
     backbone, spt = build(Case("llama"))
     batch = random_batch(LENS)
-    out = backbone(spt.micro_losses, replace(batch, weights=(0.0,) * 3), counts_of(batch))
+    out = backbone(spt.micro_losses, replace(batch, weights=(0.0,) * 3), *counts_of(batch))
     assert float(out.total.detach()) == 0.0
     assert torch.equal(out.parts, torch.zeros(3, dtype=torch.float64))

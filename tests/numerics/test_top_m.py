@@ -87,6 +87,6 @@ def test_evaluation_reads_each_prompt_once() -> None:
     assert calls == [False, True]
     calls.clear()
     with torch.no_grad():
-        backbone(spt.scores, batch)
-        backbone(spt.micro_losses, batch, counts_of(batch))
+        backbone(spt.score, spt.pack(batch))
+        backbone(spt.micro_losses, batch, *counts_of(batch))
     assert calls == [False]

@@ -23,13 +23,14 @@ from transformers import (
 )
 from transformers.models.llama import modeling_llama
 
+from spt_ds.batch import Packed
 from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.log import get_logger
 from spt_ds.model import attention
 from spt_ds.model.attention import PACKED, Layout, choose_backend
 from spt_ds.model.backbone import Backbone, build_backbone, load_base_config, load_tokenizer
-from spt_ds.model.rows import embed, target_states
+from spt_ds.model.rows import target_states
 from tests.helpers.tiny import (
     VOCABULARY,
     random_batch,
@@ -94,12 +95,12 @@ class TestSlidingWindow:
         backbone = backbone_of(self.CONFIG)
         spt = tiny_spt(backbone, count=6, dtype=torch.float32, prompts={"placement": placement})
         fits = random_batch(((8, 3), (2, 2)))
-        backbone(spt.micro_losses, fits, counts_of(fits))
+        backbone(spt.micro_losses, fits, *counts_of(fits))
         longer = random_batch(((9, 3), (2, 2)))
         with pytest.raises(
             ModelError, match=r"rows of 13 tokens exceed.*window of 12; lower data\.max_tokens"
         ):
-            backbone(spt.micro_losses, longer, counts_of(longer))
+            backbone(spt.micro_losses, longer, *counts_of(longer))
 
 
 class TestLoading:
@@ -378,7 +379,7 @@ def test_suffix_without_recorded_keys_is_refused() -> None:
 
     backbone.run = forgets  # type: ignore[method-assign]
     with pytest.raises(ModelError, match=r"layer 0 kept no keys of the context.*placement: suffix"):
-        backbone(spt.micro_losses, batch, counts_of(batch))
+        backbone(spt.micro_losses, batch, *counts_of(batch))
 
 
 def test_states_keep_the_precision_of_the_base() -> None:
@@ -386,7 +387,8 @@ def test_states_keep_the_precision_of_the_base() -> None:
     backbone = tiny_backbone("llama", torch.bfloat16)
     batch = random_batch(((4, 2),))
     prompts = torch.randn(2, 1, 3, 16, requires_grad=True)
-    states = backbone(target_states, batch, embed(backbone, batch), prompts, None)
+    packed = Packed.from_batch(batch, 3, torch.device("cpu"), suffix=False)
+    states = backbone(target_states, packed, backbone.embed(packed.ids), prompts, None)
     assert states.dtype == torch.bfloat16
     states.float().sum().backward()
     assert prompts.grad is not None

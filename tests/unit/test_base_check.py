@@ -298,7 +298,7 @@ def test_families_that_have_been_run(config: PretrainedConfig, dtype: torch.dtyp
     for placement in ("prefix", "suffix"):
         spt = tiny_spt(backbone, count=2, dtype=torch.float32, prompts={"placement": placement})
         with torch.no_grad():
-            ours = backbone(spt.micro_losses, batch, counts_of(batch)).nll[1, 0]
+            ours = backbone(spt.micro_losses, batch, *counts_of(batch)).nll[1, 0]
             pieces = [spt.trainables.bank.weight[1], backbone.embed(context)]
             row = torch.cat(
                 [*(pieces if placement == "prefix" else pieces[::-1]), backbone.embed(response)]

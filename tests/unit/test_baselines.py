@@ -23,7 +23,7 @@ from spt_ds.errors import ConfigError, DataError, EngineError
 from spt_ds.model.attention import PACKED
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.baselines import build_base_trainables
-from spt_ds.model.rows import embed, target_states
+from spt_ds.model.rows import target_states
 from spt_ds.placement.choose import place_base
 from spt_ds.placement.estimate import trainable_bytes
 from spt_ds.placement.memory import GIB, Memory
@@ -192,9 +192,9 @@ def kept_bytes(backbone: Backbone, bank: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        target_states(
-            backbone, batch, embed(backbone, batch), bank[:, None].expand(-1, 2, -1, -1), None
-        )
+        packed = Packed.from_batch(batch, bank.shape[1], bank.device, suffix=False)
+        every = bank[:, None].expand(-1, 2, -1, -1)
+        target_states(backbone, packed, backbone.embed(packed.ids), every, None)
     return sum(storage.nbytes() for storage in held.values())
 
 

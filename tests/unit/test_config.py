@@ -116,6 +116,10 @@ def test_unknown_recipe_and_missing_file() -> None:
     ("overrides", "part"),
     [
         (["prompts.init=text"], "needs 1 or count"),
+        (
+            ["prompts.init=normal", "reference.unit_normal_prompts=true"],
+            "prompts.init is normal, but reference.unit_normal_prompts draws",
+        ),
         (["prompts.init_texts=[a]"], "only read with init: text"),
         (["losses.train_top_m=9"], "prompts.count = "),
         (["generate.mode=fixed:9"], "prompts run from 0 to"),

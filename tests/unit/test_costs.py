@@ -20,7 +20,6 @@ from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.costs.step import Reads
 from spt_ds.model.attention import PACKED, Layout
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.spt import Counts
 from spt_ds.placement.shape import BaseShape
 from tests.helpers.tiny import tiny_config
 
@@ -37,7 +36,7 @@ def test_naive_twin_has_our_losses_and_gradients(checkpointing: str) -> None:
     )
     backbone, spt = build("tiny", config, torch.device("cpu"))
     batch = micro_batch("embedded:valid", "embedded", 3, backbone.vocabulary, 256)
-    ours = backbone(spt.micro_losses, batch, Counts(len(batch), len(batch.response_ids))).total
+    ours = backbone(spt.micro_losses, batch, len(batch), len(batch.response_ids)).total
     parameters = list(spt.trainables.parameters())
     expected = torch.autograd.grad(ours, parameters)
     naive = naive_loss(backbone, spt, batch, 256)
@@ -66,7 +65,7 @@ def test_counted_tokens_are_those_the_layers_see(case: str) -> None:
         if case == "naive":
             naive_loss(backbone, spt, batch, 256)
         else:
-            backbone(spt.micro_losses, batch, Counts(3, 1))
+            backbone(spt.micro_losses, batch, 3, 1)
     assert sum(seen) == Reads(case, batch, 4, args).positions
 
 

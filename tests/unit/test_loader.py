@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from spt_ds.batch import Batch, Window
 from spt_ds.data import loader as loader_module
@@ -25,6 +24,7 @@ from spt_ds.data.readers import read
 from spt_ds.data.sampler import window_indices
 from spt_ds.data.store import ExampleStore, build_store, cache_root
 from spt_ds.errors import DataError
+from tests.helpers.tiny import examples_of
 from tests.helpers.tokenizers import byte_tokenizer, piece_tokenizer
 
 EXAMPLES = 23
@@ -79,10 +79,8 @@ def windows(store: ExampleStore, start: int = 0, steps: int = 4, **shape: int) -
 
 def rows_of(batch: Batch) -> Iterator[tuple[int, float, list[int], list[int]]]:
     """(index, weight, context ids, response ids) of each row."""
-    contexts = torch.split(batch.context_ids, list(batch.context_lens))
-    responses = torch.split(batch.response_ids, list(batch.response_lens))
-    for index, weight, context, response in zip(
-        batch.indices, batch.weights, contexts, responses, strict=True
+    for index, weight, (context, response) in zip(
+        batch.indices, batch.weights, examples_of(batch), strict=True
     ):
         yield index, weight, context.tolist(), response.tolist()
 
@@ -116,7 +114,7 @@ def test_window_does_not_depend_on_ranks_and_micro_batches(
         *(windows(store, world=world, rank=rank, micro=micro) for rank in range(world)),
         strict=True,
     ):
-        assert {(w.examples, w.target_tokens, w.slots) for w in parts} == {
+        assert {(w.examples, w.target_tokens, sum(map(len, w.micro))) for w in parts} == {
             (WINDOW, whole.target_tokens, -(-WINDOW // world))
         }
         by_rank = [[row for batch in part.micro for row in rows_of(batch)] for part in parts]

@@ -26,7 +26,7 @@ from spt_ds.config.schema import Config
 from spt_ds.errors import EngineError, ModelError
 from spt_ds.model.attention import PACKED, Layout
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.rows import embed, read_context, target_states
+from spt_ds.model.rows import read_context, target_states
 from spt_ds.placement.choose import choose_checkpointing, place_base
 from spt_ds.placement.estimate import FIXED_BYTES, step_bytes, trainable_bytes
 from spt_ds.placement.memory import (
@@ -165,11 +165,11 @@ def kept_bytes(name: str, dtype: torch.dtype, recompute: str, placement: str) ->
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        bank = spt.trainables.bank.weight
-        read = read_context(backbone, batch, embed(backbone, batch), placement)
-        target_states(
-            backbone, batch, embed(backbone, batch), bank[:, None].expand(-1, 2, -1, -1), read
-        )
+        every = spt.trainables.bank.weight[:, None].expand(-1, 2, -1, -1)
+        packed = spt.pack(batch)
+        text = backbone.embed(packed.ids)
+        read = read_context(backbone, packed, text, placement)
+        target_states(backbone, packed, text, every, read)
     tokens = (
         2 * 4 * (8 + 8 + (56 if placement == "prefix" else 0))
     )  # a response's last token is never read

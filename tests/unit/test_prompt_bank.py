@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from spt_ds.config.schema import Config
 from spt_ds.model.prompt_bank import PromptBank, initial_prompts
+from spt_ds.model.reference import unit_normal_prompts
 from spt_ds.model.spt import Trainables, build_trainables
 from tests.helpers.tiny import VOCABULARY, tiny_backbone
 
@@ -16,12 +19,14 @@ TABLE = torch.randn(VOCABULARY, SHAPE[2], generator=torch.Generator().manual_see
 
 def draw(init: str, texts: list[list[int]] | None = None, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
+    if init == "unit_normal":
+        return unit_normal_prompts(SHAPE, generator)
     return initial_prompts(
         init, SHAPE, lambda ids: TABLE[ids].bfloat16(), VOCABULARY, texts or [], generator
     )
 
 
-@pytest.mark.parametrize("init", ["vocab", "text", "normal", "reference"])
+@pytest.mark.parametrize("init", ["vocab", "text", "normal", "unit_normal"])
 def test_prompts_are_fp32_and_a_function_of_the_seed(init: str) -> None:
     texts = [[5, 6], [7], [8]]
     first = draw(init, texts)
@@ -53,16 +58,23 @@ def test_one_text_serves_every_prompt() -> None:
 
 def test_normal_has_the_spread_of_the_table_and_reference_that_of_one() -> None:
     shape = (4, 64, SHAPE[2])
-    for init, spread in (("normal", float(TABLE.std())), ("reference", 1.0)):
-        generator = torch.Generator().manual_seed(0)
-        out = initial_prompts(init, shape, lambda ids: TABLE[ids], VOCABULARY, [], generator)
+    generator = torch.Generator().manual_seed(0)
+    normal = initial_prompts("normal", shape, lambda ids: TABLE[ids], VOCABULARY, [], generator)
+    unit = unit_normal_prompts(shape, torch.Generator().manual_seed(0))
+    for out, spread in ((normal, float(TABLE.std())), (unit, 1.0)):
         assert abs(float(out.std()) / spread - 1) < 0.05
         assert abs(float(out.mean())) < 0.1 * spread
 
 
-def make(seed: int) -> Trainables:
+def test_the_reference_draws_the_bank_with_its_seed() -> None:
+    bank = make(3, reference={"unit_normal_prompts": True}).bank.weight
+    drawn = unit_normal_prompts((2, 3, 12), torch.Generator().manual_seed(3))
+    assert torch.equal(bank, drawn)
+
+
+def make(seed: int, **sections: dict[str, Any]) -> Trainables:
     backbone = tiny_backbone("opt_project", torch.bfloat16)
-    config = Config.model_validate({"prompts": {"count": 2, "tokens": 3}})
+    config = Config.model_validate({"prompts": {"count": 2, "tokens": 3}, **sections})
     out = backbone(lambda base: build_trainables(config, base, [], seed))
     assert isinstance(out, Trainables)
     return out
