@@ -127,9 +127,6 @@ STEP = (
 )
 
 
-# --- what the code says
-
-
 def room_of(path: Path) -> str:
     """The folder of the package, or the file at its top, to which a module belongs."""
     return path.parts[0] if len(path.parts) > 1 else path.stem
@@ -190,8 +187,6 @@ def defined(path: Path) -> set[str]:
             names |= {f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)}
     return names
 
-
-# --- drawing
 
 WIDTH, MARGIN, GAP = 960, 20, 16
 SOFT, LINE, PALE = "#57606a", "#8c959f", "#f6f8fa"
