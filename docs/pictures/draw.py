@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
@@ -28,7 +29,7 @@ PURPOSE = {
     "dist": "process group: reduce, gather, agree",
     "data": "readers, encoding, stores, sampler, loader",
     "evaluate": "text scores, intervals, tables",
-    "plan": "memory arithmetic of a run",
+    "placement": "where the base is: memory, DeepSpeed file, choice",
     "run": "run folder, checkpoints, predictions",
     "model": "attention, bank, retriever, losses, head, decoding",
     "engine": "optimizer steps, loop, generation",
@@ -157,13 +158,12 @@ def rooms() -> tuple[dict[str, set[str]], dict[str, set[str]]]:
     return {room: uses & inside.keys() - {room} for room, uses in inside.items()}, outside
 
 
-def layers() -> list[set[str]]:
-    """The layers that the test of the house enforces, lowest first."""
+def house(name: str) -> Any:
+    """A table of the test of the house: LAYERS (sets of rooms, lowest first) or FENCES."""
     for node in ast.parse(HOUSE.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS":
-            found: list[set[str]] = ast.literal_eval(node.value)
-            return found
-    raise SystemExit(f"{HOUSE} defines no LAYERS")
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return ast.literal_eval(node.value)
+    raise SystemExit(f"{HOUSE} defines no {name}")
 
 
 def reduced(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
@@ -302,7 +302,7 @@ def rows_of(graph: Mapping[str, set[str]]) -> list[list[str]]:
 def draw_rooms() -> str:
     """The rooms of the package: an arrow leads from a room to one that it imports."""
     inside, outside = rooms()
-    ground, *_, commands = ({*layer} & inside.keys() for layer in layers())
+    ground, *_, commands = ({*layer} & inside.keys() for layer in house("LAYERS"))
     graph = {room: uses - ground for room, uses in inside.items() if room not in ground | commands}
     if lacking := sorted(graph.keys() - PURPOSE.keys()):
         raise SystemExit(f"{__file__}: PURPOSE does not name {', '.join(lacking)}")
