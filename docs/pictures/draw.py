@@ -13,7 +13,9 @@ import ast
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
@@ -27,10 +29,10 @@ PURPOSE = {
     "dist": "process group: reduce, gather, agree",
     "data": "readers, encoding, stores, sampler, loader",
     "evaluate": "text scores, intervals, tables",
-    "plan": "memory arithmetic of a run",
+    "placement": "where the base is: memory, DeepSpeed file, choice",
     "run": "run folder, checkpoints, predictions",
     "model": "attention, bank, retriever, losses, head, decoding",
-    "engine": "optimizer steps, checkpoints, loop, generation",
+    "engine": "optimizer steps, loop, generation",
 }
 FENCED = ("deepspeed", "bitsandbytes", "flash_attn", "peft")
 
@@ -120,13 +122,10 @@ STEP = (
         1,
         "Record, validate, save",
         "metrics.jsonl; checkpoint with COMPLETE.json last",
-        "engine/checkpoint.py",
+        "run/checkpoint.py",
         ("save",),
     ),
 )
-
-
-# --- what the code says
 
 
 def room_of(path: Path) -> str:
@@ -159,13 +158,12 @@ def rooms() -> tuple[dict[str, set[str]], dict[str, set[str]]]:
     return {room: uses & inside.keys() - {room} for room, uses in inside.items()}, outside
 
 
-def layers() -> list[set[str]]:
-    """The layers that the test of the house enforces, lowest first."""
+def house(name: str) -> Any:
+    """A table of the test of the house: LAYERS (sets of rooms, lowest first) or FENCES."""
     for node in ast.parse(HOUSE.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS":
-            found: list[set[str]] = ast.literal_eval(node.value)
-            return found
-    raise SystemExit(f"{HOUSE} defines no LAYERS")
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return ast.literal_eval(node.value)
+    raise SystemExit(f"{HOUSE} defines no {name}")
 
 
 def reduced(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
@@ -179,6 +177,8 @@ def reduced(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
 
 def defined(path: Path) -> set[str]:
     """Names of the functions, classes and methods of a file, methods as `Class.method`."""
+    if not path.is_file():
+        return set()
     names = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -188,13 +188,11 @@ def defined(path: Path) -> set[str]:
     return names
 
 
-# --- drawing
-
 WIDTH, MARGIN, GAP = 960, 20, 16
 SOFT, LINE, PALE = "#57606a", "#8c959f", "#f6f8fa"
 FILLS = ("#ddf4ff", "#fff8c5", "#dafbe1", "#fbefff")
 HEAD_LINE, TEXT_LINE = 19, 15  # down to the first line of a box, and from line to line
-CHARACTER = 5.7  # width of one character of the small type
+CHARACTER = {"small": 5.7, "code": 6.1}  # width of one character
 STYLE = (
     "text{font-family:Helvetica,Arial,sans-serif;text-anchor:middle;fill:#1b1f24}"
     ".name{font-size:14px;font-weight:bold}.small{font-size:11px;fill:#57606a}"
@@ -205,10 +203,10 @@ Line = tuple[str, str]  # (class, text)
 
 
 def wrapped(kind: str, text: str, width: float) -> list[Line]:
-    """Lines of `text` that fit into `width`."""
-    lines = [""]
+    """Lines of `text` that fit into `width`, less a little at both sides."""
+    lines, most = [""], int((width - 12) / CHARACTER[kind])
     for word in text.split():
-        if lines[-1] and (len(lines[-1]) + 1 + len(word)) * CHARACTER > width:
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > most:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return [(kind, line) for line in lines]
@@ -230,12 +228,17 @@ def card(x: float, y: float, w: float, h: float, fill: str, lines: Iterable[Line
     return "\n".join(parts)
 
 
-def arrow(x1: float, y1: float, x2: float, y2: float) -> str:
-    middle = (y1 + y2) / 2
-    return (
-        f'<path d="M {x1:g} {y1:g} C {x1:g} {middle:g} {x2:g} {middle:g} {x2:g} {y2 - 2:g}"'
-        f' fill="none" stroke="{SOFT}" marker-end="url(#tip)"/>'
-    )
+def arrow(*stops: tuple[float, float, float]) -> str:
+    """A line with a tip through stops: x, y where it arrives, y where it leaves."""
+    (x, _, y), *others = stops
+    path = f"M {x:g} {y:g}"
+    for number, (to, arrives, leaves) in enumerate(others, start=1):
+        end = arrives - 2 if number == len(others) else arrives
+        middle = (y + end) / 2
+        path += f" C {x:g} {middle:g} {to:g} {middle:g} {to:g} {end:g}"
+        path += f" L {to:g} {leaves:g}" if number < len(others) else ""
+        x, y = to, leaves
+    return f'<path d="{path}" fill="none" stroke="{SOFT}" marker-end="url(#tip)"/>'
 
 
 def sheet(height: float, title: str, parts: Iterable[str]) -> str:
@@ -256,34 +259,56 @@ def sheet(height: float, title: str, parts: Iterable[str]) -> str:
     )
 
 
+def levels_of(graph: Mapping[str, set[str]]) -> dict[str, int]:
+    """The row of each room, 0 at the top: right below the lowest room that imports it."""
+    users = {room: [other for other in graph if room in graph[other]] for room in graph}
+
+    def level(room: str) -> int:
+        return 1 + max(map(level, users[room]), default=-1)
+
+    return {room: level(room) for room in graph}
+
+
+def chains_of(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Each arrow as the rooms at its ends and, in every row that it crosses, a gap of its own."""
+    level = levels_of(graph)
+    return [
+        [room, *(f"{room}>{other}@{row}" for row in range(level[room] + 1, level[other])), other]
+        for room, uses in sorted(graph.items())
+        for other in sorted(uses)
+    ]
+
+
 def rows_of(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """The rooms in rows, top row first: each below all that import it and near to them."""
-    users = {room: {other for other in graph if room in graph[other]} for room in graph}
-
-    def depth(room: str) -> int:
-        return 1 + max(map(depth, users[room]), default=-1)
-
-    rows: list[list[str]] = []
-    column: dict[str, float] = {}
-    for level in sorted({depth(room) for room in graph}):
-        row = sorted(room for room in graph if depth(room) == level)
-        pull = {r: sum(column[u] for u in users[r]) / max(len(users[r]), 1) for r in row}
-        row.sort(key=lambda room: pull[room])
-        column |= {room: place - (len(row) - 1) / 2 for place, room in enumerate(row)}
-        rows.append(row)
+    """Rooms and gaps in rows, top row first, each near to those that it is joined to."""
+    level, chains = levels_of(graph), chains_of(graph)
+    level |= {gap: level[chain[0]] + n for chain in chains for n, gap in enumerate(chain[1:-1], 1)}
+    rows = [
+        sorted(room for room in level if level[room] == n) for n in range(max(level.values()) + 1)
+    ]
+    column = {room: n - (len(row) - 1) / 2 for row in rows for n, room in enumerate(row)}
+    joined: dict[str, list[str]] = {room: [] for room in level}
+    for upper, lower in (pair for chain in chains for pair in pairwise(chain)):
+        joined[upper].append(lower)
+        joined[lower].append(upper)
+    for _ in range(8):  # by then no room moves any more
+        for row in (*rows, *reversed(rows)):
+            pull = {r: sum(column[o] for o in joined[r]) / max(len(joined[r]), 1) for r in row}
+            row.sort(key=lambda room: (pull[room], room))
+            column |= {room: n - (len(row) - 1) / 2 for n, room in enumerate(row)}
     return rows
 
 
 def draw_rooms() -> str:
     """The rooms of the package: an arrow leads from a room to one that it imports."""
     inside, outside = rooms()
-    ground, *_, commands = ({*layer} & inside.keys() for layer in layers())
+    ground, *_, commands = ({*layer} & inside.keys() for layer in house("LAYERS"))
     graph = {room: uses - ground for room, uses in inside.items() if room not in ground | commands}
     if lacking := sorted(graph.keys() - PURPOSE.keys()):
         raise SystemExit(f"{__file__}: PURPOSE does not name {', '.join(lacking)}")
-    rows = rows_of(graph)
+    rows = rows_of(reduced(graph))
     space = WIDTH - 2 * MARGIN
-    w = min(200.0, (space + GAP) / max(map(len, rows)) - GAP)
+    w = min(200.0, (space + GAP) / max(len(graph.keys() & row) for row in rows) - GAP)
 
     def lines_of(room: str) -> list[Line]:
         lines = [("name", room), *wrapped("small", PURPOSE[room], w)]
@@ -297,18 +322,20 @@ def draw_rooms() -> str:
         return card(MARGIN, y, space, height_of(lines), PALE, lines)
 
     h = max(height_of(lines_of(room)) for room in graph)
-    at = {
-        room: (WIDTH / 2 + (place - len(row) / 2) * (w + GAP) + GAP / 2, 110 + level * (h + 54))
+    at: dict[str, tuple[float, float, float]] = {}  # x of the middle, y of top and bottom
+    for level, row in enumerate(rows):
+        widths = [w if room in graph else GAP for room in row]
+        x, y = (WIDTH - sum(widths) - GAP * (len(row) - 1)) / 2, 110 + level * (h + 54.0)
+        for room, width in zip(row, widths, strict=True):
+            at[room] = (x + width / 2, y, y + h)
+            x += width + GAP
+    arrows = [arrow(*map(at.__getitem__, chain)) for chain in chains_of(reduced(graph))]
+    cards = [
+        card(at[room][0] - w / 2, at[room][1], w, h, FILLS[level % len(FILLS)], lines_of(room))
         for level, row in enumerate(rows)
-        for place, room in enumerate(row)
-    }
-    arrows = [
-        arrow(at[room][0] + w / 2, at[room][1] + h, at[other][0] + w / 2, at[other][1])
-        for room, uses in sorted(reduced(graph).items())
-        for other in sorted(uses)
+        for room in row
+        if room in graph
     ]
-    level_of = {room: level for level, row in enumerate(rows) for room in row}
-    cards = [card(*at[r], w, h, FILLS[level_of[r] % len(FILLS)], lines_of(r)) for r in graph]
     end = 110 + len(rows) * (h + 54) - 24
     top = band(20, "commands: each may import every room below", commands)
     floor = band(end, "ground: every room may import it", ground)
@@ -330,11 +357,11 @@ def draw_step() -> str:
         lines += [("code", text) for text in (box.file, *box.names)]
         x, h = MARGIN + box.lane * lane + 12, height_of(lines)
         if last is not None:
-            parts.append(arrow(*last, x + w / 2, y))
+            parts.append(arrow(last, (x + w / 2, y, y)))
         parts.append(card(x, y, w, h, FILLS[box.lane], lines))
         if box.repeated:
             repeated += [y, y + h]
-        last = (x + w / 2, y + h)
+        last = (x + w / 2, y, y + h)
         y += h + 28
     heads = []
     for number, name in enumerate(LANES):

@@ -46,15 +46,12 @@ def test_commands_and_options_exist(path: Path) -> None:
             if name not in COMMANDS
         ]
         assert not unknown, f"{path.name}: {line}"
-        modules += (
-            re.findall(r"--module (spt_ds[\w.]*)|-m (spt_ds[\w.]*)", line)
-            and re.findall(r"spt_ds[\w.]+", line)[:1]
-        )
-        ours = re.split(r"(?:--module|-m) spt_ds[\w.]*|spt-ds ", line)[
-            -1
-        ]  # what stands before belongs to the launcher
+        if launched := re.findall(r"(?:--module|-m) (spt_ds[\w.]*)", line):
+            modules.append(launched[0])
+        # What comes before belongs to the launcher.
+        ours = re.split(r"(?:--module|-m) spt_ds[\w.]*|spt-ds ", line)[-1]
         for module in modules:
-            known = source_of(module) + source_of("spt_ds.train")
+            known = source_of(module) + source_of("spt_ds.run.command")
             for option in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", ours):
                 assert f'"{option}"' in known or option == "--version", (
                     f"{path.name}: {module} knows no {option}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,11 @@ def test_a_function_that_is_gone_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(draw, "STEP", (gone,))
     with pytest.raises(SystemExit, match=r"dist\.py does not define no_such_function"):
         draw.draw_step()
+
+
+def test_the_page_names_the_fences_of_the_house() -> None:
+    page = (FOLDER.parent / "architecture.md").read_text(encoding="utf-8")
+    for package, allowed in draw.house("FENCES").items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{package}`")]
+        named = {name.rstrip("/") for name in re.findall(r"`([\w./]+)`", row)} - {package}
+        assert named == allowed, row
