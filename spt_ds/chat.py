@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from spt_ds.display import holds_surrogate
 from spt_ds.errors import DataError, SptError
-from spt_ds.log import accept_any_text, show
+from spt_ds.log import show
 from spt_ds.run.command import add_overrides, run_command
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _talk(args: argparse.Namespace) -> None:
-    accept_any_text()
     from spt_ds.api import open_bot
 
     persona = read_persona(args.persona) if args.persona else None

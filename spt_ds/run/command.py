@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from spt_ds.errors import SptError
+from spt_ds.log import accept_any_text
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 0, 1, 2, 75
 
@@ -20,6 +21,7 @@ def run_command(
 
     An error that the user can mend becomes one line on stderr and exit code 2.
     """
+    accept_any_text()
     args = parser.parse_args(argv)
     try:
         return work(args) or EXIT_DONE

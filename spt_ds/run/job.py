@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
+from spt_ds.display import printable
 from spt_ds.errors import SptError
+from spt_ds.log import accept_any_text
 from spt_ds.run.command import EXIT_FAILED, EXIT_USER_ERROR
 from spt_ds.run.folder import RunFolder
 
@@ -53,6 +55,7 @@ def run_job(
     in `RUN/errors/rank-N.txt`. When a rank is gone without a word, one survivor on each host says
     what it sees from there.
     """
+    accept_any_text()
     folder: RunFolder | None = None
     try:
         config = load_config(source, overrides)
@@ -140,4 +143,5 @@ def _speak(folder: RunFolder | None, message: str, host: str = "") -> None:
             return  # there is no folder yet: what fails this early fails together
     with contextlib.suppress(BrokenPipeError):
         # On a line of its own: a progress bar may stand where the cursor is.
-        print(f"\nspt-ds [rank {_rank()}] {message}", file=sys.stderr, flush=True)
+        text = printable(f"\nspt-ds [rank {_rank()}] {message}", keep="\n\t")
+        print(text, file=sys.stderr, flush=True)
