@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from spt_ds import dist
 from spt_ds.batch import Batch

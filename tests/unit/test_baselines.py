@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
+from spt_ds.batch import Packed
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
 from spt_ds.data.encode import Shown, encode_context
