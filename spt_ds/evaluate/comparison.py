@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from spt_ds.config.legacy import upgrade
 from spt_ds.config.load import flatten
 from spt_ds.display import shown
 from spt_ds.errors import DataError
@@ -195,6 +196,7 @@ def _read_options(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: got a {type(tree).__name__}, expected keys such as 'name' and 'train'"
         )
+    upgrade(tree, overwrite=False)
     return flatten(tree)
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from spt_ds.config.legacy import upgrade
 from spt_ds.display import shown
 from spt_ds.errors import DataError
 from spt_ds.json_input import parse_json, parse_object
@@ -159,6 +160,7 @@ def generated_with(folder: Path, sha256: str) -> dict[str, Any]:
         raise DataError(f"{path}: cannot be read ({shown(error)}); {mend}") from error
     if not isinstance(config, dict):
         raise DataError(f"{path}: config is a {type(config).__name__}, expected an object; {mend}")
+    upgrade(config, overwrite=False)
     return config
 
 
