@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spt_ds.errors import DataError
+from spt_ds.files import write_whole
 
 Cell = str | int | float | None
 _LATEX = {
@@ -99,9 +99,7 @@ def write_files(
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, content in texts.items():
             path = folder / f"{stem}.{suffix}"
-            part = path.with_name(path.name + ".part")
-            part.write_text(content, encoding="utf-8")
-            os.replace(part, path)
+            write_whole(path, content)
             paths.append(path)
     except OSError as error:
         raise DataError(

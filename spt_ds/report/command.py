@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from importlib import resources
@@ -14,16 +13,14 @@ from spt_ds.errors import SptError
 from spt_ds.files import write_whole
 from spt_ds.report.markup import Markup, join, tag
 from spt_ds.report.runs import Run, read_runs
+from spt_ds.run.command import run_command
 
 # Nothing is fetched and nothing runs, whatever the texts of a run hold.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Read the runs and write the page.
-
-    Return 0, or 2 for a fault of the user's, told in one line on stderr.
-    """
+    """Read the runs and write the page; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="spt-ds report", description="One self-contained HTML page of runs."
     )
@@ -35,20 +32,18 @@ def main(argv: Sequence[str]) -> int:
         metavar="FILE",
         help="the page (default %(default)s)",
     )
-    args = parser.parse_args(argv)
+    return run_command(parser, argv, _write_page)
+
+
+def _write_page(args: argparse.Namespace) -> None:
+    text = page(read_runs(args.runs))
     try:
-        text = page(read_runs(args.runs))
-        try:
-            write_whole(args.out, text)
-        except OSError as error:
-            raise SptError(
-                f"{args.out}: cannot be written ({error.strerror}); give another file with --out"
-            ) from error
-    except SptError as error:
-        print(f"spt-ds report: {error}", file=sys.stderr)
-        return 2
+        write_whole(args.out, text)
+    except OSError as error:
+        raise SptError(
+            f"{args.out}: cannot be written ({error.strerror}); give another file with --out"
+        ) from error
     print(f"written: {args.out} ({len(text.encode()) / 1024:.0f} KiB)")
-    return 0
 
 
 def page(runs: Sequence[Run]) -> str:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from spt_ds.config.load import flatten, key_paths
+from spt_ds.config.load import flatten, options_of
 from spt_ds.config.schema import Config
 from spt_ds.errors import DataError
 from spt_ds.evaluate import scores_json
@@ -150,11 +149,6 @@ def read_run(folder: Path, label: str) -> Run:
         scores=scores,
         missing=missing,
     )
-
-
-def options_of(config: Config) -> dict[str, Any]:
-    """Return every option by its key path."""
-    return {path: reduce(getattr, path.split("."), config) for path in key_paths(Config)}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

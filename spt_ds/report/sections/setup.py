@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from spt_ds.config.load import options_of
 from spt_ds.config.schema import Config
 from spt_ds.report.markup import Markup, absent, join, table, tag
-from spt_ds.report.runs import Run, options_of
+from spt_ds.report.runs import Run
 
 
 def configuration(runs: Sequence[Run]) -> Markup:
