@@ -68,9 +68,9 @@ STEP = (
     Box(
         2,
         "Score the bank",
-        "look tokens up once, pool the context, cosine with each prompt",
+        "send the batch to the device, look tokens up once, pool the context",
         "model/spt.py",
-        ("Spt.pooled", "Trainables.scores"),
+        ("Spt.pack", "Spt.score"),
         repeated=True,
     ),
     Box(

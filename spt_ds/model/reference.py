@@ -1,8 +1,8 @@
 """What the public SPT reference does in its own way, for the configuration section `reference`.
 
-The recipe of that name switches all of it on, so that old results can be reproduced; the faults are
-numbered as in docs/numerics.md. Everything else of the method is in the other files, which choose
-by the `..._of` functions here once, when the method is built.
+The recipe of that name switches all of it on, so that old results can be reproduced. The faults are
+numbered as in docs/explanation/method.md. Everything else of the method is in the other files,
+which choose by the `..._of` functions here once, when the method is built.
 
 Legend: K prompts, P virtual tokens, B examples, n target tokens, t text tokens, D embedding size.
 """
