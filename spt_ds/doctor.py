@@ -243,7 +243,7 @@ def _job(args: argparse.Namespace, size: int) -> dict[str, str]:
         return {}
     from spt_ds.data.readers import digest
     from spt_ds.engine.ds_config import load_ds_config
-    from spt_ds.model.backbone import load_base_config, load_tokenizer
+    from spt_ds.model.loading import load_base_config, load_tokenizer
 
     config = load_config(args.config, args.overrides)
     found = {

@@ -16,7 +16,7 @@ from spt_ds.config.schema import Config
 from spt_ds.engine.ds_config import remove_swap_files
 from spt_ds.engine.session import Memory, settle
 from spt_ds.errors import ConfigError
-from spt_ds.model.backbone import load_base_config
+from spt_ds.model.loading import load_base_config
 from spt_ds.plan import GIB, BaseShape
 from spt_ds.run.command import add_overrides, run_command
 

@@ -21,7 +21,8 @@ from spt_ds.config.schema import Config, ModelConfig
 from spt_ds.engine.ds_config import load_ds_config, plan_for
 from spt_ds.engine.zero import Sharding, local_bytes
 from spt_ds.errors import ModelError
-from spt_ds.model.backbone import Backbone, load_base_config, load_lm
+from spt_ds.model.backbone import Backbone, load_lm
+from spt_ds.model.loading import load_base_config
 from spt_ds.model.quant import QuantLinear
 from spt_ds.model.spt import Counts
 from tests.distributed.test_communication import counted
@@ -271,7 +272,8 @@ def damage(world: dist.World, folder: str) -> str:
 def test_self_check_names_the_layer_whose_shard_is_damaged(bases: dict[str, str]) -> None:
     for text in run_ranks(2, damage, bases["llama"]):
         assert (
-            "model.layers.1.mlp.up_proj: its bytes are not those that were loaded (1 of 21 layers" in text
+            "model.layers.1.mlp.up_proj: its bytes are not those that were loaded (1 of 21 layers"
+            in text
         )
 
 

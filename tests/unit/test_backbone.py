@@ -28,7 +28,8 @@ from spt_ds.errors import ModelError
 from spt_ds.log import get_logger
 from spt_ds.model import attention
 from spt_ds.model.attention import PACKED, Layout, choose_backend
-from spt_ds.model.backbone import Backbone, build_backbone, load_tokenizer
+from spt_ds.model.backbone import Backbone, build_backbone
+from spt_ds.model.loading import load_tokenizer
 from spt_ds.model.rows import embed, target_states
 from tests.helpers.tiny import (
     VOCABULARY,
