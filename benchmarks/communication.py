@@ -27,7 +27,8 @@ from spt_ds.batch import Batch
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
 from spt_ds.engine.zero import Sharding
-from spt_ds.model.backbone import build_backbone, load_base_config
+from spt_ds.model.backbone import build_backbone
+from spt_ds.model.loading import load_base_config
 from spt_ds.model.prompt_bank import PromptBank
 from spt_ds.model.spt import Spt, Trainables, build_trainables
 from spt_ds.placement.ds_check import plan_of_kind

@@ -119,7 +119,8 @@ def measure_rank(folder: str, bits: int, random_init: bool) -> dict[str, Any]:
     from spt_ds import dist
     from spt_ds.config.schema import Config, ModelConfig
     from spt_ds.engine.zero import Sharding, local_bytes
-    from spt_ds.model.backbone import build_backbone, load_base_config
+    from spt_ds.model.backbone import build_backbone
+    from spt_ds.model.loading import load_base_config
     from spt_ds.placement.ds_check import plan_of_kind
 
     torch.set_num_threads(1)

@@ -242,7 +242,7 @@ def _job(args: argparse.Namespace, size: int) -> dict[str, str]:
     if args.config is None:
         return {}
     from spt_ds.data.readers import digest
-    from spt_ds.model.backbone import load_base_config, load_tokenizer
+    from spt_ds.model.loading import load_base_config, load_tokenizer
     from spt_ds.placement.ds_check import plan_of_file
     from spt_ds.placement.shape import BaseShape
 

@@ -62,7 +62,7 @@ def _plan(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number above 0")
-    from spt_ds.model.backbone import load_base_config  # imports torch, which --help need not
+    from spt_ds.model.loading import load_base_config  # imports torch, which --help need not
 
     config = load_config(args.config, args.overrides)
     shape = BaseShape.from_config(load_base_config(config.model).to_dict())

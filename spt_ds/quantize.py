@@ -26,10 +26,11 @@ from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ConfigError
 from spt_ds.files import new_folder
 from spt_ds.log import get_logger
-from spt_ds.model.backbone import base_path, load_base_config, load_tokenizer
+from spt_ds.model.base_files import base_path
+from spt_ds.model.loading import SECTION, check_weights, load_base_config, load_tokenizer
 from spt_ds.model.quant import Packing, QuantLinear
 from spt_ds.model.quant_load import finished_modules, report, skeleton
-from spt_ds.model.quant_source import SECTION, open_source, refuse_foreign_quantisation, section
+from spt_ds.model.quant_source import open_source, refuse_foreign_quantisation, section
 from spt_ds.run.command import run_command
 
 FILE_BYTES = 2**30
@@ -96,6 +97,7 @@ def write_quantised(config: ModelConfig, out: Path) -> None:
     """
     base, path = load_base_config(config), base_path(config.base)
     refuse_foreign_quantisation(base, config, path)
+    check_weights(config, base)
     try:
         with new_folder(out, to_disk=True) as part:
             total = _fill(part, config, base, path)

@@ -50,6 +50,9 @@ class ModelConfig(Section):
     """
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    allow_pickle: bool = False
+    """Also read weights of pickled `.bin` files, for a base that you trust; else only safetensors.
+    """
     random_init: bool = False
     """Take only the configuration of `base` and draw random weights: for benchmarks without
     weights.

@@ -10,19 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from spt_ds.config.schema import ModelConfig
 from spt_ds.costs.meters import Clock, peak_bytes, reset_peak, timed
 from spt_ds.costs.random_bases import SHAPES
 from spt_ds.data.encode import encode_many
 from spt_ds.data.readers import read
-from spt_ds.model.backbone import (
-    base_dtype,
-    build_backbone,
-    load_base_config,
-    load_tokenizer,
-)
+from spt_ds.model.backbone import base_dtype, build_backbone
+from spt_ds.model.loading import load_base_config, load_tokenizer, new_lm
 
 CASES = ("base", "data")
 
@@ -46,7 +41,7 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
 def _base(args: argparse.Namespace, device: torch.device) -> tuple[list[float], float, str, int]:
     """Random weights of the shape, written to a folder and read from it as a run reads them."""
     with tempfile.TemporaryDirectory() as folder:
-        lm = AutoModelForCausalLM.from_config(SHAPES[args.shape](), dtype=base_dtype(args.bits))
+        lm = new_lm(SHAPES[args.shape](), base_dtype(args.bits))
         lm.save_pretrained(folder)
         del lm
         weights = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

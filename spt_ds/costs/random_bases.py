@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
+from transformers import LlamaConfig, OPTConfig, PretrainedConfig
 
 from spt_ds.batch import Batch
 from spt_ds.config.schema import Config, ModelConfig
 from spt_ds.data.encode import encode_many
 from spt_ds.data.readers import read
-from spt_ds.model.attention import PACKED, choose_backend
-from spt_ds.model.backbone import Backbone, base_dtype, load_tokenizer
+from spt_ds.model.attention import choose_backend
+from spt_ds.model.backbone import Backbone, base_dtype
+from spt_ds.model.loading import load_tokenizer, new_lm
 from spt_ds.model.spt import Spt, build_trainables
 
 
@@ -76,9 +77,7 @@ def build(shape: str, config: Config, device: torch.device) -> tuple[Backbone, S
         lm.to(device)  # the weights are there already, the buffers are not
     else:
         with device:
-            lm = AutoModelForCausalLM.from_config(
-                SHAPES[shape](), dtype=dtype, attn_implementation=PACKED
-            )
+            lm = new_lm(SHAPES[shape](), dtype)
     backend = choose_backend(config.model.attention, device, dtype, strict=False)
     backbone = Backbone(lm, backend)
     backbone.checkpoint_activations(config.model.activation_checkpointing)

@@ -17,8 +17,9 @@ from spt_ds.data.store import ExampleStore, build_store
 from spt_ds.engine.zero import Sharding, local_bytes
 from spt_ds.errors import ConfigError
 from spt_ds.log import get_logger
-from spt_ds.model.backbone import Backbone, build_backbone, load_base_config, load_tokenizer
+from spt_ds.model.backbone import Backbone, build_backbone
 from spt_ds.model.baselines import build_base_trainables
+from spt_ds.model.loading import load_base_config, load_tokenizer
 from spt_ds.model.spt import Spt, Trainables, build_trainables
 from spt_ds.placement.agree import agree_on_placement
 from spt_ds.placement.choose import Placement

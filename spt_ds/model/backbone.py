@@ -6,30 +6,23 @@ proves it at start-up. Legend: N packed tokens, n rows, D embedding size, V voca
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PretrainedConfig
 
 from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.model.activations import slim_activations
 from spt_ds.model.attention import PACKED, Layout, choose_backend
-from spt_ds.model.base_check import SUPPORTED, check_base
+from spt_ds.model.base_check import check_base
+from spt_ds.model.base_files import base_path
 from spt_ds.model.head import FrozenHead
+from spt_ds.model.loading import check_weights, first_line, new_lm, stored_lm
 from spt_ds.model.quant_source import refuse_foreign_quantisation
 
 
@@ -149,58 +142,9 @@ class Backbone(nn.Module):
         check_base(self, placement)
 
 
-def base_path(name: str) -> str:
-    """Return the folder or hub id of `model.base`; `embedded` is the base that is shipped."""
-    if name == "embedded":
-        return str(resources.files("spt_ds") / "assets" / "base")
-    if (
-        os.sep in name
-        and not Path(name).exists()
-        and (name.startswith((".", os.sep)) or name.count("/") > 1)
-    ):
-        raise ModelError(
-            f"model.base: no folder {name}; give a folder with config.json and weights, or a hub id"
-        )
-    return name
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the base's tokenizer, which must have an end-of-sequence token."""
-    path = base_path(config.base)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, revision=config.revision
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.base: no tokenizer can be read from {path}: {_first_line(error)}"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"model.base: the tokenizer of {path} has no end-of-sequence token; replies could"
-            " not end"
-        )
-    if tokenizer.pad_token_id is None:
-        # Only ever at masked positions of a generation batch.
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def base_dtype(bits: int) -> torch.dtype:
     """Computing dtype of a base of so many bits."""
     return torch.float32 if bits == 32 else torch.bfloat16
-
-
-def load_base_config(config: ModelConfig) -> PretrainedConfig:
-    """Read the base's configuration."""
-    path = base_path(config.base)
-    try:
-        base = AutoConfig.from_pretrained(path, revision=config.revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.base: no configuration can be read from {path}: {_first_line(error)}"
-        ) from error
-    return base
 
 
 def load_lm(
@@ -212,37 +156,29 @@ def load_lm(
     """
     dtype, path = base_dtype(config.base_bits), base_path(config.base)
     refuse_foreign_quantisation(base, config, path)
+    if not config.random_init:
+        check_weights(config, base)
     try:
         if config.base_bits in (4, 8):
             from spt_ds.model.quant_load import load_quantized
 
             return load_quantized(config, base, path, shard, dtype)
-        return _full_precision(config, base, path, dtype)
-    except (OSError, ValueError) as error:
+        if config.random_init:
+            return _random_lm(base, dtype)
+        return stored_lm(config, base, path, dtype)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
-            f"model.base: no weights can be loaded from {path}: {_first_line(error)}"
-        ) from error
-    except KeyError as error:
-        if error.args != (PACKED,):
-            raise
-        raise ModelError(
-            f"model.base: {base.model_type} picks its attention from a list of its own; {SUPPORTED}"
+            f"model.base: no weights can be loaded from {path}: {first_line(error)}"
         ) from error
 
 
-def _full_precision(
-    config: ModelConfig, base: PretrainedConfig, path: str, dtype: torch.dtype
-) -> Any:
-    if config.random_init:
-        # Under ZeRO-3 transformers zeroes the pad row of a weight that is already sharded; there is
-        # none to zero.
-        pad, base.pad_token_id = base.pad_token_id, None
-        lm = AutoModelForCausalLM.from_config(base, dtype=dtype, attn_implementation=PACKED)
-        base.pad_token_id = lm.config.pad_token_id = pad
-        return lm
-    return AutoModelForCausalLM.from_pretrained(
-        path, config=base, dtype=dtype, attn_implementation=PACKED, revision=config.revision
-    )
+def _random_lm(base: PretrainedConfig, dtype: torch.dtype) -> Any:
+    # Under ZeRO-3 transformers zeroes the pad row of a weight that is already sharded; there is
+    # none to zero.
+    pad, base.pad_token_id = base.pad_token_id, None
+    lm = new_lm(base, dtype)
+    base.pad_token_id = lm.config.pad_token_id = pad
+    return lm
 
 
 def build_backbone(
@@ -274,7 +210,3 @@ def _no_dropout(lm: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -7,7 +7,6 @@ quantised if it is a linear layer, and is sharded at once, before the next one i
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -16,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_utils import set_quantized_state
 
 from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.log import get_logger, say_once
-from spt_ds.model.attention import PACKED
+from spt_ds.model.loading import new_lm
 from spt_ds.model.quant import Packing, QuantLinear, quantise
 from spt_ds.model.quant_source import Source, open_source
 
@@ -62,14 +61,11 @@ def load_quantized(
 
 def skeleton(base: PretrainedConfig, dtype: torch.dtype) -> Any:
     """The causal LM of `base` with real buffers and with Parameters that have no memory."""
-    base = copy.deepcopy(base)
     with (
         _parameters_on_meta(),
-        set_quantized_state(),
-    ):  # the latter keeps transformers from sharding empty weights
-        return AutoModelForCausalLM.from_config(
-            base, dtype=dtype, attn_implementation=PACKED
-        ).eval()
+        set_quantized_state(),  # keeps transformers from sharding empty weights
+    ):
+        return new_lm(base, dtype).eval()
 
 
 @contextmanager

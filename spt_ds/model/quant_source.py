@@ -8,9 +8,7 @@ split first is refused.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -18,27 +16,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import GenerationConfig, PretrainedConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-)
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers import PretrainedConfig
 
 from spt_ds.config.schema import ModelConfig
+from spt_ds.display import shortened, shown
 from spt_ds.errors import ModelError
-from spt_ds.log import say_once
+from spt_ds.model.base_files import weight_files
+from spt_ds.model.loading import SECTION, generation_config
+from spt_ds.model.weight_names import model_names, refuse_missing, refuse_shape
 from spt_ds.rng import keyed_seed
-
-SECTION = "spt_quantization"  # in config.json of a base that `spt-ds quantize` wrote
-HARMLESS_EXTRA = (
-    r"rotary_emb\.inv_freq",
-    r"(^|\.)position_ids$",
-)  # buffers that old checkpoints stored
 
 # (name of a module, the module) -> the weights it owns itself, by their names in it, any floating
 # dtype, perhaps read-only; `packed` in place of `weight` for a layer that is stored quantised.
@@ -51,14 +37,10 @@ def open_source(lm: Any, config: ModelConfig, path: str, device: torch.device) -
     """
     if config.random_init:
         return lambda name, module: _draw(lm, name, module, device)
-    with contextlib.suppress(
-        OSError
-    ):  # as from_pretrained does: without the file, the model's own defaults stay
-        lm.generation_config = GenerationConfig.from_pretrained(
-            path, revision=config.revision or "main"
-        )
+    # As from_pretrained does: without the file, the model's own defaults stay.
+    lm.generation_config = generation_config(config, path) or lm.generation_config
     try:
-        files = [_open(file) for file in _weight_files(path, config.revision)]
+        files = [_open(file) for file in weight_files(path, config)]
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"model.base: no weights can be loaded from {path}: {str(error).strip()}"
@@ -85,8 +67,10 @@ def refuse_foreign_quantisation(base: PretrainedConfig, config: ModelConfig, pat
     """
     if config.random_init:
         return
-    if getattr(base, "quantization_config", None) is not None:
-        method = dict(base.quantization_config).get("quant_method", "an unknown method")
+    foreign = getattr(base, "quantization_config", None)
+    if foreign is not None:
+        known = foreign if isinstance(foreign, dict) else {}
+        method = shortened(str(known.get("quant_method", "an unknown method")))
         raise ModelError(
             f"{path}: its weights are already quantised ({method}); under ZeRO-3 such layers keep"
             " scales or whole weights on every rank. Take the 16-bit checkpoint; model.base_bits:"
@@ -95,6 +79,11 @@ def refuse_foreign_quantisation(base: PretrainedConfig, config: ModelConfig, pat
     stored = getattr(base, SECTION, None)
     if stored is None:
         return
+    if not isinstance(stored, dict):
+        raise ModelError(
+            f"{path}: {SECTION} in its config.json is {shown(stored)}, expected what `spt-ds"
+            " quantize` writes; make the folder again"
+        )
     asked = section(config)
     different = [key for key in asked if stored.get(key) != asked[key]]
     if different:
@@ -114,7 +103,7 @@ def refuse_foreign_quantisation(base: PretrainedConfig, config: ModelConfig, pat
 
 
 def _draw(lm: Any, name: str, module: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
-    """Random weights as the architecture initialises them; the same on every rank and in every run."""
+    """Random weights as the architecture initialises them: the same on all ranks, every time."""
     drawn = copy.copy(module)
     drawn._parameters = {
         key: (
@@ -158,11 +147,7 @@ class _Checkpoint:
                 out["packed"] = self._read(f"{name}.packed")
                 continue
             out[key] = self._read(stored)
-            if out[key].shape != like.shape:
-                raise ModelError(
-                    f"{self.path}: {stored} has shape {list(out[key].shape)}, its config.json asks"
-                    f" for {list(like.shape)}; configuration and weights belong to different models"
-                )
+            refuse_shape(self.path, stored, out[key].shape, like.shape)
         return out
 
     def _read(self, name: str) -> torch.Tensor:
@@ -170,7 +155,7 @@ class _Checkpoint:
         return file[key]
 
     def _check(self, lm: Any) -> None:
-        """Before any module is built, on every rank alike: nothing is missing, tied weights agree."""
+        """Before any module is built, on all ranks: nothing is missing, tied weights agree."""
         missing = []
         for names in self.aliases.values():
             found = [name for name in names if name in self.where]
@@ -181,64 +166,25 @@ class _Checkpoint:
                     f"{self.path}: config.json ties {' and '.join(found)}, the weights hold"
                     " different values for them; set tie_word_embeddings: false in config.json"
                 )
-        if missing:
-            raise ModelError(
-                f"{self.path}: {len(missing)} weights of {type(lm).__name__} are not in the"
-                f" checkpoint, the first is {missing[0]}; the files belong to another model, or a"
-                " part of them is missing"
-            )
+        refuse_missing(lm, missing, self.path)
 
 
 def _by_model_name(
     lm: Any, stored: list[tuple[str, Mapping[str, torch.Tensor]]], path: str
 ) -> dict[str, tuple[Mapping[str, torch.Tensor], str]]:
-    """Names of `lm` -> file and the tensor's name in it, by transformers' own table of renamings."""
-    expected = lm.state_dict()
-    conversions = get_model_conversion_mapping(lm)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    where, extra = {}, []
+    """Names of `lm` -> file and the tensor's name in it."""
+    names = model_names(lm, [key for key, _ in stored], path)
+    where = {}
     for key, file in stored:
-        name, converter = rename_source_key(
-            key, renamings, converters, lm.base_model_prefix, expected
-        )
-        if name not in expected and key in expected:
-            name, converter = key, None
-        if name not in expected:
-            extra.append(key)
-        elif converter is not None:
+        name, merged = names.get(key, (None, False))
+        if merged:
             raise ModelError(
                 f"{path}: {key} must be merged or split to become {name} of {type(lm).__name__},"
                 " which cannot be done tensor by tensor; set model.base_bits: 16"
             )
-        else:
+        if name is not None:
             where[name] = file, key
-    harmless = [*HARMLESS_EXTRA, *(lm._keys_to_ignore_on_load_unexpected or ())]
-    extra = [key for key in extra if not any(re.search(pattern, key) for pattern in harmless)]
-    if extra:
-        say_once(
-            f"{path}: {len(extra)} tensors are not part of {type(lm).__name__} and unused, first"
-            f" {extra[0]}"
-        )
     return where
-
-
-def _weight_files(path: str, revision: str | None) -> list[str]:
-    """Paths of the weight files of a folder or hub id, downloaded if need be; safetensors before
-    .bin.
-    """
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        found = cached_file(
-            path, name, revision=revision, _raise_exceptions_for_missing_entries=False
-        )
-        if found is not None and name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
-            files: list[str] = get_checkpoint_shard_files(path, found, revision=revision)[0]
-            return files
-        if found is not None:
-            return [found]
-    raise OSError(
-        f"it has neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}, nor an index of several of them"
-    )
 
 
 def _open(file: str) -> Mapping[str, torch.Tensor]:

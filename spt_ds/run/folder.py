@@ -31,6 +31,7 @@ FREE_OPTIONS = {
     "data.test",
     "data.max_test_examples",
     "model.activation_checkpointing",
+    "model.allow_pickle",
     "model.attention",
 }
 

@@ -20,7 +20,8 @@ from spt_ds import dist
 from spt_ds.config.schema import Config, ModelConfig
 from spt_ds.engine.zero import Sharding, local_bytes
 from spt_ds.errors import ModelError
-from spt_ds.model.backbone import Backbone, load_base_config, load_lm
+from spt_ds.model.backbone import Backbone, load_lm
+from spt_ds.model.loading import load_base_config
 from spt_ds.model.quant import QuantLinear
 from spt_ds.placement.ds_check import plan_of_file, plan_of_kind
 from spt_ds.placement.shape import BaseShape

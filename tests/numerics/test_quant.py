@@ -23,7 +23,8 @@ from spt_ds import quantize
 from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.model import quant, quant_check
-from spt_ds.model.backbone import Backbone, load_base_config, load_lm
+from spt_ds.model.backbone import Backbone, load_lm
+from spt_ds.model.loading import load_base_config
 from spt_ds.model.quant import Packing, QuantLinear, dequantise, linear
 from spt_ds.model.quant_load import load_quantized
 from tests.helpers.tiny import random_batch, tiny_lm, tiny_spt
@@ -273,6 +274,7 @@ def test_every_layout_of_a_checkpoint_gives_the_same_bytes(
         assert len(list(folder.glob("*.safetensors"))) > 1
     elif layout == "bin":
         torch.save(weights, folder / "pytorch_model.bin")
+        config = config.model_copy(update={"allow_pickle": True})
     elif layout == "bare":  # as OPT's own files: saved from the model without its head
         bare = {key.removeprefix("model."): value for key, value in weights.items()}
         save_file(bare, folder / "model.safetensors")
@@ -342,10 +344,10 @@ def test_unusable_checkpoints_are_refused_with_the_reason(base: Callable[..., Mo
     ):
         load(config)
     (folder / "model.safetensors").write_bytes(whole[:1000])
-    with pytest.raises(ModelError, match="no weights can be loaded"):
+    with pytest.raises(ModelError, match=r"no weights can be loaded"):
         load(config)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(ModelError, match=r"neither model.safetensors nor an index"):
         load(config)
     configure(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     for bits in (4, 16):

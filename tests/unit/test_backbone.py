@@ -29,7 +29,8 @@ from spt_ds.errors import ModelError
 from spt_ds.log import get_logger
 from spt_ds.model import attention
 from spt_ds.model.attention import PACKED, Layout, choose_backend
-from spt_ds.model.backbone import Backbone, build_backbone, load_base_config, load_tokenizer
+from spt_ds.model.backbone import Backbone, build_backbone
+from spt_ds.model.loading import load_base_config, load_tokenizer
 from spt_ds.model.rows import target_states
 from tests.helpers.tiny import (
     VOCABULARY,

@@ -36,7 +36,8 @@ from spt_ds.config.schema import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.model import base_check
 from spt_ds.model.attention import PACKED, Branches, Layout
-from spt_ds.model.backbone import Backbone, build_backbone, load_base_config
+from spt_ds.model.backbone import Backbone, build_backbone
+from spt_ds.model.loading import load_base_config
 from tests.helpers.real_base import real_base
 from tests.helpers.tiny import (
     VOCABULARY,

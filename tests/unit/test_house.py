@@ -50,6 +50,10 @@ FENCES = {
     "flash_attn": {"model/attention.py"},
     "peft": {"model/baselines.py"},
     "torch.distributed": {"dist.py", "engine"},
+    # Loading anything of a base is done in one place, where code that it brings cannot run.
+    "transformers.AutoConfig": {"model/loading.py"},
+    "transformers.AutoTokenizer": {"model/loading.py"},
+    "transformers.AutoModelForCausalLM": {"model/loading.py"},
 }
 WITHOUT_TORCH = [
     "spt_ds.config.load",

@@ -1,0 +1,153 @@
+"""The one door to transformers' loading: configuration, tokenizer and weights of a base.
+
+Code that a base brings along is never run and nobody is asked about it, whatever stands in its
+files; what is damaged, implausible or incomplete is refused before memory is taken for a weight.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_utils import set_quantized_state
+
+from spt_ds.config.schema import ModelConfig
+from spt_ds.display import shortened
+from spt_ds.errors import ModelError, SptError
+from spt_ds.model.attention import PACKED
+from spt_ds.model.base_check import SUPPORTED
+from spt_ds.model.base_files import (
+    base_path,
+    check_settings,
+    check_tokenizer_settings,
+    stored_shapes,
+    weight_files,
+)
+from spt_ds.model.weight_names import check_shapes
+
+SECTION = "spt_quantization"  # in config.json of a base that `spt-ds quantize` wrote
+
+
+def load_base_config(config: ModelConfig) -> PretrainedConfig:
+    """Read the base's configuration."""
+    path = base_path(config.base)
+    check_settings(config)
+    with _reading(f"no configuration can be read from {path}"):
+        base: PretrainedConfig = AutoConfig.from_pretrained(
+            path, revision=config.revision, trust_remote_code=False
+        )
+    return base
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the base's tokenizer, which must have an end-of-sequence token."""
+    path = base_path(config.base)
+    # AutoTokenizer reads config.json too, where there is one.
+    check_settings(config, needed=False)
+    check_tokenizer_settings(config)
+    with _reading(f"no tokenizer can be read from {path}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=False
+        )
+        eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if eos is None:
+        raise ModelError(
+            f"model.base: the tokenizer of {path} has no end-of-sequence token; replies could"
+            " not end"
+        )
+    if pad is None:
+        # Only ever at masked positions of a generation batch.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def new_lm(base: PretrainedConfig, dtype: torch.dtype | None = None) -> Any:
+    """Build the causal LM of `base` with weights as its architecture initialises them."""
+    # from_config writes into what it is given.
+    base = copy.deepcopy(base)
+    try:
+        return AutoModelForCausalLM.from_config(
+            base, dtype=dtype, attn_implementation=PACKED, trust_remote_code=False
+        )
+    except KeyError as error:
+        if error.args != (PACKED,):
+            raise
+        raise ModelError(
+            f"model.base: {base.model_type} picks its attention from a list of its own; {SUPPORTED}"
+        ) from error
+
+
+def stored_lm(config: ModelConfig, base: PretrainedConfig, path: str, dtype: torch.dtype) -> Any:
+    """Load the causal LM of `base` with the weights of `path`, which `check_weights` has passed."""
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        config=base,
+        dtype=dtype,
+        attn_implementation=PACKED,
+        revision=config.revision,
+        trust_remote_code=False,
+        use_safetensors=None if config.allow_pickle else True,
+    )
+
+
+def generation_config(config: ModelConfig, path: str) -> GenerationConfig | None:
+    """Read the base's generation_config.json; None where it has none."""
+    with _reading(f"no generation_config.json can be read from {path}"):
+        try:
+            return GenerationConfig.from_pretrained(path, revision=config.revision or "main")
+        except OSError:
+            return None
+
+
+def check_weights(config: ModelConfig, base: PretrainedConfig) -> None:
+    """Raise ModelError unless the weight files hold what config.json describes, and nothing more.
+
+    Reads their headers alone. A base that is stored quantised is checked layer by layer instead.
+    """
+    path = base_path(config.base)
+    generation_config(config, path)
+    shapes = stored_shapes(path, weight_files(path, config))
+    if hasattr(base, SECTION):
+        return
+    with (
+        _reading(f"config.json of {path} describes no model that can be built"),
+        torch.device("meta"),
+        set_quantized_state(),  # keeps transformers from sharding weights that are not there
+    ):
+        empty = new_lm(base)
+    check_shapes(empty, shapes, path)
+
+
+@contextmanager
+def _reading(problem: str) -> Iterator[None]:
+    """Turn whatever transformers raises over a base's files into a ModelError.
+
+    It checks few of them before use, so that damaged ones fail as a dozen unrelated classes.
+    """
+    try:
+        yield
+    except SptError:
+        raise
+    except Exception as error:
+        raise ModelError(f"model.base: {problem}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, with the next where it announces it; or its class."""
+    first, _, rest = str(error).strip().partition("\n")
+    line = first or type(error).__name__
+    if line.endswith(":"):
+        line = f"{line} {rest.strip().partition(chr(10))[0]}"
+    line = shortened(line, 500)
+    return line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
