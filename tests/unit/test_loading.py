@@ -76,7 +76,7 @@ def rewrite(base: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Non
 
 def load(config: ModelConfig) -> Any:
     load_tokenizer(config)
-    return build_backbone(config, CPU, strict=False)
+    return build_backbone(config, load_base_config(config), CPU, strict=False)
 
 
 def refused(config: ModelConfig) -> str:
