@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from spt_ds.cli import COMMANDS
+from spt_ds.run.folder import FREE_OPTIONS
 from tests.helpers.pictures import draw_module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,3 +80,8 @@ def test_the_readme_links_to_the_index() -> None:
 def test_the_reference_lists_every_command() -> None:
     text = (DOCS / "reference" / "commands.md").read_text(encoding="utf-8")
     assert [name for name in COMMANDS if f"| `spt-ds {name}` |" not in text] == []
+
+
+def test_the_reference_lists_what_a_resumed_run_may_change() -> None:
+    text = (DOCS / "reference" / "commands.md").read_text(encoding="utf-8")
+    assert [name for name in sorted(FREE_OPTIONS) if f"`{name}`" not in text] == []
