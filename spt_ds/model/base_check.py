@@ -53,7 +53,7 @@ def check_base(backbone: Backbone, placement: str) -> dict[str, float]:
     call of the root module.
     """
     gaps: dict[str, float] = {}
-    dtype = backbone.lm.get_input_embeddings().weight.dtype
+    dtype = _dtype(backbone)
     # No variable-length kernel takes fp32.
     exact = "eager" if backbone.backend == "eager" else "sdpa"
     with _fp32() if dtype in HALF else nullcontext():
@@ -76,6 +76,11 @@ def check_base(backbone: Backbone, placement: str) -> dict[str, float]:
     if dtype in HALF:
         gaps |= _compare_rounding(backbone, half, _own_logits(backbone, 1.0), own)
     return gaps
+
+
+def _dtype(backbone: Backbone) -> torch.dtype:
+    dtype: torch.dtype = backbone.lm.get_input_embeddings().weight.dtype
+    return dtype
 
 
 def _quantised_layers_checked(backbone: Backbone) -> Any:
@@ -184,10 +189,10 @@ def _compare_rounding(
     allowed = max(ROUNDING_FACTOR * unit, ROUNDING_FLOOR)
     if not gap <= allowed:
         raise ModelError(
-            f"{type(backbone.lm).__name__}: packed rows in {ours[0].dtype} by"
-            f" {backbone.backend} attention give other logits than in fp32 (relative distance"
-            f" {gap:.2g}, the base's own forward {unit:.2g}, allowed {allowed:.2g}); try"
-            " model.attention: sdpa, or model.base_bits: 32"
+            f"{type(backbone.lm).__name__}: packed rows in {_dtype(backbone)} by {backbone.backend}"
+            f" attention give other logits than in fp32 (relative distance {gap:.2g}, the base's"
+            f" own forward {unit:.2g}, allowed {allowed:.2g}); try model.attention: sdpa, or"
+            " model.base_bits: 32"
         )
     return {"packed rows from fp32": gap, "own forward from fp32": unit}
 
