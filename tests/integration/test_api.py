@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -114,9 +115,7 @@ def context_of(bot: Bot, persona: tuple[str, ...], history: list[str]) -> list[i
 def fresh(bot: Bot, persona: tuple[str, ...], history: list[str], mode: str = "select") -> Decoded:
     """What evaluation decodes for this context, with nothing kept from before."""
     ids = context_of(bot, persona, history)
-    batch = Batch(
-        torch.tensor(ids), torch.zeros(0, dtype=torch.long), (len(ids),), (0,), (0,), (1.0,)
-    )
+    batch = Batch(np.array(ids), np.zeros(0, dtype=np.int64), (len(ids),), (0,), (0,), (1.0,))
     options = bot._session.config.generate.model_copy(update={"mode": mode, "perplexity": False})
     return decode_batch(bot._session, batch, options)
 
@@ -327,9 +326,7 @@ def test_pieces_are_whole_words_and_end_where_the_reply_is_cut(
 def test_stopped_reply_ends_early_and_leaves_the_context_right(folder: Path) -> None:
     bot = spt_ds.load(folder / "llama-suffix")
     ids = context_of(bot, PERSONA, ["hi"])
-    batch = Batch(
-        torch.tensor(ids), torch.zeros(0, dtype=torch.long), (len(ids),), (0,), (0,), (1.0,)
-    )
+    batch = Batch(np.array(ids), np.zeros(0, dtype=np.int64), (len(ids),), (0,), (0,), (1.0,))
     options = bot._session.config.generate.model_copy(update={"perplexity": False})
 
     class StopAtThird(BaseStreamer):

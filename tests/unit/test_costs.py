@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -153,7 +154,7 @@ def test_flops_by_hand() -> None:
     row of the head.
     """
     args = command._parser().parse_args(["step", "--tokens", "2", "--max-tokens", "10"])
-    batch = Batch(torch.arange(7), torch.arange(3), (7,), (3,), (0,), (1.0,))
+    batch = Batch(np.arange(7), np.arange(3), (7,), (3,), (0,), (1.0,))
     shape = BaseShape(
         experts=1,
         hidden=4,
