@@ -19,7 +19,7 @@ from transformers import (
 import spt_ds
 from spt_ds.data.encode import encode
 from spt_ds.data.readers import read
-from spt_ds.tools.demo_dialogues import SPLITS, sentence_key
+from benchmarks.embedded_base.dialogues import SPLITS, sentence_key
 
 ASSETS = Path(spt_ds.__file__).parent / "assets"
 BASE = ASSETS / "base"

@@ -38,7 +38,6 @@ LAYERS = [
         "report",
         "costs",
         "sweep",
-        "tools",
         "api",
         "baselines",
         "__init__",

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spt_ds.errors import DataError
-from spt_ds.tools import demo_dialogues, pretrain_base, pretrain_text
-from spt_ds.tools.demo_dialogues import (
+from benchmarks.embedded_base import dialogues, documents, pretrain
+from benchmarks.embedded_base.batches import Layout, Packer
+from benchmarks.embedded_base.dialogues import (
     COLUMNS,
     Conversation,
     families,
@@ -23,6 +23,9 @@ from spt_ds.tools.demo_dialogues import (
     sentence_key,
     split,
 )
+from benchmarks.embedded_base.network import Shape, initial_weights, logits, to_llama
+from benchmarks.embedded_base.team import Plan
+from spt_ds.errors import DataError
 
 WORDS = [
     "hiking",
@@ -90,7 +93,7 @@ def test_name_slots_are_filled_and_odd_conversations_left_out(tmp_path: Path) ->
     opening, answer = only.turns
     first, second = opening[len("Hi, I'm ") : -1], answer[len("I'm ") :].partition(",")[0]
     assert first != second
-    assert {first, second} <= set(demo_dialogues._NAMES)
+    assert {first, second} <= set(dialogues._NAMES)
     assert answer == f"I'm {second}, {first}!"
     assert (only.id, only.opener(0), only.opener(1)) == ("spc-00000", "self", "partner")
 
@@ -132,24 +135,174 @@ def test_split_that_cannot_be_met_is_refused(tmp_path: Path) -> None:
         split(conversations, {"train": 20, "valid": 6, "test": 6}, 0)
 
 
-def test_documents_follow_the_template_and_end_with_a_reply() -> None:
-    talk = Conversation(
-        "a", (("I run.", "I swim."), ("I bake.",)), ("Hi, you!", "Ho.", "He.", "Hu."), 1
-    )
+TALK = Conversation(
+    "a", (("I run.", "I swim."), ("I bake.",)), ("Hi, you!", "Ho.", "He.", "Hu."), 1
+)
+POOLS = documents.Pools(
+    [TALK],
+    [("I own two dogs. Yes.", "My cat is ill", "Oh no."), ("Hi.", "I came by boat. Where is it?")],
+    [],
+    [],
+    ["I like tea."],
+    ["I own two dogs.", "I came by boat.", "My cat is ill."],
+    ["I", "own", "two", "dogs.", "boat."],
+)
+
+
+def drawn(kind: str, count: int = 400) -> list[documents.Document]:
     rng = random.Random(0)
-    seen = {pretrain_text.render(talk, rng) for _ in range(300)}
+    return [documents.draw(POOLS, kind, rng) for _ in range(count)]
+
+
+def head(document: documents.Document) -> str:
+    return "".join(document.head)
+
+
+def test_documents_follow_the_template_and_end_with_a_reply() -> None:
+    seen = {document.text for document in drawn("persona", 1000)}
     assert "given persona: I run. I swim.; context: Q: Hi, you! R: Ho." in seen
     assert "given persona: i run. i swim.; context: Q: hi , you ! R: ho . Q: he . R: hu ." in seen
     assert "given persona: I bake.; context: R: Hi, you! Q: Ho. R: He." in seen
     assert "given persona: I bake.; context: Q: Ho. R: He." in seen
-    assert all(text.rpartition(": ")[0].endswith(" R") for text in seen)
-    assert pretrain_text.render(("Yes.", "No."), rng).startswith("context: ")
+    for kind in documents.KINDS:
+        assert all(document.turns[-1][0] == " R:" for document in drawn(kind))
+    assert all(document.text.startswith("context: ") for document in drawn("plain"))
 
 
-def test_rows_make_every_token_a_target_once() -> None:
-    batches = list(pretrain_base.rows(iter(range(13)), batch=2, length=3))
-    assert [tuple(batch.shape) for batch in batches] == [(2, 4), (2, 4)]
-    assert torch.cat([batch[:, 1:].flatten() for batch in batches]).tolist() == list(range(1, 13))
+def test_personas_are_shuffled_thinned_and_mixed_and_never_the_partners() -> None:
+    seen = {head(document) for document in drawn("persona", 1000)}
+    for part in ("I swim. I run.; ", "persona: I run.; ", "I like tea."):
+        assert any(part in text for text in seen)
+    for text in seen:
+        assert ("i bake." in text.lower()) != (
+            "i run." in text.lower() or "i swim." in text.lower()
+        )
+
+
+def test_a_borrowed_persona_is_what_the_owner_says() -> None:
+    pairs = [
+        (head(document).lower(), "".join(document.turns[-1]).lower())
+        for document in drawn("borrowed")
+    ]
+    boats = [text for text, reply in pairs if "boat" in reply]
+    assert len(boats) > 50
+    assert sum("i came by boat." in text for text in boats) > 0.7 * len(boats)
+    cats = [text for text, reply in pairs if "my cat" in reply]
+    assert any("my cat is ill." in text for text in cats)
+    assert any("my cat is ill." not in text for text in cats)
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ("I have a dog now. Do you?", ["I have a dog now."]),
+        ("Well. My cat is very old", ["My cat is very old."]),
+        ("I agree with you on that.", []),
+        ("I do.", []),
+        ("You know I run a lot.", []),
+    ],
+)
+def test_statements(turn: str, said: list[str]) -> None:
+    assert documents.statements(turn) == said
+
+
+def test_echo_says_its_lines_again() -> None:
+    for document in drawn("echo", 50):
+        assert all(text.strip() in head(document) for _, text in document.turns)
+
+
+@pytest.fixture(scope="module")
+def packer() -> Packer:
+    texts = [document.text for kind in documents.KINDS for document in drawn(kind, 100)]
+    tokenizer = pretrain.train_tokenizer(texts, 300, 128)
+    layout = Layout(
+        rows=4,
+        row_tokens=96,
+        long_every=3,
+        long_tokens=192,
+        shares=(1, 1, 1, 1),
+        head_importance=0.25,
+        partner_importance=0.5,
+    )
+    return Packer(POOLS, tokenizer, layout, seed=0)
+
+
+def test_micro_batches_depend_on_their_number_alone(packer: Packer) -> None:
+    first = packer.micro_batch(0)
+    assert [tuple(packer.micro_batch(n)[0].shape) for n in range(3)] == [(4, 97), (4, 97), (2, 193)]
+    assert all(torch.equal(a, b) for a, b in zip(first, packer.micro_batch(0), strict=True))
+    assert not torch.equal(first[0], packer.micro_batch(1)[0])
+
+
+def test_rows_hold_whole_documents_as_the_tokenizer_reads_them(packer: Packer) -> None:
+    tokenizer = packer._tokenizer
+    count = 0
+    for number in range(10):
+        rows, _ = packer.micro_batch(number)
+        for row in rows.tolist():
+            for text in tokenizer.decode(row).split("<bos>")[1:]:
+                text, end, rest = text.partition("<eos>")
+                assert end
+                assert not rest.replace("<pad>", "")
+                assert text.startswith(("context:", "given persona: "))
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                assert any(row[at : at + len(ids) + 2] == [1, *ids, 2] for at in range(len(row)))
+                count += 1
+    assert count > 40
+
+
+def test_importance_of_what_is_learned(packer: Packer) -> None:
+    """Persona little, replies wholly; not what precedes BOS, nor the marker after a reply."""
+    seen = {}
+    for number in range(6):
+        rows, importance = packer.micro_batch(number)
+        assert not importance[rows[:, 1:] <= 1].any()
+        assert (importance[rows[:, 1:] == 2] == 1).all()
+        for row, weights in zip(rows[:, 1:].tolist(), importance.tolist(), strict=True):
+            words = [packer._tokenizer.decode([token]) for token in row]
+            for place in range(1, len(words)):
+                if words[place] == ":" and words[place - 1] in (" Q", " R"):
+                    seen[words[place - 1]] = weights[place]
+                if "persona" in words[place]:
+                    seen["persona"] = weights[place]
+    assert seen == {" Q": 0.0, " R": 1.0, "persona": 0.25}
+
+
+def test_network_equals_llama() -> None:
+    shape = Shape(
+        vocab=60,
+        hidden=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_size=16,
+        intermediate=48,
+        max_position=64,
+    )
+    weights = {name: value * 3 for name, value in initial_weights(shape, 0).items()}
+    ids = torch.randint(60, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = to_llama(weights, shape)(ids).logits.flatten(0, 1)
+        got = logits(weights, ids, shape)
+        swapped = logits({**weights, "0.qkv": weights["0.qkv"].flip(0)}, ids, shape)
+    assert torch.allclose(got, want, atol=1e-5)
+    assert not torch.allclose(swapped, want, atol=1e-2)
+
+
+def test_learning_rate_rises_stays_and_falls() -> None:
+    plan = Plan(
+        tokens=1000,
+        micro_batches=1,
+        matrix_rate=1.0,
+        other_rate=1.0,
+        warmup_tokens=100,
+        decay_share=0.2,
+        weight_decay=0.0,
+        log_every=1,
+        save_minutes=1.0,
+    )
+    assert plan.rate(0) < 0.02
+    assert [plan.rate(tokens) for tokens in (100, 500, 800, 900, 1000)] == [1, 1, 1, 0.5, 0]
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +322,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
         "--test",
         "4",
     ]
-    demo_dialogues.main(demo)
+    dialogues.main(demo)
     shape = (
         "--vocab 400 --hidden 32 --intermediate 64 --layers 1 --heads 2 --rows 2 --row-tokens 64"
-        " --warmup-steps 2"
+        " --kv-heads 1 --head-size 16 --long-every 3 --max-position 128 --micro-batches 3"
+        " --warmup-tokens 500 --matrix-lr 0.02 --other-lr 0.02 --workers 2"
     )
     args = [
         "--text",
@@ -189,21 +343,21 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
         "--state",
         str(folder / "state.pt"),
     ]
-    return folder, [*args, "--device", "cpu", "--lr", "0.01"]
+    return folder, args
 
 
 def test_pools_hold_no_demo_dialogue_and_nobody_of_valid_and_test(
     sources: tuple[Path, list[str]],
 ) -> None:
     folder, _ = sources
-    pools = pretrain_text.load_pools(
+    pools = documents.load_pools(
         [folder / "talk.txt.xz"], [folder / "spc.csv"], folder / "demo", 0.1, 0
     )
     talks = [
         talk for talk in [*pools.persona, *pools.held_persona] if isinstance(talk, Conversation)
     ]
     assert len(talks) > 20
-    train, valid, test = (read(folder / "demo" / f"{name}.jsonl") for name in demo_dialogues.SPLITS)
+    train, valid, test = (read(folder / "demo" / f"{name}.jsonl") for name in dialogues.SPLITS)
     assert not {talk.id for talk in talks} & {record["id"] for record in [*train, *valid, *test]}
     by_id = {c.id: c for c in read_conversations([folder / "spc.csv"])}
     held = {s for record in [*valid, *test] for user in by_id[record["id"]].personas for s in user}
@@ -211,13 +365,15 @@ def test_pools_hold_no_demo_dialogue_and_nobody_of_valid_and_test(
     assert not set(map(id, pools.general)) & set(map(id, pools.held_general))
 
 
+@pytest.mark.slow
 def test_run_resumes_and_its_output_loads(sources: tuple[Path, list[str]]) -> None:
     folder, args = sources
-    pretrain_base.main([*args, "--max-steps", "4", "--export-minutes", "0"])
+    pretrain.main([*args, "--tokens", "4e3"])
     first = json.loads((folder / "base" / "pretraining.json").read_text())
-    pretrain_base.main([*args, "--max-steps", "60", "--resume"])
+    pretrain.main([*args, "--tokens", "60e3", "--resume"])
     last = json.loads((folder / "base" / "pretraining.json").read_text())
-    assert (first["steps"], last["steps"], last["tokens"]) == (4, 60, 60 * 2 * 64)
+    assert 4e3 <= first["tokens"] < 6e3
+    assert 60e3 <= last["tokens"] < 62e3
     for kind in ("held_out_persona", "held_out_general"):
         assert last[kind]["perplexity_per_token"] < 0.5 * first[kind]["perplexity_per_token"]
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
@@ -234,7 +390,7 @@ def test_run_resumes_and_its_output_loads(sources: tuple[Path, list[str]]) -> No
 def test_resume_without_state_is_refused(sources: tuple[Path, list[str]], tmp_path: Path) -> None:
     _, args = sources
     with pytest.raises(DataError, match="--state"):
-        pretrain_base.main([*args, "--state", str(tmp_path / "none.pt"), "--resume"])
+        pretrain.main([*args, "--state", str(tmp_path / "none.pt"), "--resume"])
 
 
 def test_demo_folder_without_its_files_is_refused(
@@ -242,11 +398,11 @@ def test_demo_folder_without_its_files_is_refused(
 ) -> None:
     _, args = sources
     with pytest.raises(DataError, match=r"train\.jsonl"):
-        pretrain_base.main([*args, "--demo", str(tmp_path)])
+        pretrain.main([*args, "--demo", str(tmp_path)])
 
 
 def test_unreadable_text_is_refused(tmp_path: Path) -> None:
     broken = tmp_path / "broken.txt.xz"
     broken.write_bytes(b"not xz")
     with pytest.raises(DataError, match=r"broken\.txt\.xz"):
-        list(pretrain_text.read_talks(broken))
+        list(documents.read_talks(broken))

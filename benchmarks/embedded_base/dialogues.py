@@ -1,7 +1,8 @@
 """Pick the dialogues that the package ships from Synthetic-Persona-Chat, split so that no persona
 is on two sides.
 
-    python -m spt_ds.tools.demo_dialogues --csv valid.csv test.csv --out spt_ds/assets/dialogues --seed 0
+    python -m benchmarks.embedded_base.dialogues --csv valid.csv test.csv \
+        --out spt_ds/assets/dialogues --seed 0
 
 Writes train.jsonl, valid.jsonl and test.jsonl, one dialogue a line: `{"id", "persona", "turns",
 "first_speaker"}`; the persona's owner is "self", the other speaker "partner", turns alternate.
@@ -230,7 +231,7 @@ def write(chosen: dict[str, list[Conversation]], out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `python -m spt_ds.tools.demo_dialogues`."""
+    """Entry point of `python -m benchmarks.embedded_base.dialogues`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--csv", type=Path, nargs="+", required=True, help="Synthetic-Persona-Chat CSV files"
