@@ -1,6 +1,9 @@
 # make demo   the main job on what the package ships, on two CPU ranks
 # make test   the tests
+# make test-versions   unit and numerics tests with the oldest and the newest libraries of setup.py
+# make test-wheel      the main job from a wheel that is installed outside the clone
 # make check  formatting, lint and types
+# make constraints     the lock of the tested set anew, with the newest of everything
 # make test-cluster   a real Slurm and several hosts on this machine; needs root and Debian, says so where it cannot
 PYTHON ?= python3
 VENV := .venv
@@ -9,19 +12,26 @@ RUN := runs/demo
 # Two ranks on two cores: more threads than cores make each of them slower.
 DEMO_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false SPT_CACHE=runs/cache
 
-.PHONY: demo test test-slow test-cluster check clean
+.PHONY: demo test test-versions test-wheel test-slow test-cluster check constraints clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(BIN)/python setup.py
-	$(BIN)/python -m pip install --quiet -e .
+$(VENV)/.installed: $(BIN)/python setup.py constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
+
+# No prerequisite: it has to work while the old lock cannot be installed.
+constraints: $(BIN)/python
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile setup.py --constraints constraints.in --universal --python-version 3.10 \
+	    --extra dev --extra tensorboard --upgrade --no-annotate --no-emit-index-url --quiet \
+	    --output-file constraints.txt
 
 demo: $(VENV)/.installed
 	rm -rf $(RUN)
@@ -33,6 +43,12 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster"
+
+test-versions: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.versions
+
+test-wheel: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.wheel
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow"

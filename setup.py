@@ -2,8 +2,10 @@
 
 import pathlib
 import re
+import shutil
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(
@@ -41,22 +43,43 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7"],  # compiles for many minutes: never a default
     "flash4": ["flash-attn-4>=4.0.0b9"],  # Hopper and later cards
     "evaluate": ["rouge-score>=0.1.2"],
-    "report": ["matplotlib>=3.8"],
+    "report": ["matplotlib>=3.9"],
     "baselines": ["peft>=0.19,<0.22"],
-    "tensorboard": ["tensorboard"],
+    "tensorboard": ["tensorboard>=2.16"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["evaluate"],
     *EXTRAS["report"],
     *EXTRAS["baselines"],
+    "packaging>=24",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
+    "build>=1.2",
     "hypothesis>=6.100",
     "ruff>=0.9",
     "mypy>=1.11",
     "types-PyYAML",
+    "uv>=0.9",  # makes the lock; installs what `make test-versions` runs
 ]
+
+
+class BuildWithFolders(build_py):
+    """Puts ds_configs/ and slurm/ into the wheel: see spt_ds/shipped.py."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return  # found in the checkout
+        for name in ("ds_configs", "slurm"):
+            # A site's own settings are no part of the package.
+            shutil.copytree(
+                HERE / name,
+                pathlib.Path(self.build_lib) / "spt_ds" / "_shipped" / name,
+                ignore=shutil.ignore_patterns("site.env"),
+                dirs_exist_ok=True,
+            )
+
 
 setup(
     name="spt-ds",
@@ -73,5 +96,6 @@ setup(
     package_data={"spt_ds": ["recipes/*.yaml", "assets/**/*", "report/style.css", "py.typed"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
+    cmdclass={"build_py": BuildWithFolders},
     entry_points={"console_scripts": ["spt-ds = spt_ds.cli:main"]},
 )

@@ -31,6 +31,7 @@ COMMANDS = {
         "spt_ds.plan_command",
         "where the base of a run would live, and why, without loading it",
     ),
+    "slurm": ("spt_ds.slurm_command", "the job scripts of a cluster, listed or copied"),
     "doctor": ("spt_ds.doctor", "check machine, ranks and network before a run"),
     "config": ("spt_ds.cli", "show a resolved configuration, the schema or the recipes"),
 }

@@ -245,6 +245,7 @@ def _job(args: argparse.Namespace, size: int) -> dict[str, str]:
     from spt_ds.model.loading import load_base_config, load_tokenizer
     from spt_ds.placement.ds_check import plan_of_file
     from spt_ds.placement.shape import BaseShape
+    from spt_ds.shipped import ds_config_path
 
     config = load_config(args.config, args.overrides)
     base, tokenizer = load_base_config(config.model), load_tokenizer(config.model)
@@ -255,7 +256,7 @@ def _job(args: argparse.Namespace, size: int) -> dict[str, str]:
     }
     if args.deepspeed_config is not None:
         plan_of_file(args.deepspeed_config, config, BaseShape.from_config(base.to_dict()), size)
-        found["DeepSpeed file"] = sha256(Path(args.deepspeed_config))[:16]
+        found["DeepSpeed file"] = sha256(ds_config_path(args.deepspeed_config))[:16]
     return found
 
 

@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="YAML file or name of a shipped recipe")
     add_overrides(parser, "override one option, such as model.base_bits=4")
     parser.add_argument(
-        "--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives"
+        "--deepspeed_config",
+        metavar="JSON",
+        help="DeepSpeed file, or a shipped one's name such as zero3; decides where the base lives",
     )
     parser.add_argument(
         "--ranks", type=int, default=1, metavar="N", help="processes of the run (default 1)"

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from spt_ds.errors import ConfigError
+from spt_ds.shipped import ds_config_path
 
 
 def read_deepspeed_file(path: str) -> dict[str, Any]:
-    """Return the file's sections; raise ConfigError, with `file:line` where JSON is at fault."""
+    """Return the sections of a DeepSpeed file, given by its path or by the name of a shipped one.
+
+    Raises ConfigError, with `file:line` where JSON is at fault.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = ds_config_path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot read the DeepSpeed file: {error.strerror}; ds_configs/ holds five"
+            f"{path}: cannot read the DeepSpeed file: {error.strerror}; give a JSON file, or the"
+            " name of a shipped one, such as zero3"
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(

@@ -54,6 +54,8 @@ def at_least(least: int) -> Callable[[str], int]:
 def add_deepspeed(parser: argparse.ArgumentParser) -> None:
     """Add `--deepspeed_config`, and what DeepSpeed's launcher passes of its own accord."""
     parser.add_argument(
-        "--deepspeed_config", metavar="JSON", help="DeepSpeed file; decides where the base lives"
+        "--deepspeed_config",
+        metavar="JSON",
+        help="DeepSpeed file, or a shipped one's name such as zero3; decides where the base lives",
     )
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")

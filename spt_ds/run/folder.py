@@ -15,6 +15,7 @@ from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
 from spt_ds.files import write_whole
 from spt_ds.run.environment import environment
+from spt_ds.shipped import ds_config_path
 
 # What may change between a run and its continuation leaves every step's draws and arithmetic alone,
 # up to the order of sums. `max_steps` and `epochs` say how long the run is, which a cosine schedule
@@ -156,7 +157,8 @@ class RunFolder:
             write_whole(self.config, dump_config(config))
             write_whole(self.environment, json.dumps(environment(), indent=2))
             if deepspeed_config is not None:
-                write_whole(self.deepspeed, Path(deepspeed_config).read_text(encoding="utf-8"))
+                text = ds_config_path(deepspeed_config).read_text(encoding="utf-8")
+                write_whole(self.deepspeed, text)
         except OSError as error:
             raise ConfigError(
                 f"{self}: cannot be written ({error.strerror}); choose another --run-dir"

@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file imports only from lower layers, or from its own layer inside its own folder.
 LAYERS = [
-    {"display", "errors", "files", "json_input", "log", "rng", "yaml_input"},
+    {"display", "errors", "files", "json_input", "log", "rng", "shipped", "yaml_input"},
     {"config", "dist", "batch", "data", "evaluate", "placement", "run"},
     {"model"},
     {"engine"},
@@ -33,6 +33,7 @@ LAYERS = [
         "summary",
         "quantize",
         "plan_command",
+        "slurm_command",
         "doctor",
         "chat",
         "report",

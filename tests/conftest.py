@@ -1,0 +1,30 @@
+"""Notes every skipped test in the file that SPT_SKIPS names: see tests/skips.py."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+
+def _note(report: pytest.TestReport | pytest.CollectReport) -> None:
+    path = os.environ.get("SPT_SKIPS")
+    # An expected failure is reported as skipped too. pytest-xdist's workers tell its controller.
+    if not path or not report.skipped or hasattr(report, "wasxfail"):
+        return
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    with Path(path).open("a", encoding="utf-8") as file:
+        test = report.nodeid.partition("[")[0]
+        file.write(json.dumps({"test": test, "reason": reason.removeprefix("Skipped: ")}) + "\n")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _note(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _note(report)
