@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from spt_ds.config.schema import OptimConfig
+from spt_ds.config.training import OptimConfig
 from spt_ds.model.spt import Trainables
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spt_ds.config.schema import LossConfig
+from spt_ds.config.method import LossConfig
 from spt_ds.model.spt import MicroLosses
 
 LOSSES = ("nll", "selection", "fusion", "contrastive")
