@@ -117,7 +117,8 @@ def measure_rank(folder: str, bits: int, random_init: bool) -> dict[str, Any]:
     import torch
 
     from spt_ds import dist
-    from spt_ds.config.schema import Config, ModelConfig
+    from spt_ds.config.model import ModelConfig
+    from spt_ds.config.schema import Config
     from spt_ds.engine.zero import Sharding, local_bytes
     from spt_ds.model.backbone import build_backbone
     from spt_ds.model.loading import load_base_config

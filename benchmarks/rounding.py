@@ -18,9 +18,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from spt_ds.bench.shapes import micro_batch
 
 from spt_ds.batch import Batch
-from spt_ds.bench.shapes import micro_batch
 from spt_ds.config.load import load_config
 from spt_ds.model import head
 from spt_ds.model.backbone import Backbone, build_backbone

@@ -18,7 +18,7 @@ import numpy as np
 
 from spt_ds import dist
 from spt_ds.batch import Batch
-from spt_ds.config.schema import GenerateConfig
+from spt_ds.config.generation import GenerateConfig
 from spt_ds.data.encode import encode_context
 from spt_ds.display import holds_surrogate, shown
 from spt_ds.engine.generator import decode_batch, reply_text

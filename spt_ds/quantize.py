@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from spt_ds.config.schema import ModelConfig
+from spt_ds.config.model import ModelConfig
 from spt_ds.errors import ConfigError
 from spt_ds.files import new_folder
 from spt_ds.log import get_logger

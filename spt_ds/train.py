@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(config: Config, folder: RunFolder) -> int:
         from spt_ds import dist
-        from spt_ds.engine.trainer import Trainer
+        from spt_ds.engine.trainer import train_run
 
         world = join(config, folder)
-        code = Trainer(config, folder, args.deepspeed_config, world, started_s).run()
+        code = train_run(config, folder, args.deepspeed_config, world, started_s)
         dist.shutdown()
         return code
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from spt_ds.batch import Batch
+from spt_ds.config.generation import GenerateConfig
 from spt_ds.config.load import load_config
-from spt_ds.config.schema import GenerateConfig
 from spt_ds.costs.meters import Clock, peak_bytes, reset_peak, timed
 from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.model.backbone import Backbone

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from spt_ds.config.schema import ModelConfig
+from spt_ds.config.model import ModelConfig
 from spt_ds.costs.meters import Clock, peak_bytes, reset_peak, timed
 from spt_ds.costs.random_bases import SHAPES
 from spt_ds.data.encode import encode_many

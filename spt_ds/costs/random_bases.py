@@ -13,7 +13,8 @@ import torch
 from transformers import LlamaConfig, OPTConfig, PretrainedConfig
 
 from spt_ds.batch import Batch
-from spt_ds.config.schema import Config, ModelConfig
+from spt_ds.config.model import ModelConfig
+from spt_ds.config.schema import Config
 from spt_ds.data.encode import encode_many
 from spt_ds.data.readers import read
 from spt_ds.model.attention import choose_backend

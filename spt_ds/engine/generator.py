@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from spt_ds import dist
 from spt_ds.batch import Batch
-from spt_ds.config.schema import GenerateConfig
+from spt_ds.config.generation import GenerateConfig
 from spt_ds.data.loader import make_batch
 from spt_ds.data.store import ExampleStore
 from spt_ds.engine.session import Session

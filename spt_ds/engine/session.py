@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from spt_ds import dist
-from spt_ds.config.schema import Config, ModelConfig
+from spt_ds.config.model import ModelConfig
+from spt_ds.config.schema import Config
 from spt_ds.data.encode import Shown
 from spt_ds.data.shots import worked_examples
 from spt_ds.data.store import ExampleStore, build_store

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
 
-from spt_ds.config.schema import ModelConfig
+from spt_ds.config.model import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.model.activations import slim_activations
 from spt_ds.model.attention import PACKED, Layout, choose_backend

@@ -27,7 +27,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_file
 
-from spt_ds.config.schema import ModelConfig
+from spt_ds.config.model import ModelConfig
 from spt_ds.display import shown
 from spt_ds.errors import ModelError
 from spt_ds.json_input import read_json

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from spt_ds.config.schema import Config, LoraConfig
+from spt_ds.config.method import LoraConfig
+from spt_ds.config.schema import Config
 from spt_ds.errors import ModelError
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.prompt_bank import PromptBank

@@ -25,7 +25,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from spt_ds.batch import Batch
-from spt_ds.config.schema import GenerateConfig
+from spt_ds.config.generation import GenerateConfig
 from spt_ds.model import losses
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.conversation import Live, StopOn, cache_argument

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.modeling_utils import set_quantized_state
 
-from spt_ds.config.schema import ModelConfig
+from spt_ds.config.model import ModelConfig
 from spt_ds.display import shortened
 from spt_ds.errors import ModelError, SptError
 from spt_ds.model.attention import PACKED

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spt_ds.config.schema import ModelConfig
+from spt_ds.config.model import ModelConfig
 
 # At import bitsandbytes misses a decoding kernel that is not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_utils import set_quantized_state
 
-from spt_ds.config.schema import ModelConfig
+from spt_ds.config.model import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.log import get_logger, say_once
 from spt_ds.model.loading import new_lm

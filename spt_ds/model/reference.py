@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from spt_ds.batch import Packed, on_device
-from spt_ds.config.schema import ReferenceConfig
+from spt_ds.config.method import ReferenceConfig
 from spt_ds.errors import ModelError
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.losses import mean_per_example

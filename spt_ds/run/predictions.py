@@ -145,9 +145,9 @@ def read_rows(path: str | Path, row_type: type[Row]) -> PredictionFile[Row]:
 def generated_with(folder: Path, sha256: str) -> dict[str, Any]:
     """The configuration, as a tree, under which the predictions in `folder` were generated.
 
-    It is training's with what was overridden. Empty where `generate.json` is not there or tells of
-    other predictions than those whose bytes have the digest `sha256`; DataError where it cannot be
-    read.
+    It is training's with what was overridden, and keys of 0.1.0 have their new names. Empty where
+    `generate.json` is not there or tells of other predictions than those whose bytes have the
+    digest `sha256`; DataError where it cannot be read.
     """
     path = ReplyFolder(folder).record
     if not path.is_file():

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from spt_ds.config.load import key_paths, load_config, load_yaml, options_of
-from spt_ds.config.schema import Config, Section
+from spt_ds.config.schema import Config
+from spt_ds.config.section import Section
 from spt_ds.errors import ConfigError
 from spt_ds.run.folder import RunFolder, differences
 

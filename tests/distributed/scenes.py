@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from spt_ds.config.schema import Config
 from spt_ds.data.loader import TrainLoader, eval_batches
 from spt_ds.engine.engine import Engine
 from spt_ds.engine.session import Session, open_session, open_split, read_base
-from spt_ds.engine.trainer import Trainer
+from spt_ds.engine.trainer import Trainer, open_trainer, train_run
 from spt_ds.placement.agree import agree_on_placement
 from spt_ds.run.folder import RunFolder
 from tests.helpers.tiny import tiny_lm
@@ -133,7 +134,7 @@ def write_dialogues(path: Path, replies: int, seed: int) -> None:
 def open_engine(world: dist.World, setup: Setup) -> tuple[Config, Session, Engine]:
     config = load_config(CONFIG, list(setup.overrides))
     session = placed_session(config, setup.ds, world)
-    return config, session, Engine(config, world, session.sharding, session.root, session.spt)
+    return config, session, Engine(session)
 
 
 def placed_session(config: Config, ds: str | None, world: dist.World) -> Session:
@@ -142,11 +143,18 @@ def placed_session(config: Config, ds: str | None, world: dist.World) -> Session
     return open_session(config, base, agree_on_placement(config, base.shape, ds, world), world)
 
 
-def open_trainer(
+def train_scene(
     world: dist.World, options: Sequence[str], run_dir: Path, ds: str | None = None
-) -> Trainer:
-    """The trainer of a run in `run_dir`, as `spt-ds train` makes it."""
-    return Trainer(load_config(CONFIG, options), RunFolder(run_dir), ds, world)
+) -> int:
+    """Train as `spt-ds train` does; return the exit code."""
+    return train_run(load_config(CONFIG, options), RunFolder(run_dir), ds, world)
+
+
+def scene_trainer(
+    world: dist.World, options: Sequence[str], run_dir: Path
+) -> AbstractContextManager[Trainer]:
+    """The trainer of such a run before its first step, for tests that reach into it."""
+    return open_trainer(load_config(CONFIG, options), RunFolder(run_dir), None, world)
 
 
 def windows(config: Config, session: Session, world: dist.World) -> TrainLoader:

@@ -20,7 +20,7 @@ from tests.distributed.scenes import (
     Scene,
     Setup,
     open_engine,
-    open_trainer,
+    scene_trainer,
     windows,
     write_dialogues,
 )
@@ -140,22 +140,22 @@ def train_and_ask(
     """Train; one rank asks to stop after its second step."""
     asker = 0 if how == "file" else 1
     more = ["train.max_hours=0.000001"] if how == "budget" and world.rank == asker else []
-    trainer = open_trainer(world, [*overrides, *more], run_dir)
-    ask_after(trainer, 2, lambda: None if world.rank != asker else request(trainer, how))
-    return trainer.run(), trainer.state.step
+    with scene_trainer(world, [*overrides, *more], run_dir) as trainer:
+        ask_after(trainer, 2, lambda: None if world.rank != asker else request(trainer, how))
+        return trainer.run(), trainer.state.step
 
 
 def ask_after(trainer: Trainer, step: int, ask: Any) -> None:
     """Call `ask` between step `step` and the next one."""
-    windows_of = trainer._windows
+    windows = trainer.loader.windows
 
-    def stream(store: Any) -> Any:
-        for window in windows_of(store):
+    def stream(first: int) -> Any:
+        for window in windows(first):
             if trainer.state.step == step:
                 ask()
             yield window
 
-    trainer._windows = stream  # type: ignore[method-assign,assignment]
+    trainer.loader.windows = stream  # type: ignore[method-assign]
 
 
 def request(trainer: Trainer, how: str) -> None:
@@ -177,6 +177,6 @@ def test_a_save_file_saves_once_and_training_goes_on(scene: Scene, tmp_path: Pat
 
 
 def train_and_save(world: dist.World, overrides: list[str], run_dir: Path) -> int:
-    trainer = open_trainer(world, overrides, run_dir)
-    ask_after(trainer, 2, lambda: (run_dir / "SAVE").touch() if world.rank == 0 else None)
-    return trainer.run()
+    with scene_trainer(world, overrides, run_dir) as trainer:
+        ask_after(trainer, 2, lambda: (run_dir / "SAVE").touch() if world.rank == 0 else None)
+        return trainer.run()

@@ -20,7 +20,7 @@ from spt_ds.engine.trainer import Trainer
 from spt_ds.errors import CheckpointError
 from spt_ds.run import checkpoint
 from spt_ds.run.folder import RunFolder
-from tests.distributed.scenes import Scene, open_trainer
+from tests.distributed.scenes import Scene, scene_trainer, train_scene
 from tests.distributed.test_agree import ask_after
 from tests.helpers.ranks import run_ranks
 
@@ -37,11 +37,11 @@ def train(world: dist.World, options: list[str], run_dir: Path, full: list[int])
         write(path, data)
 
     checkpoint._write = refuse
-    trainer = open_trainer(world, options, run_dir)
-    try:
-        return str(trainer.run()), trainer.state.step
-    except CheckpointError as error:
-        return str(error), trainer.state.step
+    with scene_trainer(world, options, run_dir) as trainer:
+        try:
+            return str(trainer.run()), trainer.state.step
+        except CheckpointError as error:
+            return str(error), trainer.state.step
 
 
 @pytest.mark.parametrize(
@@ -94,13 +94,13 @@ def train_to_a_lost_best(world: dist.World, options: list[str], run_dir: Path) -
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, data)
 
-    def judged(self: Trainer, valid: Any) -> dict[str, float]:
-        values = validate(self, valid)
+    def judged(self: Trainer) -> dict[str, float]:
+        values = validate(self)
         return {**values, "nll_selected": nll.get(self.state.step, 9.0)}
 
     checkpoint._write = refuse
     Trainer._validate = judged  # type: ignore[method-assign]
-    return open_trainer(world, options, run_dir).run()
+    return train_scene(world, options, run_dir)
 
 
 def test_a_best_one_that_could_not_be_saved_costs_no_other(scene: Scene, tmp_path: Path) -> None:
@@ -161,8 +161,8 @@ def train_while_full(world: dist.World, options: list[str], run_dir: Path) -> in
             while file.write(b"0" * 512):
                 pass
 
-    trainer = open_trainer(world, options, run_dir)
-    if world.rank == 0:
-        ask_after(trainer, 2, fill)
-        ask_after(trainer, 5, filler.unlink)
-    return trainer.run()
+    with scene_trainer(world, options, run_dir) as trainer:
+        if world.rank == 0:
+            ask_after(trainer, 2, fill)
+            ask_after(trainer, 5, filler.unlink)
+        return trainer.run()

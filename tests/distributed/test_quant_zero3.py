@@ -17,7 +17,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spt_ds import dist
-from spt_ds.config.schema import Config, ModelConfig
+from spt_ds.config.model import ModelConfig
+from spt_ds.config.schema import Config
 from spt_ds.engine.zero import Sharding, local_bytes
 from spt_ds.errors import ModelError
 from spt_ds.model.backbone import Backbone, load_lm

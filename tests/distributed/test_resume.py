@@ -16,7 +16,7 @@ import pytest
 from spt_ds import dist
 from spt_ds.run import checkpoint
 from spt_ds.run.command import EXIT_DONE, EXIT_STOPPED
-from tests.distributed.scenes import Scene, gap, open_trainer
+from tests.distributed.scenes import Scene, gap, scene_trainer, train_scene
 from tests.distributed.test_agree import ask_after
 from tests.helpers.ranks import run_ranks
 
@@ -37,7 +37,7 @@ class Run:
 
 
 def train(world: dist.World, options: list[str], run_dir: Path, ds: str | None) -> int:
-    return open_trainer(world, options, run_dir, ds).run()
+    return train_scene(world, options, run_dir, ds)
 
 
 def overrides(scene: Scene, steps: int, *more: str) -> list[str]:
@@ -134,9 +134,9 @@ def test_a_done_run_goes_on_to_a_new_length(scene: Scene, whole, tmp_path: Path)
 
 
 def stop_at(world: dist.World, options: list[str], run_dir: Path, step: int) -> int:
-    trainer = open_trainer(world, options, run_dir)
-    ask_after(trainer, step - 1, (run_dir / "STOP").touch)
-    return trainer.run()
+    with scene_trainer(world, options, run_dir) as trainer:
+        ask_after(trainer, step - 1, (run_dir / "STOP").touch)
+        return trainer.run()
 
 
 def test_a_stop_loses_no_validation(scene: Scene, whole, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -18,7 +18,7 @@ from spt_ds import dist
 from spt_ds.config.load import load_config, recipe_names
 from spt_ds.data.encode import encode_context
 from spt_ds.engine.session import open_split
-from spt_ds.engine.trainer import Trainer
+from spt_ds.engine.trainer import train_run
 from spt_ds.evaluate import command, compare_command
 from spt_ds.generate import _generate
 from spt_ds.run import checkpoint
@@ -40,7 +40,7 @@ def train_and_generate(world: dist.World, jobs: list[tuple[str, list[str], Path]
     for source, overrides, folder in jobs:
         config = load_config(source, overrides)
         run = RunFolder(folder)
-        codes.append(Trainer(config, run, None, world).run())
+        codes.append(train_run(config, run, None, world))
         _generate(config, run, run.replies, "best", None, world)
     return codes
 

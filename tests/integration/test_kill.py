@@ -22,7 +22,7 @@ import pytest
 from spt_ds import dist
 from spt_ds.errors import CheckpointError
 from spt_ds.run import checkpoint
-from tests.distributed.scenes import Scene, make_scene, open_trainer
+from tests.distributed.scenes import Scene, make_scene, train_scene
 from tests.helpers.ranks import _context, _rank_main, free_port, run_ranks
 
 STEPS, SAVE_EVERY, RANKS = 6, 2, 2
@@ -44,7 +44,7 @@ def train(world: dist.World, options: list[str], run_dir: Path, ds: str, die_at:
     """
     if die_at is not None and world.rank == 0:
         kill_in_save(die_at)
-    return open_trainer(world, options, run_dir, ds).run()
+    return train_scene(world, options, run_dir, ds)
 
 
 def kill_in_save(die_at: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spt_ds.batch import Batch
-from spt_ds.config.schema import GenerateConfig
+from spt_ds.config.generation import GenerateConfig
 from spt_ds.model.attention import Layout
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.decode import Decoded, FuseRows, choose_prompts, decode

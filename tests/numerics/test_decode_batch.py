@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import golden
 from spt_ds.batch import Batch
-from spt_ds.config.schema import GenerateConfig
+from spt_ds.config.generation import GenerateConfig
 from spt_ds.model import decode as decoding
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.decode import decode

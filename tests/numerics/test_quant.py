@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from spt_ds import quantize
-from spt_ds.config.schema import ModelConfig
+from spt_ds.config.model import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.model import quant, quant_check
 from spt_ds.model.backbone import Backbone, load_lm

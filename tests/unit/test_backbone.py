@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.llama import modeling_llama
 
 from spt_ds.batch import Packed
-from spt_ds.config.schema import ModelConfig
+from spt_ds.config.model import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.log import get_logger
 from spt_ds.model import attention

@@ -32,7 +32,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from spt_ds.config.schema import ModelConfig
+from spt_ds.config.model import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.model import base_check
 from spt_ds.model.attention import PACKED, Branches, Layout

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spt_ds.config.schema import ModelConfig
+from spt_ds.config.model import ModelConfig
 from spt_ds.errors import ModelError
 from spt_ds.model.backbone import build_backbone
 from spt_ds.model.loading import load_base_config, load_tokenizer
@@ -101,7 +101,7 @@ def test_code_of_a_base_never_runs_and_nobody_is_asked(base: Path) -> None:
     """As a user does it, with a terminal that would say yes to every question."""
     own_code(base, "own-kind", "Words")
     code = (
-        "import sys; from spt_ds.config.schema import ModelConfig;"
+        "import sys; from spt_ds.config.model import ModelConfig;"
         "from spt_ds.model.loading import load_base_config, load_tokenizer;"
         "from spt_ds.errors import ModelError\n"
         f"config = ModelConfig(base={str(base)!r})\n"

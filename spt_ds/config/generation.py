@@ -1,0 +1,77 @@
+"""Options of decoding."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from spt_ds.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+class GenerateConfig(Section):
+    """Decoding of replies for evaluation and chat."""
+
+    mode: Annotated[str, Field(pattern=r"^(select|fuse|random|fixed:\d+|noise:\d*\.?\d+)$")] = (
+        "select"
+    )
+    """Prompt of each example: highest score, fused logits of all, random, always k, or highest
+    score under noise.
+    """
+    max_new_tokens: PositiveInt = 32
+    """Longest reply in tokens."""
+    batch_size: PositiveInt = 16
+    """Examples decoded together on one rank."""
+    do_sample: bool = False
+    """Sample instead of greedy decoding."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature."""
+    top_k: NonNegativeInt = 0
+    """Sample among the k likeliest tokens; 0: among all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus of sampling."""
+    num_beams: PositiveInt = 1
+    """Beams; 1 is greedy."""
+    length_penalty: float = 1.0
+    """Power of the length by which a beam's log-likelihood is divided; above 0 favours long
+    replies.
+    """
+    min_new_tokens: NonNegativeInt = 0
+    """Shortest reply in tokens."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Above 1 makes tokens that the reply has already less likely (CTRL, Keskar et al. 2019)."""
+    no_repeat_ngram_size: NonNegativeInt = 0
+    """No n tokens come twice in one reply; 0: they may."""
+    perplexity: bool = False
+    """Also measure the loss of the reference reply under the chosen prompt."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> GenerateConfig:
+        if self.do_sample and self.num_beams > 1:
+            raise ValueError(
+                "do_sample and num_beams exclude one another; set num_beams: 1, or do_sample: false"
+            )
+        if self.mode == "fuse" and self.num_beams > 1:
+            raise ValueError(
+                "mode: fuse mixes the rows of one example and cannot beam; set num_beams: 1"
+            )
+        if self.mode == "fuse" and self.perplexity:
+            raise ValueError(
+                "perplexity is not defined for mode: fuse; use the fusion loss of training"
+            )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens}, max_new_tokens only"
+                f" {self.max_new_tokens}"
+            )
+        needs = {
+            "temperature": "do_sample: true",
+            "top_k": "do_sample: true",
+            "top_p": "do_sample: true",
+            "length_penalty": "num_beams above 1",
+        }
+        for name, need in needs.items():
+            idle = not self.do_sample if "sample" in need else self.num_beams == 1
+            if idle and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is {getattr(self, name)}, which acts only with {need}")
+        return self

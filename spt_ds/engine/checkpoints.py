@@ -1,0 +1,91 @@
+"""Saves and resumes a run together on all ranks; `run/checkpoint.py` has the files."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from spt_ds import dist
+from spt_ds.config.load import dump_config
+from spt_ds.engine.engine import Engine
+from spt_ds.engine.state import RunState
+from spt_ds.errors import CheckpointError
+from spt_ds.log import get_logger
+from spt_ds.run import checkpoint
+from spt_ds.run.environment import environment
+from spt_ds.run.folder import RunFolder
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every rank calls each method; rank 0 alone writes."""
+
+    def __init__(self, folder: RunFolder, engine: Engine, total_steps: int) -> None:
+        self.folder = folder.checkpoints
+        self.engine = engine
+        self.total_steps = total_steps
+
+    def resume(self) -> RunState:
+        """Restore the newest good checkpoint and return its state; a new run begins at step 0.
+
+        Rank 0 looks for it and all ranks take the one that it found.
+        """
+        leads = self.engine.world.rank == 0
+        newest = checkpoint.load_newest(self.folder) if leads else None
+        name = dist.broadcast_json(newest[0].name if newest else None)
+        step = newest[1].state["step"] if newest else 0
+        dist.agreed(lambda: checkpoint.set_aside(self.folder, step) if leads else None)
+        if name is None:
+            return RunState()
+        path = self.folder / name
+        saved = dist.agreed(lambda: newest[1] if newest else checkpoint.load(path))
+        engine = self.engine
+        checkpoint.restore_trainables(engine.trainables, saved.trainables, path)
+        checkpoint.restore_optimizer(engine.optimizer, engine.names, saved.optimizer)
+        state = RunState(**saved.state["run"])
+        get_logger().info(f"resuming from {path} at step {state.step}")
+        self._compare_lengths(saved.state["total_steps"])
+        return state
+
+    def save(self, state: RunState, *, final: bool = False) -> bool:
+        """Save on rank 0; every rank learns how it went, and they go on or fail together.
+
+        Returns whether the checkpoint is on the disk. `state` is the run's only then: until then
+        its best step is one that a checkpoint holds. Raises CheckpointError when a `final` save
+        fails, and with `checkpoint.on_save_error: stop` when any does.
+        """
+        settings = self.engine.config.checkpoint
+
+        def write() -> None:
+            if self.engine.world.rank == 0:
+                checkpoint.save(self.folder, self._contents(state))
+                checkpoint.prune(self.folder, settings.keep_last, state.best_step, state.step)
+
+        try:
+            dist.agreed(write)
+        except CheckpointError as error:  # raised on every rank together
+            if final or settings.on_save_error == "stop":
+                raise
+            get_logger().warning(f"{error}; training goes on (checkpoint.on_save_error: continue)")
+            return False
+        return True
+
+    def _contents(self, state: RunState) -> checkpoint.Checkpoint:
+        engine = self.engine
+        return checkpoint.Checkpoint(
+            dict(engine.trainables.named_parameters()),
+            checkpoint.optimizer_tensors(engine.optimizer, engine.names),
+            {
+                "step": state.step,
+                "run": asdict(state),
+                "total_steps": self.total_steps,
+                "config": dump_config(engine.config),
+                "environment": environment(),
+            },
+        )
+
+    def _compare_lengths(self, before: int) -> None:
+        if before == self.total_steps:
+            return
+        follows = ""
+        if self.engine.config.optim.schedule == "cosine":
+            follows = "; the learning rate follows the new length"
+        get_logger().info(f"the run was {before} steps long and now is {self.total_steps}{follows}")
