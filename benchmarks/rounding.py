@@ -4,9 +4,9 @@
 
 For each way to compute the head (logits rounded to bf16, as up to 0.1.0; fp32 logits) it prints the
 error of nll between prompts in nats a token: rms over prompts and examples, each example's mean
-over the prompts taken out. Beside it stand the spread over prompts that selection learns from, and the
-error of the gradient to the prompts. `head` counts from the exact head on the same hidden states,
-`all` from the same bf16 weights with everything in fp32. The last line is one JSON object.
+over the prompts taken out. It also prints the spread over prompts, which selection learns from, and
+the error of the gradient to the prompts. `head` starts from the exact head on the same hidden
+states, `all` from the same bf16 weights with everything in fp32. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from spt_ds.bench.shapes import micro_batch
 
 from spt_ds.batch import Batch
 from spt_ds.config.load import load_config
+from spt_ds.costs.random_bases import micro_batch
 from spt_ds.model import head
 from spt_ds.model.backbone import Backbone, build_backbone
 from spt_ds.model.base_check import check_base
-from spt_ds.model.spt import Counts, Spt, build_trainables
+from spt_ds.model.loading import load_base_config
+from spt_ds.model.spt import Spt, build_trainables
 
 CPU = torch.device("cpu")
 
@@ -54,7 +56,7 @@ def step(backbone: Backbone, spt: Spt, batch: Batch) -> tuple[torch.Tensor, torc
 
     spt.trainables.zero_grad()
     with mock.patch.object(backbone, "head", timed):
-        out = backbone(spt.micro_losses, batch, Counts(len(batch), len(batch.response_ids)))
+        out = backbone(spt.micro_losses, batch, len(batch), len(batch.response_ids))
     out.total.backward()
     grad = spt.trainables.bank.weight.grad
     assert grad is not None
@@ -90,7 +92,7 @@ def main() -> int:
             "losses.contrastive=0",
         ],
     )
-    backbone = build_backbone(config.model, CPU, strict=False)
+    backbone = build_backbone(config.model, load_base_config(config.model), CPU, strict=False)
     spt = Spt(config, build_trainables(config, backbone, [], seed=0), pad_id=0)
     batch = micro_batch(
         "embedded:valid", args.base, args.examples, backbone.vocabulary, args.max_tokens

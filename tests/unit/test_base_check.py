@@ -263,7 +263,7 @@ def test_a_real_base_is_accepted_and_every_fault_in_it_refused(bits: int) -> Non
 
 def test_no_rounding_is_too_large() -> None:
     """A base whose own two kernels disagree in bf16 by more than any fixed tolerance allows."""
-    config = LlamaConfig(**{**GATED, "num_hidden_layers": 24, "hidden_size": 64})
+    config = LlamaConfig(**{**GATED, "num_hidden_layers": 48, "hidden_size": 64})
     backbone = backbone_of(config, torch.bfloat16, spread=0.5)
     ids = torch.arange(3, 11)[None]
     logits = []
@@ -271,7 +271,7 @@ def test_no_rounding_is_too_large() -> None:
         backbone.lm.set_attn_implementation(kernel)
         logits.append(backbone.lm(input_ids=ids, use_cache=False).logits)
     backbone.lm.set_attn_implementation(PACKED)
-    assert float((logits[0] - logits[1]).abs().max() / logits[0].abs().max()) > 0.3
+    assert float((logits[0] - logits[1]).abs().max() / logits[0].abs().max()) > 0.1
     check(backbone)
     for fault in FAULTS:
         refuse(backbone, fault)
