@@ -39,6 +39,7 @@ demo: $(VENV)/.installed
 	$(DEMO_ENV) $(BIN)/deepspeed --num_gpus 2 --module spt_ds.train --config demo \
 	    --deepspeed_config ds_configs/zero3.json --run-dir $(RUN)
 	$(DEMO_ENV) $(BIN)/deepspeed --num_gpus 2 --module spt_ds.generate $(RUN)
+	$(DEMO_ENV) $(BIN)/deepspeed --num_gpus 2 --module spt_ds.generate $(RUN) --base-alone
 	$(BIN)/spt-ds evaluate $(RUN)/generate/predictions.jsonl --out $(RUN)/generate
 	$(BIN)/spt-ds summary $(RUN)
 

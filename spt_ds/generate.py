@@ -19,6 +19,17 @@ from spt_ds.run.job import exit_with, join, run_job
 if TYPE_CHECKING:
     from spt_ds.dist import World
 
+# Overrides under which nothing is trained: the base reads persona and dialogue, and replies.
+_BASE_ALONE = (
+    "method.type=none",
+    "prompts.count=1",
+    "prompts.tokens=0",
+    "losses.selection=0",
+    "losses.fusion=0",
+    "losses.contrastive=0",
+    "generate.mode=select",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Generate replies with a trained run; return the exit code."""
@@ -38,15 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         dest="overrides",
         help="measure the perplexity of the reference replies too",
     )
+    parser.add_argument(
+        "--base-alone",
+        action="store_true",
+        help="let the frozen base reply without a prompt, as before the training; default of"
+        " --out: RUN/before",
+    )
     add_deepspeed(parser)
     args = parser.parse_args(argv)
+    if args.base_alone:
+        args.overrides = [*args.overrides, *_BASE_ALONE]
 
     def work(config: Config, folder: RunFolder) -> int:
         from spt_ds import dist
 
         world = join(config, folder)
-        out = ReplyFolder(args.out) if args.out else folder.replies
-        _generate(config, folder, out, args.checkpoint, args.deepspeed_config, world)
+        out = folder.replies_before if args.base_alone else folder.replies
+        if args.out:
+            out = ReplyFolder(args.out)
+        which = None if args.base_alone else args.checkpoint
+        _generate(config, folder, out, which, args.deepspeed_config, world)
         dist.shutdown()
         return 0
 
@@ -57,25 +79,29 @@ def _generate(
     config: Config,
     folder: RunFolder,
     out: ReplyFolder,
-    which: str,
+    which: str | None,
     deepspeed_config: str | None,
     world: World,
 ) -> None:
+    """Generate with checkpoint `which`; None: with the base alone."""
     from spt_ds.engine.generator import Generator
-    from spt_ds.engine.session import open_split, open_trained
+    from spt_ds.engine.session import open_split, open_trained, open_untrained
     from spt_ds.log import get_logger
     from spt_ds.run import checkpoint
 
-    session, path = open_trained(config, folder, which, deepspeed_config, world)
+    if which is None:
+        session, name, marker = open_untrained(config, deepspeed_config, world), "the base", ""
+    else:
+        session, path = open_trained(config, folder, which, deepspeed_config, world)
+        name, marker = path.name, (path / checkpoint.MARKER).read_text(encoding="utf-8")
     store = open_split(session, "test")
-    marker = (path / checkpoint.MARKER).read_text(encoding="utf-8")
     try:
         final = Generator(
-            session, store, out, identity(config, marker, store.data_hash), path.name
+            session, store, out, identity(config, marker, store.data_hash), name
         ).run()
     finally:
         session.sharding.close()
-    get_logger().info(f"{len(store)} replies of {path.name} in {final}")
+    get_logger().info(f"{len(store)} replies of {name} in {final}")
 
 
 def identity(config: Config, marker: str, data_hash: str) -> str:

@@ -1,4 +1,4 @@
-"""`spt-ds summary RUN`: what a finished run achieved, as a table."""
+"""`spt-ds summary RUN`: what a finished run achieved, as a table and in three replies."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from spt_ds.display import shown
+from spt_ds.display import printable, shown
 from spt_ds.errors import DataError
+from spt_ds.evaluate.text_metrics import clean
 from spt_ds.files import sha256
 from spt_ds.json_input import parse_object
+from spt_ds.report.runs import PredictionInDialogue
 from spt_ds.run.command import run_command
 from spt_ds.run.folder import RunFolder
-from spt_ds.run.predictions import MEND_LINE
+from spt_ds.run.predictions import MEND_LINE, check_same_examples, read_rows
 
 LOSSES = (
     ("validation loss (nll, selection, fusion)", "loss"),
     ("nll, mean of all prompts", "nll"),
     ("nll, selected prompt", "nll_selected"),
 )
+_DIALOGUES = 3
 # Keys of scores.json.
 SCORES = (("F1 (SPT)", "f1_spt"), ("BLEU", "bleu"), ("DIST-1", "dist1"), ("DIST-2", "dist2"))
 
@@ -64,7 +67,7 @@ Content = TypeVar("Content", bound=BaseModel)
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table of a run; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="spt-ds summary", description="Losses, scores and prompt usage of a run."
+        prog="spt-ds summary", description="Losses, scores, prompt usage and replies of a run."
     )
     parser.add_argument(
         "run",
@@ -78,6 +81,38 @@ def _print_table(args: argparse.Namespace) -> None:
     rows = summary_rows(args.run)
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    for lines in dialogues(RunFolder(args.run)):
+        print()
+        print("\n".join(f"{name:<12}  {printable(text)}" for name, text in lines))
+
+
+def dialogues(folder: RunFolder) -> list[list[tuple[str, str]]]:
+    """(name, text) lines of a few examples with the reply before and after the training.
+
+    Empty where not both were generated. The examples lie at even distances in the data, so nothing
+    is picked by how it turned out.
+    """
+    if not (folder.replies.predictions.is_file() and folder.replies_before.predictions.is_file()):
+        return []
+    before, after = (
+        read_rows(replies.predictions, PredictionInDialogue)
+        for replies in (folder.replies_before, folder.replies)
+    )
+    check_same_examples(after, before)
+    count = min(_DIALOGUES, len(after.rows))
+    places = [(2 * number + 1) * len(after.rows) // (2 * count) for number in range(count)]
+    return [_dialogue(before.rows[place], after.rows[place]) for place in places]
+
+
+def _dialogue(before: PredictionInDialogue, after: PredictionInDialogue) -> list[tuple[str, str]]:
+    prompt = "several prompts" if after.prompt is None else f"prompt {after.prompt}"
+    return [
+        ("persona", " ".join(after.persona)),
+        ("partner", after.history[-1] if after.history else ""),
+        ("reply before", clean(before.raw).strip()),
+        ("reply after", f"{clean(after.raw).strip()}  ({prompt})"),
+        ("reference", after.reference),
+    ]
 
 
 def summary_rows(run: Path) -> list[tuple[str, str]]:

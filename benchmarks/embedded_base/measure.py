@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from benchmarks.embedded_base.documents import Document
+from benchmarks.embedded_base.documents import Document, document
 from spt_ds.data.dialogue import Example
-from spt_ds.data.encode import Encoded, Encoder
+from spt_ds.data.encode import Encoder
 from spt_ds.data.readers import read
 
 WINDOW_TOKENS = 512
@@ -36,74 +36,90 @@ _STRANGERS = 3  # other people's personas that each reply is tried with
 _DRAWS = 10_000  # of the bootstrap
 
 
-def encoded(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, strangers: int = 0
-) -> list[Encoded]:
-    """Encode with the own persona, or with that of the `strangers`-th other dialogue after it.
-
-    The turns are the same for all of them: the window is wide enough to keep every one.
-    """
-    encoder = Encoder(tokenizer, 100_000)
-    personas = {example.dialogue_id: example.persona for example in examples}
-    names = list(personas)
-    rows = []
-    for example in examples:
-        name = names[(names.index(example.dialogue_id) + strangers) % len(names)]
-        context = encoder.context(example.id, personas[name], example.history, 0)
-        response = encoder.example(example).response_ids
-        rows.append(Encoded(context.context_ids, response, 0))
-    return rows
+def whole_dialogues(examples: Iterable[Example]) -> list[Example]:
+    """Return the last example of each dialogue: its history holds all replies before."""
+    return list({example.dialogue_id: example for example in examples}.values())
 
 
 @torch.no_grad()
-def reply_nats(model: PreTrainedModel, rows: Sequence[Encoded]) -> Tensor:
-    """Return [examples, 2] float64: summed nats of a reply with its EOS, and its tokens."""
-    sums = torch.zeros(len(rows), 2, dtype=torch.float64)
-    order = sorted(range(len(rows)), key=lambda n: len(rows[n].context_ids + rows[n].response_ids))
-    for chunk in (order[start : start + _BATCH] for start in range(0, len(order), _BATCH)):
-        texts = [rows[n].context_ids + rows[n].response_ids for n in chunk]
-        length = max(map(len, texts))
-        ids = torch.tensor([text + [0] * (length - len(text)) for text in texts])
-        scores = model(ids).logits.float().log_softmax(-1)
-        for place, number in enumerate(chunk):
-            first, last = len(rows[number].context_ids), len(texts[place])
-            targets = ids[place, first:last, None]
-            nats = -scores[place, first - 1 : last - 1].gather(1, targets)
-            sums[number] = torch.tensor([float(nats.double().sum()), last - first])
-    return sums
+def reply_nats(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    persona: Sequence[str],
+    dialogue: Example,
+) -> Tensor:
+    """Return [replies, 2] float64: summed nats of each reply with its EOS, and its tokens.
+
+    One pass over the dialogue does for all of its replies: what precedes a reply in it is the
+    context of that reply, and where a reply ends the model says how likely EOS is.
+    """
+    written = document(persona, (*dialogue.history, dialogue.response), spelling=0)
+    ids = [tokenizer.bos_token_id, *ids_of(tokenizer, written.head)]
+    spans = []
+    for marker, text in written.turns:
+        ids += ids_of(tokenizer, (marker,))
+        first = len(ids)
+        ids += ids_of(tokenizer, (text,))
+        if marker == " R:":
+            spans.append((first, len(ids)))
+    hidden = model.model(torch.tensor([ids])).last_hidden_state[0]
+    rows = []
+    for first, last in spans:
+        scores = model.lm_head(hidden[first - 1 : last]).float().log_softmax(-1)
+        targets = torch.tensor([*ids[first:last], tokenizer.eos_token_id])
+        nats = -scores.gather(1, targets[:, None]).double().sum()
+        rows.append([float(nats), float(len(targets))])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[str]) -> list[int]:
+    """Return the ids of pieces of text, one after the other."""
+    return [
+        token
+        for piece in pieces
+        for token in tokenizer(piece, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+    ]
 
 
 def persona_gap(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]
 ) -> dict[str, float]:
     """Return nats a token with the own and with other people's personas, and their difference.
 
-    The interval (95 %) is that of a bootstrap over dialogues.
+    Other people are the owners of the next few dialogues. The interval (95 %) is that of a
+    bootstrap over dialogues.
     """
-    own = reply_nats(model, encoded(examples, tokenizer))
-    others = torch.stack(
-        [
-            reply_nats(model, encoded(examples, tokenizer, strangers))
-            for strangers in range(1, _STRANGERS + 1)
-        ]
-    ).mean(0)
-    names = list(dict.fromkeys(example.dialogue_id for example in examples))
-    sums = torch.zeros(len(names), 3, dtype=torch.float64)  # own nats, others' nats, tokens
-    for example, mine, theirs in zip(examples, own, others, strict=True):
-        sums[names.index(example.dialogue_id)] += torch.stack([mine[0], theirs[0], mine[1]])
+    dialogues = whole_dialogues(examples)
+    sums = torch.zeros(len(dialogues), 3, dtype=torch.float64)  # own nats, others' nats, tokens
+    for number, dialogue in enumerate(dialogues):
+        own = reply_nats(model, tokenizer, dialogue.persona, dialogue).sum(0)
+        others = torch.stack(
+            [
+                reply_nats(
+                    model,
+                    tokenizer,
+                    dialogues[(number + further) % len(dialogues)].persona,
+                    dialogue,
+                ).sum(0)
+                for further in range(1, _STRANGERS + 1)
+            ]
+        ).mean(0)
+        sums[number] = torch.stack([own[0], others[0], own[1]])
     draws = torch.randint(
-        len(names), (_DRAWS, len(names)), generator=torch.Generator().manual_seed(0)
+        len(dialogues), (_DRAWS, len(dialogues)), generator=torch.Generator().manual_seed(0)
     )
     drawn = sums[draws].sum(1)
     gaps = (drawn[:, 1] - drawn[:, 0]) / drawn[:, 2]
     low, high = torch.quantile(gaps, torch.tensor([0.025, 0.975], dtype=torch.float64))
-    total = sums.sum(0)
+    own, others, tokens = sums.sum(0).tolist()
     return {
-        "replies": len(examples),
-        "tokens": int(total[2]),
-        "nats_own_persona": float(total[0] / total[2]),
-        "nats_other_persona": float(total[1] / total[2]),
-        "gap": float((total[1] - total[0]) / total[2]),
+        "dialogues": len(dialogues),
+        "tokens": int(tokens),
+        "nats_own_persona": own / tokens,
+        "nats_other_persona": others / tokens,
+        "gap": (others - own) / tokens,
         "gap_low": float(low),
         "gap_high": float(high),
     }
@@ -143,12 +159,12 @@ def held_out(
     `max_position_embeddings` tokens of it.
     """
     nats, tokens, words = 0.0, 0, 0
-    for document in documents:
+    for talk in documents:
         ids, counted = [tokenizer.bos_token_id], [False]
-        for piece in (*document.head, *(part for turn in document.turns for part in turn)):
-            known = tokenizer(piece, add_special_tokens=False, split_special_tokens=True)
-            ids += known["input_ids"]
-            counted += [piece != " Q:"] * len(known["input_ids"])
+        for piece in (*talk.head, *(part for turn in talk.turns for part in turn)):
+            known = ids_of(tokenizer, (piece,))
+            ids += known
+            counted += [piece != " Q:"] * len(known)
             words += 0 if piece == " Q:" else len(piece.split())
         row = torch.tensor([[*ids, tokenizer.eos_token_id]])
         row = row[:, : model.config.max_position_embeddings]

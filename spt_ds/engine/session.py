@@ -96,12 +96,17 @@ def open_trained(
     `which` is `best`, `last` or the number of a step.
     """
     path = dist.agreed(lambda: checkpoint.find(folder.checkpoints, which))
-    base = read_base(config.model)
-    placement = agree_on_placement(config, base.shape, deepspeed_config, world)
-    session = open_session(config, base, placement, world)
+    session = open_untrained(config, deepspeed_config, world)
     saved = dist.agreed(lambda: checkpoint.load(path))
     checkpoint.restore_trainables(session.spt.trainables, saved.trainables, path)
     return session, path
+
+
+def open_untrained(config: Config, deepspeed_config: str | None, world: dist.World) -> Session:
+    """Open the base and what trains, with its first values."""
+    base = read_base(config.model)
+    placement = agree_on_placement(config, base.shape, deepspeed_config, world)
+    return open_session(config, base, placement, world)
 
 
 def _initialise(config: Config, tokenizer: PreTrainedTokenizerBase, root: nn.Module) -> Trainables:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,22 @@ def test_all_answer_the_same_examples(runs: dict[str, Path], tmp_path: Path) -> 
     )
     table = json.loads((tmp_path / "compare.json").read_text())
     assert {row["name"] for row in table["recipes"]} == set(BASELINES)
+
+
+def test_the_base_alone_replies_as_the_zero_shot_baseline_does(runs: dict[str, Path]) -> None:
+    run = runs["baseline-pt"]
+    command_line = [sys.executable, "-m", "spt_ds.generate", str(run), "--base-alone"]
+    subprocess.run(command_line, check=True, timeout=200)
+    alone, zero_shot, trained = (
+        [json.loads(line)["raw"] for line in path.read_text().splitlines()]
+        for path in (
+            run / "before" / "predictions.jsonl",
+            runs["baseline-zero-shot"] / "generate" / "predictions.jsonl",
+            run / "generate" / "predictions.jsonl",
+        )
+    )
+    assert alone == zero_shot
+    assert alone != trained
 
 
 @pytest.mark.parametrize("name", ["baseline-few-shot", "baseline-no-persona"])

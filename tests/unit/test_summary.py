@@ -64,3 +64,41 @@ def test_without_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_a_run_that_is_not_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert "train it to the end first" in capsys.readouterr().err
+
+
+def test_three_replies_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished(tmp_path, scored=False)
+    for name in ("generate", "before"):
+        (run / name).mkdir()
+        lines = [
+            {
+                "index": number,
+                "id": f"d-{number}",
+                "dialogue_id": "d",
+                "persona": ["i ski.", f"i am {number}."],
+                "history": ["hi", f"how old are you {number}?"],
+                "reference": f"reference {number}",
+                "raw": f"said {number} {name}\x1b[2J Q: and you?",
+                "prompt": number % 2 if name == "generate" else None,
+            }
+            for number in range(6)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (run / name / "predictions.jsonl").write_text(text)
+    assert main([str(run)]) == 0
+    table, *blocks = capsys.readouterr().out.split("\n\n")
+    assert "prompt usage" in table
+    assert [block.splitlines() for block in blocks][1:] == [
+        [
+            f"persona       i ski. i am {number}.",
+            f"partner       how old are you {number}?",
+            f"reply before  said {number} before\\x1b[2J",
+            f"reply after   said {number} generate\\x1b[2J  (prompt {number % 2})",
+            f"reference     reference {number}",
+        ]
+        for number in (3, 5)
+    ]
+    assert len(blocks) == 3
+    (run / "before" / "predictions.jsonl").write_text(text.replace("d-3", "e-3"))
+    assert main([str(run)]) == 2
+    assert "field 'id' is 'e-3'" in capsys.readouterr().err
