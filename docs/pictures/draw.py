@@ -121,9 +121,9 @@ STEP = (
     Box(
         1,
         "Record, validate, save",
-        "metrics.jsonl; checkpoint with COMPLETE.json last",
-        "run/checkpoint.py",
-        ("save",),
+        "metrics.jsonl; a checkpoint with COMPLETE.json last",
+        "engine/checkpoints.py",
+        ("Checkpoints.save",),
     ),
 )
 
