@@ -18,7 +18,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from spt_ds.bench.shapes import micro_batch
 
 from spt_ds.batch import Batch
 from spt_ds.config.load import load_config

@@ -6,6 +6,7 @@ beams are at hand. Legend: K prompts, B examples, P virtual tokens, D embedding 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -89,72 +90,106 @@ def decode(
     `special` is (end-of-sequence id, pad id); `synced` keeps ranks that share a sharded base in
     step until the longest reply of all is done; `live` is what a conversation adds.
     """
-    bank = spt.trainables.bank.weight
-    # Without the reference replies: a pool over the whole text (reference.padded_pool) would
-    # read them.
+    # Choose: by contexts alone, since a pool over the whole text (reference.padded_pool) would read
+    # the reference replies.
     asked = spt.pack(batch.contexts())
     text, _, scores = spt.score(backbone, asked)
-    seed = spt.config.train.seed
-    chosen = choose_prompts(options.mode, scores, batch.indices, seed)
-    fused = options.mode == "fuse"
-    rows = [k for k in chosen if k is not None]
-    prompts = (
-        bank[:, None].expand(-1, len(batch), -1, -1) if fused else bank[rows][None]
-    )  # [K or 1, B, P, D]
-    contexts = text.split(batch.context_lens)
+    chosen = choose_prompts(options.mode, scores, batch.indices, spt.config.train.seed)
+    prompts = _prompts_of(chosen, spt.trainables.bank.weight)
+    # Build the rows.
     suffix = spt.config.prompts.placement == "suffix"
-    pieces = [
-        torch.cat([context, own.to(context.dtype)] if suffix else [own.to(context.dtype), context])
-        for group in prompts
-        for context, own in zip(contexts, group, strict=True)
-    ]
-    embeddings, mask = left_pad(pieces)
-    end, pad = special
-    processors = LogitsProcessorList(
-        [
-            *(
-                [FuseRows(losses.fusion_weights(scores, spt.config.losses.fusion_weights))]
-                if fused
-                else []
-            ),
-            *_constraints(options, end, embeddings.device),
-            *_sampling(options, batch.indices * len(prompts), seed),
-        ]
-    )
+    rows = left_pad(_rows(prompts, text.split(batch.context_lens), suffix=suffix))
+    # Generate: of K fused rows of an example the first is read, the others hold the same tokens.
+    processors = _processors(spt, options, scores, batch.indices, special[0])
+    out = _generate(backbone, rows, batch, options, processors, special, synced, live)
+    tokens = [_until(row, special[0]) for row in out[: len(batch)].tolist()]
+    # Measure.
+    nll = _reference_nll(backbone, spt, batch, prompts) if options.perplexity else None
+    return Decoded(tokens, chosen, scores, nll)
+
+
+def _prompts_of(chosen: list[int | None], bank: torch.Tensor) -> torch.Tensor:
+    """bank [K, P, D] -> the prompts that answer: [1, B, P, D], or [K, B, P, D] where all do."""
+    numbers = [k for k in chosen if k is not None]
+    return bank[numbers][None] if numbers else bank[:, None].expand(-1, len(chosen), -1, -1)
+
+
+def _rows(
+    prompts: torch.Tensor, contexts: Sequence[torch.Tensor], *, suffix: bool
+) -> list[torch.Tensor]:
+    """prompts [K or 1, B, P, D], contexts B x [C_b, D] -> rows, prompt by prompt."""
+    rows = []
+    for group in prompts:
+        for context, prompt in zip(contexts, group.to(contexts[0].dtype), strict=True):
+            rows.append(torch.cat([context, prompt] if suffix else [prompt, context]))
+    return rows
+
+
+def _processors(
+    spt: Spt,
+    options: GenerateConfig,
+    scores: torch.Tensor,
+    indices: tuple[int, ...],
+    end: int,
+) -> LogitsProcessorList:
+    """What happens to logits, in this order: the mixture of prompts, what a reply may hold, and
+    sampling.
+    """
+    steps: list[LogitsProcessor] = []
+    fused = options.mode == "fuse"
+    if fused:
+        steps.append(FuseRows(losses.fusion_weights(scores, spt.config.losses.fusion_weights)))
+    steps += _constraints(options, end, scores.device)
+    rows = len(scores) if fused else 1
+    steps += _sampling(options, indices * rows, spt.config.train.seed)
+    return LogitsProcessorList(steps)
+
+
+def _generate(
+    backbone: Backbone,
+    rows: tuple[torch.Tensor, torch.Tensor],
+    batch: Batch,
+    options: GenerateConfig,
+    processors: LogitsProcessorList,
+    special: tuple[int, int],
+    synced: bool,
+    live: Live | None,
+) -> torch.Tensor:
+    """rows ([n, L, D], mask [n, L]) -> new tokens [n, longest reply]."""
     settings = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
         length_penalty=options.length_penalty,
-        eos_token_id=end,
-        pad_token_id=pad,
+        eos_token_id=special[0],
+        pad_token_id=special[1],
         do_sample=False,  # sampling is a processor of ours, see GumbelNoise
     )
     extra: dict[str, Any] = {}
     if live is not None:
-        extra = {
-            "streamer": live.streamer,
-            "stopping_criteria": StoppingCriteriaList([StopOn(live.stopped)]),
-        }
+        stop = StoppingCriteriaList([StopOn(live.stopped)])
+        extra = {"streamer": live.streamer, "stopping_criteria": stop}
     context = live.context if live is not None else None
     with nullcontext() if context is None else context.reading(batch.context_ids.tolist()) as cache:
-        out = backbone.generate(  # skips the embeddings whose keys and values `cache` holds
-            inputs_embeds=embeddings,
-            attention_mask=mask,
+        return backbone.generate(  # skips the embeddings whose keys and values `cache` holds
+            inputs_embeds=rows[0],
+            attention_mask=rows[1],
             generation_config=settings,
             logits_processor=processors,
             synced_gpus=synced,
             **cache_argument(backbone.lm, cache),
             **extra,
         )
-    tokens = [_until(row, end) for row in out[: len(batch)].tolist()]
-    nll = None
-    if options.perplexity:
-        packed = spt.pack(batch)
-        whole = backbone.embed(packed.ids)
-        read = read_context(backbone, packed, whole, spt.config.prompts.placement)
-        hidden = target_states(backbone, packed, whole, prompts, read)
-        nll = spt.reply_losses(backbone, packed, hidden)[0]
-    return Decoded(tokens, chosen, scores, nll)
+
+
+def _reference_nll(
+    backbone: Backbone, spt: Spt, batch: Batch, prompts: torch.Tensor
+) -> torch.Tensor:
+    """Mean loss of the reference replies [B] under prompts [1, B, P, D]."""
+    packed = spt.pack(batch)
+    text = backbone.embed(packed.ids)
+    context = read_context(backbone, packed, text, spt.config.prompts.placement)
+    hidden = target_states(backbone, packed, text, prompts, context)
+    return spt.reply_losses(backbone, packed, hidden)[0]
 
 
 def left_pad(pieces: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

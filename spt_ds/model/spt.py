@@ -87,7 +87,7 @@ def build_trainables(
 
 
 class Spt:
-    """The forward side of the method: holds settings and trainables, owns no weights of the base."""
+    """The forward side of the method: settings and trainables, but no weights of the base."""
 
     def __init__(self, config: Config, trainables: Trainables, pad_id: int) -> None:
         self.config = config
@@ -112,8 +112,8 @@ class Spt:
         s [K, B].
         """
         text = backbone.embed(packed.ids)
-        # Without a graph, also where the embedding table trains: the contrastive loss keeps `pooled`
-        # until the end of the step.
+        # Without a graph, also where the embedding table trains: the contrastive loss keeps
+        # `pooled` until the end of the step.
         with torch.no_grad():
             pooled = self.pool(backbone, packed, text)
         return text, pooled, self.trainables.scores(pooled)

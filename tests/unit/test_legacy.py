@@ -1,4 +1,4 @@
-"""Configurations of 0.1.0 load and mean the same: those of two runs in `tests/data/config_0.1.0`."""
+"""Configurations of 0.1.0 load and mean the same: those of two runs in `data/config_0.1.0`."""
 
 from __future__ import annotations
 
