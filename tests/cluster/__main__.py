@@ -9,14 +9,18 @@ from __future__ import annotations
 import os
 import sys
 
-from tests.cluster.sandbox import missing
+from tests.cluster.sandbox import absent_programs, missing
 
 NAMESPACES = ["--mount", "--net", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
 
 
 def main() -> int:
-    why = missing()
-    if why:
+    if absent := absent_programs():
+        print(
+            f"test-cluster: not installed: {', '.join(absent)}; run .ci/packages", file=sys.stderr
+        )
+        return 1
+    if why := missing():
         print(f"test-cluster: skipped: {why}")
         return 0
     pytest = [sys.executable, "-m", "pytest", "-m", "cluster", "tests/cluster", *sys.argv[1:]]

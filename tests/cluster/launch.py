@@ -50,7 +50,7 @@ def arguments(config: Path, run_dir: Path) -> list[str]:
 def torchrun(
     sandbox: Sandbox, config: Path, run_dir: Path, port: int, rendezvous: str = "static"
 ) -> list[subprocess.Popen[bytes]]:
-    """One torchrun on each host; `rendezvous` is static (ranks by --node-rank) or c10d (elastic)."""
+    """One torchrun on each host; `rendezvous` is static (with --node-rank) or c10d (elastic)."""
     command = [
         str(BIN / "torchrun"),
         "--nnodes=2",

@@ -148,7 +148,7 @@ def test_scancel_saves_and_a_smaller_job_goes_on(
 def test_generation_goes_on_after(
     sandbox: Sandbox, slurm: Slurm, config: Path, undisturbed: Path, tmp_path: Path, fault: str
 ) -> None:
-    """Replies that were written before are kept, and the file is that of one undisturbed process."""
+    """Replies written before are kept, and the file is that of one undisturbed process."""
     arguments = [
         "--set",
         f"data.test={config.parent}/train.jsonl",

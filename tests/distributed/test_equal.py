@@ -215,9 +215,7 @@ def skip_without_async_io() -> None:
     """NVMe offload needs an extension that takes minutes to compile: no test starts that."""
     built = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("**/*.so")
     if not {"async_io", "pin_memory"} <= {path.stem for path in built}:
-        pytest.skip(
-            "DeepSpeed's async_io is not built here; run spt_ds once with zero3_offload_nvme.json"
-        )
+        pytest.skip("DeepSpeed's async_io is not built here; run `make async-io`")
 
 
 def test_one_window_split_in_every_way(scene: Scene, one_process: Reference) -> None:

@@ -28,7 +28,7 @@ def twin_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of one row, head by head; `transformers`' own eager softmax is fp32 at best."""
+    """Causal attention of one row, by heads; `transformers`' eager softmax is fp32 at best."""
     heads, tokens = query.shape[1], query.shape[2]
     assert query.shape[0] == 1
     future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)

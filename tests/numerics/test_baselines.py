@@ -163,7 +163,7 @@ def test_full_trains_every_parameter_once(arch: str) -> None:
 
 
 def test_a_head_that_keeps_its_gradient_to_itself_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The frozen head's shortcut on a head that trains: the tied table loses half of its gradient."""
+    """The frozen head's shortcut on a head that trains: the tied table loses half its gradient."""
 
     def frozen(
         self: FrozenHead, hidden: Any, targets: Any, scale: Any, rows: int, precise: torch.dtype

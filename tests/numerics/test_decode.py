@@ -94,7 +94,7 @@ def test_fuse_mixes_all_prompts_logits(placement: str) -> None:
 
 
 def test_fuse_mixes_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy decoding cannot tell: the weights differ by one factor for all prompts. Sampling can."""
+    """Sampling tells; greedy decoding cannot: the weights differ by one factor for all prompts."""
     mixed: list[torch.Tensor] = []
     right = FuseRows.__init__
     monkeypatch.setattr(

@@ -121,7 +121,7 @@ def test_fault_04_identical_prompts_give_identical_losses(
 
 
 def test_fault_04_dropout_would_be_seen() -> None:
-    """The same comparison with the rates put back: half a nat and more between identical prompts."""
+    """The same comparison with the rates put back: half a nat or more between identical prompts."""
     backbone = tiny_backbone("opt")
     for module in backbone.modules():
         if type(module).__name__ == "OPTDecoderLayer":

@@ -1,4 +1,4 @@
-"""Configurations of 0.1.0 load and mean the same: `tests/data/config_0.1.0` holds two of its runs."""
+"""Configurations of 0.1.0 load and mean the same: those of two runs in `tests/data/config_0.1.0`."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ SEED = 3
 
 
 def write_dialogues(path: Path) -> Path:
-    """23 examples of unlike lengths; every third persona is the same, and no two others are alike."""
+    """23 examples of unlike lengths; every third persona is the same, all others differ."""
     personas = [
         ["i like dogs.", "i ski."],
         ["my mother is a nurse."],

@@ -68,7 +68,7 @@ def test_fault_12_each_window_position_is_dealt_once_and_ranks_keep_step(
 
 @given(deals)
 def test_ranks_have_like_token_counts_in_every_micro_step(deal: tuple[list[int], int, int]) -> None:
-    """In a snake the sums of two ranks differ by at most the spread of the rows of that micro-step."""
+    """In a snake the sums of two ranks differ by at most the spread of that micro-step's rows."""
     lengths, world, micro_batch = deal
     dealt = assign(np.arange(len(lengths)), np.array(lengths), world, micro_batch)
     longest_after = 10**9

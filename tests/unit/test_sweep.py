@@ -40,7 +40,9 @@ case "$*" in
 *evaluate*) folder=${4} ;;
 esac
 [[ ! -e $WAIT ]] || { echo waiting >> "$CALLS"; sleep 60; }
-if [[ $folder == *bad* && $2 == spt_ds.$BAD ]]; then echo "spt-ds [rank 0] error: no such thing"; exit 2; fi
+if [[ $folder == *bad* && $2 == spt_ds.$BAD ]]; then
+    echo "spt-ds [rank 0] error: no such thing"; exit 2
+fi
 mkdir -p "$folder/generate"
 case "$*" in
 *spt_ds.train*) echo '{}' > "$folder/DONE.json" ;;
