@@ -164,7 +164,7 @@ def test_files_and_functions_are_short(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert (node.end_lineno or 0) - node.lineno < 60, (
-                f"{node.name} is {node.end_lineno - node.lineno} lines"
+                f"{node.name} is {(node.end_lineno or 0) - node.lineno} lines"
             )
 
 
