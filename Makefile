@@ -1,17 +1,20 @@
-# make demo   the main job on what the package ships, on two CPU ranks
-# make test   the tests
-# make test-versions   unit and numerics tests with the oldest and the newest libraries of setup.py
-# make test-wheel      the main job from a wheel that is installed outside the clone
-# make check  formatting, lint and types
-# make constraints     the lock of the tested set anew, with the newest of everything
-# make test-cluster    a real Slurm and several hosts on this machine; needs root and Debian
-# make async-io        DeepSpeed's extension for offload to NVMe, without which its tests skip
+# make demo           the main job on what the package ships, on two CPU ranks
+# make test           the tests
+# make test-versions  unit and numerics tests with the oldest and the newest libraries of setup.py
+# make test-wheel     the main job from a wheel that is installed outside the clone
+# make test-cluster   a real Slurm and several hosts on this machine; needs root and Debian
+# make check          formatting, lint and types
+# make async-io       DeepSpeed's extension for offload to NVMe, without which its tests skip
+# make constraints    the lock of the tested set, with the newest of everything
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 # Two ranks on two cores: more threads than cores make each of them slower.
 DEMO_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false SPT_CACHE=runs/cache
+
+# DeepSpeed and PyTorch call ninja by its name when they build.
+export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: demo test test-versions test-wheel async-io test-slow test-cluster check constraints clean
 .DEFAULT_GOAL := demo
@@ -27,7 +30,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-# No prerequisite: it has to work while the old lock cannot be installed.
+# Needs nothing that is installed: it has to work while the old lock cannot be.
 constraints: $(BIN)/python
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile setup.py --constraints constraints.in --universal --python-version 3.10 \
@@ -54,8 +57,7 @@ test-wheel: $(VENV)/.installed-dev
 
 # Takes minutes, once: DeepSpeed keeps the build in TORCH_EXTENSIONS_DIR.
 async-io: $(VENV)/.installed-dev
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -c \
-	    "from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()"
+	$(BIN)/python -c "from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()"
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow"

@@ -46,7 +46,7 @@ PLAIN = Shown()
 
 @dataclass(frozen=True)
 class Encoded:
-    """Ids of an example: C context tokens (BOS to the last "R:"), R response tokens (EOS last)."""
+    """Ids of one example: the context, BOS to the last "R:", and the response with its EOS."""
 
     context_ids: list[int]  # [C]
     response_ids: list[int]  # [R]; empty when only a context was asked for
@@ -179,7 +179,7 @@ class Encoder:
         return Encoded([*head, *kept, *self._owner], [], dropped)
 
     def _head(self, persona: tuple[str, ...]) -> list[int]:
-        """Ids of the text's beginning: nothing is before it, so it is tokenised as it stands."""
+        """Ids of the text's beginning, which is tokenised as it is: no text comes before it."""
         text = _head_text(persona)
         if text not in self._ids:
             self._ids[text] = self._tokenize([text])[0]

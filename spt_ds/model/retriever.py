@@ -25,7 +25,10 @@ def softplus_scores(cos: torch.Tensor) -> torch.Tensor:
 
 
 class Retriever(nn.Module):
-    """c_b = W_c pooled_b + b_c, v_k = W_p mean_p E_kp + b_p, score = activation(cos(v_k, c_b))."""
+    """Scores prompts for contexts: activation(cos(v_k, c_b)).
+
+    `c_b = W_c pooled_b + b_c`, `v_k = W_p mean_p E_kp + b_p`.
+    """
 
     def __init__(
         self,
