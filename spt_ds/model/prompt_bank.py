@@ -43,8 +43,9 @@ def initial_prompts(
     """Return E [K, P, D] in fp32 on the CPU.
 
     `vocab` copies randomly chosen rows of the frozen table, `text` the rows of given token ids
-    (repeated or cut to P), `normal` draws at the table's own mean square. `vocab` is the default because in PEFT's method comparison init and
-    learning rate alone move prompt tuning from 5.7 to 34.3 %.
+    (repeated or cut to P), `normal` draws at the table's own mean square. `vocab` is the default
+    because in PEFT's method comparison init and learning rate alone move prompt tuning from 5.7 to
+    34.3 %.
     """
     count, tokens, _ = shape
     if init == "text":
