@@ -19,7 +19,6 @@ from spt_ds.batch import Batch, Window, on_device
 from spt_ds.config.schema import Config, OptimConfig
 from spt_ds.engine.zero import Sharding
 from spt_ds.errors import NonFiniteError
-from spt_ds.model.backbone import Backbone
 from spt_ds.model.spt import MicroLosses, Spt, Trainables
 
 PARTS = ("nll", "selection", "fusion", "contrastive")
@@ -243,10 +242,3 @@ def _optimizer(optim: OptimConfig, trainables: Trainables) -> torch.optim.AdamW:
         weight_decay=optim.weight_decay,
         foreach=True,
     )
-
-
-def run_base(root: nn.Module, function: Any, *args: Any) -> Any:
-    """Run `function(backbone, *args)` without gradient as one call of the root module."""
-    assert isinstance(root, Backbone)
-    with torch.no_grad():
-        return root(function, *args)
