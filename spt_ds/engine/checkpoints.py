@@ -92,7 +92,9 @@ class Checkpoints:
         follows = ""
         if self.engine.config.optim.schedule == "cosine":
             follows = "; the learning rate follows the new length"
-        get_logger().info(f"the run was {shown(before)} steps long and now is {self.total_steps}{follows}")
+        get_logger().info(
+            f"the run was {shown(before)} steps long and now is {self.total_steps}{follows}"
+        )
 
 
 def _state_of(saved: checkpoint.Checkpoint, path: Path) -> RunState:
