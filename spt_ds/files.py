@@ -32,6 +32,24 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def append_whole(path: Path, content: bytes) -> None:
+    """Append `content` to a file, which is made where it is missing, as a whole or not at all.
+
+    Raises OSError when the disk refuses.
+    """
+    size = path.stat().st_size if path.exists() else None
+    try:
+        with path.open("ab") as file:
+            file.write(content)
+    except OSError:
+        with contextlib.suppress(OSError):
+            if size is None:
+                path.unlink()
+            else:
+                os.truncate(path, size)
+        raise
+
+
 @contextlib.contextmanager
 def new_folder(path: Path, *, to_disk: bool = False) -> Iterator[Path]:
     """Give an empty hidden folder beside `path`; it becomes `path` when the block ends without an

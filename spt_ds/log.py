@@ -6,6 +6,7 @@ under `strict`.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -60,6 +61,36 @@ def accept_any_text() -> None:
     ):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
+
+
+class ErrorStream:
+    """The standard error stream for a progress bar: where it cannot be written, as a log on a disk
+    that is full, the bar is lost and the run goes on.
+    """
+
+    def write(self, text: str) -> int:
+        """Write `text` if that is possible."""
+        with contextlib.suppress(OSError, ValueError):  # full or broken, or closed
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if that is possible."""
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        """Whether somebody watches."""
+        return sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        """The stream's own, by which tqdm asks for the width of the terminal."""
+        return sys.stderr.fileno()
+
+    @property
+    def encoding(self) -> str:
+        """The stream's own, by which tqdm chooses its bar's characters."""
+        return sys.stderr.encoding or "ascii"
 
 
 def say_once(message: str, level: int = logging.INFO) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from spt_ds import dist
 from spt_ds.config.load import dump_config
+from spt_ds.display import shown
 from spt_ds.engine.engine import Engine
 from spt_ds.engine.state import RunState
 from spt_ds.errors import CheckpointError
@@ -39,10 +43,10 @@ class Checkpoints:
         saved = dist.agreed(lambda: newest[1] if newest else checkpoint.load(path))
         engine = self.engine
         checkpoint.restore_trainables(engine.trainables, saved.trainables, path)
-        checkpoint.restore_optimizer(engine.optimizer, engine.names, saved.optimizer)
-        state = RunState(**saved.state["run"])
+        checkpoint.restore_optimizer(engine.optimizer, engine.names, saved.optimizer, path)
+        state = dist.agreed(lambda: _state_of(saved, path))
         get_logger().info(f"resuming from {path} at step {state.step}")
-        self._compare_lengths(saved.state["total_steps"])
+        self._compare_lengths(saved.state.get("total_steps"))
         return state
 
     def save(self, state: RunState, *, final: bool = False) -> bool:
@@ -82,10 +86,26 @@ class Checkpoints:
             },
         )
 
-    def _compare_lengths(self, before: int) -> None:
+    def _compare_lengths(self, before: object) -> None:
         if before == self.total_steps:
             return
         follows = ""
         if self.engine.config.optim.schedule == "cosine":
             follows = "; the learning rate follows the new length"
-        get_logger().info(f"the run was {before} steps long and now is {self.total_steps}{follows}")
+        get_logger().info(
+            f"the run was {shown(before)} steps long and now is {self.total_steps}{follows}"
+        )
+
+
+def _state_of(saved: checkpoint.Checkpoint, path: Path) -> RunState:
+    mend = "remove the folder to go on from an older checkpoint"
+    try:
+        state = TypeAdapter(RunState).validate_python(saved.state.get("run"))
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise CheckpointError(
+            f"{path}: not written by spt_ds (state.json: run.{shown(key)} cannot be used); {mend}"
+        ) from error
+    if state.step != saved.state["step"]:
+        raise CheckpointError(f"{path}: not written by spt_ds (state.json: two steps); {mend}")
+    return state

@@ -9,12 +9,14 @@ the predictions tells how they were made.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,15 @@ from spt_ds.config.generation import GenerateConfig
 from spt_ds.data.loader import make_batch
 from spt_ds.data.store import ExampleStore
 from spt_ds.engine.session import Session
-from spt_ds.errors import DataError
+from spt_ds.errors import DataError, EngineError
 from spt_ds.evaluate.text_metrics import clean
-from spt_ds.files import sha256, write_whole
-from spt_ds.log import get_logger
+from spt_ds.files import append_whole, sha256, write_whole
+from spt_ds.json_input import load_json, read_json
+from spt_ds.log import ErrorStream, get_logger
 from spt_ds.model.conversation import ReplyHooks
 from spt_ds.model.decode import Decoded, decode
 from spt_ds.run.folder import ReplyFolder
+from spt_ds.run.lock import only_start
 
 
 def plan_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
@@ -83,49 +87,78 @@ class Generator:
         self.checkpoint = checkpoint
         self.identity = hashlib.sha256(identity.encode()).hexdigest()
         self.parts = out.path / f".parts-{self.identity[:16]}"
+        self.own_part = self.parts / f"rank-{session.world.rank}.jsonl"
 
     def run(self) -> Path:
         """Generate what is missing, merge on rank 0, and return the path of the predictions."""
-        world, final = self.session.world, self.out.predictions
-        if dist.broadcast_json(world.rank == 0 and self._is_done(final)):
+        leads, final = self.session.world.rank == 0, self.out.predictions
+        if dist.broadcast_json(leads and self._is_done(final)):
             get_logger().info(f"{final} holds these replies already")
             return final
-        dist.agreed(lambda: self.parts.mkdir(parents=True, exist_ok=True))
+        with ExitStack() as held:
+            mend = "wait until it ends, or give another --out"
+            dist.agreed(
+                lambda: held.enter_context(only_start(self.out.path, mend)) if leads else None
+            )
+            self._generate()
+            dist.agreed(lambda: self._merge(final) if leads else None)
+        return final
+
+    def _generate(self) -> None:
+        """Write what no part file holds yet into those of the ranks."""
+        world = self.session.world
+        dist.agreed(self._make_parts)
         done = set(dist.broadcast_json(sorted(self._finished()) if world.rank == 0 else None))
         batches = plan_batches(self.store.lengths.context, self.session.config.generate.batch_size)
         todo = [rows for rows in batches if not done.issuperset(rows)]
         rounds = -(-len(todo) // world.size)
+        stream = ErrorStream()
         bar = tqdm(
             total=len(self.store),
             initial=len(done),
             unit="reply",
             desc="generate",
-            file=sys.stderr,
+            file=stream,
             disable=world.rank != 0,
-            mininterval=0.5 if sys.stderr.isatty() else 20.0,
+            mininterval=0.5 if stream.isatty() else 20.0,
         )
-        own = self.parts / f"rank-{world.rank}.jsonl"
-        _drop_cut_line(own)
-        with own.open("a", encoding="utf-8") as part:
-            for turn in range(rounds):
-                number = turn * world.size + world.rank
-                # With a sharded base every rank must take part in every round: one without work
-                # repeats a batch.
-                rows = todo[min(number, len(todo) - 1)]
-                decoded = self._decode(rows)
-                if number < len(todo):
-                    part.writelines(
-                        json.dumps(line, ensure_ascii=False) + "\n"
-                        for line in self._lines(rows, decoded)
-                    )
-                    part.flush()
-                bar.update(
-                    sum(len(rows) for rows in todo[turn * world.size : (turn + 1) * world.size])
-                )
+        # With a sharded base every rank must take part in every round: one without work repeats a
+        # batch, and all of them learn of a full disk. Without, the rank that meets it ends alone.
+        together = dist.agreed if self.session.sharding.on else _alone
+        for turn in range(rounds):
+            number = turn * world.size + world.rank
+            rows = todo[min(number, len(todo) - 1)]
+            decoded = self._decode(rows)
+            lines = self._lines(rows, decoded) if number < len(todo) else ()
+            together(lambda: self._append(lines))  # noqa: B023 (called at once)
+            bar.update(sum(len(rows) for rows in todo[turn * world.size : (turn + 1) * world.size]))
         bar.close()
         dist.barrier()
-        dist.agreed(lambda: self._merge(final) if world.rank == 0 else None)
-        return final
+
+    def _make_parts(self) -> None:
+        try:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            _drop_cut_line(self.own_part)
+        except OSError as error:
+            raise self._refused(self.parts, error) from error
+
+    def _append(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Add lines to this rank's part file, all of them or none; raise EngineError where the disk
+        refuses.
+        """
+        content = b"".join(map(_part_line, lines))
+        try:
+            append_whole(self.own_part, content)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.parts.rmdir()  # unless replies are in it
+            raise self._refused(self.own_part, error) from error
+
+    def _refused(self, path: Path, error: OSError) -> EngineError:
+        return EngineError(
+            f"{path}: cannot be written ({error.strerror or error}); free space, or give another"
+            " --out. The same command goes on from the replies that are there"
+        )
 
     def _decode(self, rows: list[int]) -> Decoded:
         return decode_batch(
@@ -161,15 +194,21 @@ class Generator:
         return {line["index"] for line in self._read_parts()}
 
     def _read_parts(self) -> Iterator[dict[str, Any]]:
+        """Lines of the part files; what a kill cut or a disk damaged is left out and made again."""
         for path in sorted(self.parts.glob("rank-*.jsonl")):
-            with path.open(encoding="utf-8") as file:
-                for text in file:
-                    if text.endswith("\n"):  # a line without its end was cut by a kill
-                        yield json.loads(text)
+            with path.open("rb") as file:
+                for number, content in enumerate(file, start=1):
+                    line = _parsed(content)
+                    if line is None and content.endswith(b"\n"):
+                        get_logger().warning(
+                            f"{path}:{number}: the line is damaged; its reply is made again"
+                        )
+                    if line is not None:
+                        yield line
 
     def _is_done(self, final: Path) -> bool:
         try:
-            record = json.loads(self.out.record.read_text(encoding="utf-8"))
+            record = read_json(self.out.record)
             return [record["identity"], record["predictions_sha256"]] == [
                 self.identity,
                 sha256(final),
@@ -185,21 +224,43 @@ class Generator:
                 f"{self.parts}: {missing} of {len(self.store)} replies are missing; run the command"
                 " again"
             )
-        write_whole(
-            final,
-            (
-                json.dumps(lines[index], ensure_ascii=False) + "\n"
-                for index in range(len(self.store))
-            ),
-        )
-        record = {
-            "identity": self.identity,
-            "predictions_sha256": sha256(final),
-            "checkpoint": self.checkpoint,
-        }
-        config = self.session.config.model_dump(mode="json")
-        write_whole(self.out.record, json.dumps({**record, "config": config}, indent=1) + "\n")
-        shutil.rmtree(self.parts)
+        try:
+            write_whole(
+                final,
+                (
+                    json.dumps(lines[index], ensure_ascii=False) + "\n"
+                    for index in range(len(self.store))
+                ),
+            )
+            record = {
+                "identity": self.identity,
+                "predictions_sha256": sha256(final),
+                "checkpoint": self.checkpoint,
+            }
+            config = self.session.config.model_dump(mode="json")
+            write_whole(self.out.record, json.dumps({**record, "config": config}, indent=1) + "\n")
+        except OSError as error:
+            raise self._refused(final, error) from error
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+
+def _alone(work: Callable[[], None]) -> None:
+    work()
+
+
+def _part_line(line: dict[str, Any]) -> bytes:
+    """A line of a part file: the checksum of what follows it, a blank, JSON."""
+    text = json.dumps(line, ensure_ascii=False).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
+    """The line that `_part_line` gave; None where it is not that."""
+    checksum, _, text = content.removesuffix(b"\n").partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        return None
+    line: dict[str, Any] = load_json(text)
+    return line
 
 
 def _drop_cut_line(path: Path) -> None:

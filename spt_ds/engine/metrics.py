@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from spt_ds.errors import ConfigError
-from spt_ds.files import write_whole
-from spt_ds.log import say_once
+from spt_ds.files import append_whole, write_whole
+from spt_ds.json_input import load_json
+from spt_ds.log import ErrorStream, say_once
 from spt_ds.run.folder import RunFolder
 
 
@@ -43,14 +43,15 @@ class Metrics:
             return
         self._path = folder.metrics
         self._forget_after(start_step, revalidates)
+        stream = ErrorStream()
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
             unit="step",
             desc="train",
-            file=sys.stderr,
+            file=stream,
             dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 20.0,
+            mininterval=0.5 if stream.isatty() else 20.0,
         )
         if tensorboard:
             self._board = _writer(folder.tensorboard)
@@ -58,10 +59,10 @@ class Metrics:
     def _forget_after(self, step: int, revalidates: bool) -> None:
         """Drop lines of what a killed run did after its last checkpoint: it is done again."""
         if self._path.is_file():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
+            lines = self._path.read_bytes().split(b"\n")
             first_lost = (step, True) if revalidates else (step + 1, False)
-            kept = [line for line in lines if _mark(line) < first_lost]
-            write_whole(self._path, "".join(f"{line}\n" for line in kept))
+            kept = [line for line in lines if line and _mark(line) < first_lost]
+            write_whole(self._path, "".join(f"{line.decode()}\n" for line in kept))
 
     def tick(self) -> None:
         """One step done."""
@@ -74,11 +75,9 @@ class Metrics:
             return
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except (
-            OSError
-        ) as error:  # a full disk stops a run where checkpoint.on_save_error says so, not here
+            append_whole(self._path, (json.dumps(line) + "\n").encode())
+        except OSError as error:
+            # A full disk stops a run where checkpoint.on_save_error says so, not here.
             say_once(
                 f"{self._path}: lines are lost ({error.strerror}); training goes on",
                 logging.WARNING,
@@ -90,7 +89,7 @@ class Metrics:
             )
         else:
             text = " ".join(f"{key} {value:.4f}" for key, value in shown.items())
-            tqdm.write(f"step {step} {kind}: {text}", file=sys.stderr)
+            tqdm.write(f"step {step} {kind}: {text}", file=ErrorStream())
         if self._board is not None:
             for key, value in values.items():
                 if isinstance(value, (int, float)):
@@ -104,12 +103,10 @@ class Metrics:
             self._board.close()
 
 
-def _mark(line: str) -> tuple[float, bool]:
-    """(step, whether it is its validation) of one line; infinite where a kill or a full disk cut it
-    short.
-    """
+def _mark(line: bytes) -> tuple[float, bool]:
+    """(step, whether it is its validation) of one line; infinite where it is cut or damaged."""
     try:
-        found = json.loads(line)
+        found = load_json(line)
         return float(found["step"]), found["kind"] == "valid"
     except (ValueError, KeyError, TypeError):
         return math.inf, True

@@ -25,6 +25,7 @@ from spt_ds.log import get_logger
 from spt_ds.placement.agree import agree_on_placement
 from spt_ds.run.command import EXIT_DONE, EXIT_STOPPED
 from spt_ds.run.folder import RunFolder
+from spt_ds.run.lock import only_start
 
 
 def train_run(
@@ -60,10 +61,16 @@ def open_trainer(
     leads = world.rank == 0
     base = read_base(config.model)
     placement = agree_on_placement(config, base.shape, deepspeed_config, world)
-    # Only now: an unusable base or DeepSpeed file leaves no folder.
-    dist.agreed(lambda: folder.prepare(config, deepspeed_config) if leads else None)
-    session = open_session(config, base, placement, world)
     with contextlib.ExitStack() as closing:
+
+        def claim() -> None:
+            mend = "wait until it ends, or give another --run-dir"
+            closing.enter_context(only_start(folder.path, mend))
+            folder.prepare(config, deepspeed_config)
+
+        # Only now: an unusable base or DeepSpeed file leaves no folder.
+        dist.agreed(lambda: claim() if leads else None)
+        session = open_session(config, base, placement, world)
         closing.callback(session.sharding.close)
         train, valid = open_split(session, "train"), open_split(session, "valid")
         total = steps_of(config, len(train))

@@ -27,11 +27,13 @@ from safetensors.torch import save as save_tensors
 from spt_ds.display import shown
 from spt_ds.errors import CheckpointError, SptError
 from spt_ds.files import sync
+from spt_ds.json_input import load_json, read_json
 from spt_ds.log import get_logger
 
 MARKER = "COMPLETE.json"
 TRAINABLES, OPTIMIZER, STATE = "trainables.safetensors", "optimizer.safetensors", "state.json"
 FORMAT = 1
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     half-written stays.
     """
     step = checkpoint.state["step"]
-    final = folder / f"step-{step:08d}"
+    name = _name(step)
+    assert name is not None
+    final = folder / name
     temporary = folder / f".{final.name}.writing"
     if _is_whole(final):
         # A run that was killed after its last save takes no step before it saves again: the same
@@ -91,13 +95,32 @@ def load(path: Path) -> Checkpoint:
     """Read and verify one checkpoint; raise CheckpointError saying what is wrong with it."""
     files = _verified(path)
     try:
-        return Checkpoint(
-            load_tensors(files[TRAINABLES]),
-            load_tensors(files[OPTIMIZER]),
-            json.loads(files[STATE]),
-        )
+        state = load_json(files[STATE])
+        tensors = load_tensors(files[TRAINABLES]), load_tensors(files[OPTIMIZER])
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not written by spt_ds ({error})") from error
+    if problem := _fault(state, path.name):
+        raise CheckpointError(f"{path}: not written by spt_ds ({STATE}: {problem})")
+    return Checkpoint(*tensors, state)
+
+
+def _fault(state: Any, name: str) -> str:
+    """What is wrong with the parts of a state that every reader needs; empty where nothing is."""
+    if not isinstance(state, dict) or not isinstance(state.get("run", {}), dict):
+        return f"expected an object in which 'run' is an object, got {shown(state)}"
+    if name != _name(state.get("step")):
+        return f"step is {shown(state.get('step'))} in the folder {name}"
+    best = state.get("run", {}).get("best_step")
+    if best is not None and _name(best) is None:
+        return f"best_step is {shown(best)}, expected null or a whole number from 0 on"
+    return ""
+
+
+def _name(step: object) -> str | None:
+    """The folder of a step's checkpoint; None where `step` is no step."""
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**12:
+        return None
+    return f"step-{step:08d}"
 
 
 def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
@@ -131,7 +154,7 @@ def find(folder: Path, which: str) -> Path:
             f"{folder}: no good checkpoint; train first, or give another run folder"
         )
     path, saved = newest
-    best = saved.state["run"]["best_step"]
+    best = saved.state.get("run", {}).get("best_step")
     if which == "last" or best is None:
         return path
     wanted = folder / f"step-{best:08d}"
@@ -202,21 +225,37 @@ def optimizer_tensors(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer,
+    names: Iterable[str],
+    tensors: dict[str, torch.Tensor],
+    source: Path,
 ) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Put back what `optimizer_tensors` gave, all of it or nothing; `source` is where it was read.
+
+    Raises CheckpointError where they are not those of the run's parameters.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for name, parameter in zip(names, parameters, strict=True):
-        found = {
-            key[len(name) + 1 :]: value
-            for key, value in tensors.items()
-            if key.startswith(f"{name}.")
+    named = dict(zip(names, parameters, strict=True))
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition(".")
+        moments.setdefault(name, {})[kind] = value
+    for name, kinds in moments.items():
+        fits = name in named and all(
+            value.shape == (torch.Size() if kind == "step" else named[name].shape)
+            for kind, value in kinds.items()
+        )
+        if not fits or kinds.keys() != set(MOMENTS):
+            raise CheckpointError(
+                f"{source}: does not fit this run: {shown(name)} in {OPTIMIZER} has"
+                f" {', '.join(f'{shown(k)} {tuple(v.shape)}' for k, v in sorted(kinds.items()))}"
+            )
+    for name, kinds in moments.items():
+        parameter = named[name]
+        optimizer.state[parameter] = {
+            kind: value.clone() if kind == "step" else value.to(parameter.device).clone()
+            for kind, value in kinds.items()
         }
-        if found:
-            optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter.device).clone()
-                for key, value in found.items()
-            }
 
 
 def restore_trainables(
@@ -262,7 +301,7 @@ def _verified(path: Path) -> dict[str, bytes]:
     if not marker_path.is_file():
         raise CheckpointError(f"{path}: incomplete checkpoint ({MARKER} is missing)")
     try:
-        marker = json.loads(marker_path.read_text(encoding="utf-8"))
+        marker = read_json(marker_path)
         expected = dict(marker["sha256"])
         files = {name: (path / name).read_bytes() for name in (TRAINABLES, OPTIMIZER, STATE)}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -271,7 +310,7 @@ def _verified(path: Path) -> dict[str, bytes]:
         ) from error
     if marker.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: checkpoint format {marker.get('format')}, this version reads {FORMAT}"
+            f"{path}: checkpoint format {shown(marker.get('format'))}, this version reads {FORMAT}"
         )
     for name, data in files.items():
         if hashlib.sha256(data).hexdigest() != expected.get(name):

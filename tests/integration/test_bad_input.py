@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from spt_ds import train
+from spt_ds.run.folder import RunFolder
+from spt_ds.run.lock import only_start
 from tests.helpers.ranks import run_ranks
 
 
@@ -203,3 +205,18 @@ def test_ranks_that_see_different_files_all_say_so(tmp_path: Path) -> None:
         "data.train differs between ranks: ranks [0]: hash of rank 0; ranks [1]: hash of rank 1"
         in messages[0]
     )
+
+
+def test_a_second_training_in_a_folder_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with only_start(folder.path, "wait"):
+        before = sorted(folder.path.iterdir())
+        code, text = run(folder.path)
+        assert sorted(path for path in folder.path.iterdir() if path.name != "errors") == before
+    assert code == 2
+    assert "another start works in this folder (host '" in text
+    assert f"pid {os.getpid()}" in text
+    assert "give another --run-dir" in text
+    assert run(folder.path, "data.max_valid_examples=4", "train.global_batch=4")[0] == 0
+    assert folder.done.is_file()
+    assert not (folder.path / ".lock").exists()

@@ -360,10 +360,92 @@ def test_a_restored_optimizer_takes_the_same_next_step() -> None:
     checkpoint.restore_trainables(
         second, {n: p.detach() for n, p in first.named_parameters()}, Path("x")
     )
-    checkpoint.restore_optimizer(restored, names, moments)
+    checkpoint.restore_optimizer(restored, names, moments, Path("x"))
     for number in range(3, 5):
         step(first, optimizer, number)
         step(second, restored, number)
     assert all(
         torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
     )
+
+
+def resign(path: Path, **files: bytes) -> None:
+    """Change files of a checkpoint and write its marker anew, as whoever gives it away can."""
+    marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+    for name, data in files.items():
+        name = {"state": STATE, "trainables": TRAINABLES, "optimizer": OPTIMIZER}[name]
+        (path / name).write_bytes(data)
+        marker["sha256"][name] = hashlib.sha256(data).hexdigest()
+    (path / MARKER).write_text(json.dumps(marker), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "[]",
+        "5",
+        '{"step": 2, "run": []}',
+        '{"step": "2", "run": {}}',
+        '{"step": 3, "run": {}}',
+        '{"step": true, "run": {}}',
+        '{"step": 2, "run": {"best_step": "../../x"}}',
+        '{"step": 2, "run": {"best_step": -1}}',
+        '{"step": 2, "run": {"best_step": ' + "9" * 5000 + "}}",
+        "[" * 5000,
+        "\xff",
+    ],
+    ids=lambda state: state[:44],
+)
+def test_a_state_that_is_signed_anew_is_read_with_care(state: str, tmp_path: Path) -> None:
+    older, newer = (checkpoint.save(tmp_path, make(step)) for step in (1, 2))
+    resign(newer, state=state.encode("latin-1"))
+    with pytest.raises(CheckpointError, match="not written by spt_ds"):
+        checkpoint.load(newer)
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None
+    assert found[0] == older
+    assert checkpoint.find(tmp_path, "best") == older
+
+
+@pytest.mark.parametrize(
+    "marker",
+    [
+        '{"format": 1, "step": ' + "9" * 5000 + "}",
+        "[" * 5000,
+        '{"format": 1, "sha256": []}',
+        '{"format": 1, "sha256": 5}',
+        '{"format": [[[[[]]]]], "sha256": {}}',
+        "5",
+    ],
+    ids=lambda marker: marker[:30],
+)
+def test_a_marker_of_any_kind_hides_no_older_checkpoint(marker: str, tmp_path: Path) -> None:
+    older, newer = (checkpoint.save(tmp_path, make(step)) for step in (1, 2))
+    (newer / MARKER).write_text(marker, encoding="utf-8")
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None
+    assert found[0] == older
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda moments: moments.update({"weight.exp_avg": torch.zeros(1, 2)}),
+        lambda moments: moments.update({"weight.step": torch.zeros(3)}),
+        lambda moments: moments.update({"weight.max_exp_avg_sq": torch.zeros(3, 4)}),
+        lambda moments: moments.update({"other.step": torch.zeros(())}),
+        lambda moments: moments.pop("bias.exp_avg"),
+    ],
+)
+def test_moments_of_another_run_are_refused(change: Any) -> None:
+    module = nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(4)).sum().backward()
+    optimizer.step()
+    names = ["weight", "bias"]
+    moments = checkpoint.optimizer_tensors(optimizer, names)
+    change(moments)
+    fresh = torch.optim.AdamW(module.parameters())
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        checkpoint.restore_optimizer(fresh, names, moments, Path("x"))
+    assert not fresh.state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,3 +71,22 @@ def test_locks_come_with_their_age(tmp_path: Path) -> None:
     (first, young), (second, old) = files.build_locks(tmp_path)
     assert (first, second) == (tmp_path / "a" / "lock", tmp_path / "b" / "lock")
     assert 0 <= young < files.STALE_LOCK_S < old
+
+
+def test_what_is_appended_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for content, size, kept in (
+        (b"abcdef\n", 3, None),
+        (b"ab\n", 100, b"ab\n"),
+        (b"cdefgh\n", 5, b"ab\n"),
+        (b"ij\n", 100, b"ab\nij\n"),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        try:
+            files.append_whole(path, content)
+        except OSError:
+            assert size < 10
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert (path.read_bytes() if path.exists() else None) == kept

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -34,3 +37,48 @@ def test_what_is_done_again_is_forgotten(
     Metrics(folder, 4, start, revalidates=revalidates, active=True, tensorboard=False)
     found = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     assert [(line["step"], line["kind"]) for line in found] == kept
+
+
+def test_a_damaged_line_is_forgotten(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    good = b'{"step": 1, "kind": "train", "time": 1.0}\n'
+    damaged = [b'{"step": 1, "kind": "tr\xff"}\n', b"[" * 5000 + b"\n", b"[]\n", b'{"step": "x"}\n']
+    folder.metrics.write_bytes(good + b"".join(damaged) + good)
+    Metrics(folder, 4, 3, revalidates=False, active=True, tensorboard=False)
+    assert folder.metrics.read_bytes() == good + good
+
+
+def test_a_full_disk_costs_lines_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the run ends, nor is a half line left to which the next would be glued."""
+
+    class Full:
+        def write(self, text: str = "") -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        flush = write
+
+        def isatty(self) -> bool:
+            return False
+
+        def fileno(self) -> int:
+            raise OSError
+
+        encoding = "utf-8"
+
+    monkeypatch.setattr("sys.stderr", Full())
+    folder = RunFolder(tmp_path)
+    metrics = Metrics(folder, 4, 0, revalidates=True, active=True, tensorboard=False)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(1, 5):
+        metrics.tick()
+        full = step in (2, 3)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100 if full else limit[0], limit[1]))
+        try:
+            metrics.record(step, "train" if step % 2 else "valid", {"loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    metrics.close()
+    lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [1, 4]
