@@ -91,9 +91,15 @@ def batch() -> Batch:
     lens = ((40, 9), (25, 12))
     contexts = [torch.randint(256, (c,), generator=generator) for c, _ in lens]
     responses = [torch.randint(256, (r,), generator=generator) for _, r in lens]
-    ids = (torch.cat(parts).numpy() for parts in (contexts, responses))
     context_lens, response_lens = zip(*lens, strict=True)
-    return Batch(*ids, context_lens, response_lens, (0, 1), (1.0, 1.0))
+    return Batch(
+        torch.cat(contexts).numpy(),
+        torch.cat(responses).numpy(),
+        context_lens,
+        response_lens,
+        (0, 1),
+        (1.0, 1.0),
+    )
 
 
 def measure(folder: str, prompts: list[int], widths: Sequence[int] = (16,)) -> list[dict[str, Any]]:
@@ -204,7 +210,7 @@ def main() -> int:
         prompts = [int(part) for part in args.prompts.split(",")]
         widths = sorted({16, *(int(part) for part in args.bits.split(","))}, reverse=True)
         out = f"{folder}/rows.json"
-        torch.multiprocessing.spawn(
+        torch.multiprocessing.spawn(  # type: ignore[attr-defined]
             rank_main, (port, f"{folder}/base", prompts, widths, out), nprocs=RANKS
         )
         rows = json.loads(Path(out).read_text(encoding="utf-8"))

@@ -70,7 +70,9 @@ class Trace:
         special = name.startswith("__") and name not in ("__init__", "__call__")
         inner = name.startswith("<") and name != "<lambda>"
         if event == "call" and not special and not inner and self.counts(frame):
-            self.calls.append((str(path.relative_to(PACKAGE)), frame.f_code.co_qualname))
+            # Python 3.10 knows the short name alone.
+            name = getattr(frame.f_code, "co_qualname", name)
+            self.calls.append((str(path.relative_to(PACKAGE)), name))
 
     def summary(self) -> dict[str, int]:
         rooms = [room for room, _ in self.calls]

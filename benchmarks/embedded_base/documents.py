@@ -96,8 +96,8 @@ def load_pools(
         count = max(1, round(len(pool) * held_share))
         held.append(pool[:count])
         del pool[:count]
-    lines = {line for talk in persona for profile in talk.personas for line in profile}
-    said = {line for talk in general for turn in talk for line in statements(turn)}
+    lines = {line for talk in persona for profile in talk.personas for line in profile}  # type: ignore[union-attr]
+    said = {line for talk in general for turn in talk for line in statements(turn)}  # type: ignore[union-attr]
     words = {word for line in said for word in line.split()}
     return Pools(persona, general, held[0], held[1], sorted(lines), sorted(said), sorted(words))
 

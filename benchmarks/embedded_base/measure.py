@@ -139,12 +139,12 @@ def greedy_replies(
         pads = [length - len(rows[number]) for number in chunk]
         ids = torch.tensor([[0] * pad + rows[n] for n, pad in zip(chunk, pads, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (length - pad) for pad in pads])
-        made = model.generate(
+        made = model.generate(  # type: ignore[operator]
             ids, attention_mask=mask, max_new_tokens=REPLY_TOKENS, do_sample=False, pad_token_id=0
         )
         for number, row in zip(chunk, made[:, length:].tolist(), strict=True):
             ended = tokenizer.eos_token_id in row
-            text = tokenizer.decode(row, skip_special_tokens=True).strip()
+            text = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
             replies[number] = (text, ended)
     return replies
 

@@ -202,7 +202,7 @@ def train(args: argparse.Namespace, shape: Shape) -> None:
     shared = Shared.of(weights, momentum, args.workers)
     # Read once here: the workers get the dialogues, not the files.
     packer = make_packer(args)
-    mp.spawn(
+    mp.spawn(  # type: ignore[attr-defined]
         work, (shared, shape, plan, packer, args.state, args.resume), nprocs=args.workers, join=True
     )
 

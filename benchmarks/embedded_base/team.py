@@ -202,6 +202,7 @@ def _micro_batches(
         loss.backward()
         # bf16 gradients of one micro-batch are added up in fp32.
         for name, value in weights.items():
+            assert value.grad is not None
             gradients[name] += value.grad
             value.grad = None
         sums += torch.tensor(

@@ -119,15 +119,18 @@ class _Windows(Dataset[Window | SptError]):
         dealt = assign(indices, store.lengths.total[indices], self._world, self._micro_batch)
         contrast = None
         if self._bleu_threshold is not None:
-            contrast = self._contrast(indices.tolist(), _owners(dealt, len(indices)))
+            owner = _owners(dealt, len(indices))
+            contrast = self._contrast(indices.tolist(), owner, self._bleu_threshold)
         micro = tuple(_batch(store, slots) for slots in dealt[self._rank])
         target_tokens = int(store.lengths.response[indices].sum())
         return Window(micro, len(indices), target_tokens, contrast)
 
-    def _contrast(self, indices: list[int], owner: tuple[tuple[int, int], ...]) -> Contrast:
+    def _contrast(
+        self, indices: list[int], owner: tuple[tuple[int, int], ...], bleu_threshold: float
+    ) -> Contrast:
         texts = [pair_text(persona, history) for persona, history in self._store.texts(indices)]
         local = [rank == self._rank for rank, _ in owner]
-        pairs, targets = contrast_pairs(texts, local, self._bleu_threshold)
+        pairs, targets = contrast_pairs(texts, local, bleu_threshold)
         return Contrast(owner, pairs, targets, pair_count=len(owner) * (len(owner) - 1) // 2)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from spt_ds.engine.engine import Engine
-from spt_ds.train import exit_with, main
+from spt_ds.run.job import exit_with
+from spt_ds.train import main
 
 
 def fail(how: str) -> None:

@@ -98,7 +98,7 @@ def train_with_nan(world: dist.World, setup: Setup, where: str) -> dict[str, Any
             backbone.embed = embed
             return out
 
-        engine.spt.micro_losses = poisoned  # type: ignore[method-assign]
+        engine.spt.micro_losses = poisoned  # type: ignore[method-assign, assignment]
     kind, text = caught(lambda: engine.train_window(window, 1, setup.steps, (0.0, 0.0)))
     moved = [not torch.equal(before, after), not torch.equal(after, weights(engine))]
     counted = {float(state["step"]) for state in engine.optimizer.state.values()}
@@ -155,7 +155,7 @@ def ask_after(trainer: Trainer, step: int, ask: Any) -> None:
                 ask()
             yield window
 
-    trainer.loader.windows = stream  # type: ignore[method-assign]
+    trainer.loader.windows = stream  # type: ignore[method-assign, assignment]
 
 
 def request(trainer: Trainer, how: str) -> None:

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,8 +99,8 @@ def killed_copy(run: Run, folder: Path) -> Path:
 
 @pytest.mark.parametrize("place", [ONE, TWO, THREE])
 def test_same_ranks_go_on_to_the_last_bit(
-    scene: Scene, whole, tmp_path: Path, place: Place
-) -> None:  # type: ignore[no-untyped-def]
+    scene: Scene, whole: Any, tmp_path: Path, place: Place
+) -> None:
     expected: Run = whole(place)
     again = finish(scene, place, killed_copy(expected, tmp_path / "run"))
     assert again.losses == expected.losses
@@ -109,7 +110,7 @@ def test_same_ranks_go_on_to_the_last_bit(
     assert done[0] == done[1]
 
 
-def test_a_damaged_newest_one_is_set_aside(scene: Scene, whole, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_newest_one_is_set_aside(scene: Scene, whole: Any, tmp_path: Path) -> None:
     """It counted as one of the newest, and the good ones were removed."""
     expected: Run = whole(ONE)
     folder = tmp_path / "run"
@@ -122,7 +123,7 @@ def test_a_damaged_newest_one_is_set_aside(scene: Scene, whole, tmp_path: Path) 
     assert (folder / "checkpoints" / f"damaged-step-{STEPS:08d}").is_dir()
 
 
-def test_a_done_run_goes_on_to_a_new_length(scene: Scene, whole, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_done_run_goes_on_to_a_new_length(scene: Scene, whole: Any, tmp_path: Path) -> None:
     expected: Run = whole(ONE)
     folder = tmp_path / "run"
     shutil.copytree(expected.folder, folder)
@@ -139,7 +140,7 @@ def stop_at(world: dist.World, options: list[str], run_dir: Path, step: int) -> 
         return trainer.run()
 
 
-def test_a_stop_loses_no_validation(scene: Scene, whole, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_stop_loses_no_validation(scene: Scene, whole: Any, tmp_path: Path) -> None:
     """Stopped at a step that is to be validated, which is done on resume."""
     expected: Run = whole(ONE)
     folder = tmp_path / "run"
@@ -170,8 +171,8 @@ def test_a_stop_loses_no_validation(scene: Scene, whole, tmp_path: Path) -> None
     ids=str,
 )
 def test_other_ranks_and_placements_go_on(
-    scene: Scene, whole, tmp_path: Path, start: Place, end: Place
-) -> None:  # type: ignore[no-untyped-def]
+    scene: Scene, whole: Any, tmp_path: Path, start: Place, end: Place
+) -> None:
     expected: Run = whole(start)
     again = finish(scene, end, killed_copy(expected, tmp_path / "run"))
     for step, loss in expected.losses.items():
@@ -180,7 +181,7 @@ def test_other_ranks_and_placements_go_on(
     assert max(gaps.values()) <= 1e-5, gaps
 
 
-def test_the_comparison_sees_lost_moments(scene: Scene, whole, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_comparison_sees_lost_moments(scene: Scene, whole: Any, tmp_path: Path) -> None:
     """A resume that forgets Adam's moments trains on, and must be seen."""
     expected: Run = whole(ONE)
     folder = killed_copy(expected, tmp_path / "run")

@@ -41,9 +41,9 @@ def make_run(folder: Path, arch: str = "opt", prompts: int = 2, examples: int = 
     run = RunFolder(folder / "run")
     run.path.mkdir()
     run.config.write_text(dump_config(config), encoding="utf-8")
-    backbone = tiny_backbone(arch, torch.float32, **sizes)
+    backbone = tiny_backbone(arch, torch.float32, **sizes)  # type: ignore[arg-type]
     spt = tiny_spt(backbone, count=prompts, tokens=2, dtype=torch.float32)
     state = {"step": 7, "run": {"best_step": 7}}
-    tensors = dict(spt.trainables.named_parameters())
+    tensors: dict[str, torch.Tensor] = dict(spt.trainables.named_parameters())
     checkpoint.save(run.checkpoints, checkpoint.Checkpoint(tensors, {}, state))
     return run

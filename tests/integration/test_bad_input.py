@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from spt_ds import train
+from spt_ds.run import job
 from spt_ds.run.folder import RunFolder
 from spt_ds.run.lock import only_start
 from tests.helpers.ranks import run_ranks
@@ -151,10 +152,10 @@ def _speaks_twice(world: object, run_dir: str) -> list[int]:
 
     counts = []
     for _ in range(2):
-        train.join(load_config("demo", []), Path(run_dir))
+        job.join(load_config("demo", []), RunFolder(Path(run_dir)))
         spoken = io.StringIO()
         with contextlib.redirect_stderr(spoken):
-            train._speak(Path(run_dir), "error: x")
+            job._speak(RunFolder(Path(run_dir)), "error: x")
         counts.append(spoken.getvalue().count("error: x"))
         barrier()
     return counts
@@ -175,13 +176,13 @@ def test_a_lost_peer_is_told_once_on_each_host_unless_a_rank_told_the_cause(
     others see.
     """
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr(train, "_started", ["here"])
+    monkeypatch.setattr(job, "_started", ["here"])
     for host in ("a", "a", "b"):
-        train._speak(tmp_path, f"seen from {host}", host)
+        job._speak(RunFolder(tmp_path), f"seen from {host}", host)
     told = capsys.readouterr().err
     assert [told.count(f"seen from {host}") for host in "ab"] == [1, 1]
-    train._speak(tmp_path, "the cause")
-    train._speak(tmp_path, "seen from c", "c")
+    job._speak(RunFolder(tmp_path), "the cause")
+    job._speak(RunFolder(tmp_path), "seen from c", "c")
     told = capsys.readouterr().err
     assert "the cause" in told
     assert "seen from c" not in told

@@ -14,7 +14,8 @@ from spt_ds.batch import Batch
 from spt_ds.config.generation import GenerateConfig
 from spt_ds.model.attention import Layout
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.decode import Decoded, FuseRows, choose_prompts, decode
+from spt_ds.model.decode import Decoded, choose_prompts, decode
+from spt_ds.model.logits import FuseRows
 from spt_ds.model.spt import Spt
 from tests.helpers.tiny import examples_of, pick, random_batch, tiny_backbone, tiny_spt
 
@@ -98,7 +99,9 @@ def test_fuse_mixes_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
     mixed: list[torch.Tensor] = []
     right = FuseRows.__init__
     monkeypatch.setattr(
-        FuseRows, "__init__", lambda self, weights: (mixed.append(weights), right(self, weights))[1]
+        FuseRows,
+        "__init__",
+        lambda self, weights: (mixed.append(weights), right(self, weights))[1],  # type: ignore[func-returns-value]
     )
     backbone, _, batch = tiny("llama", "prefix")
     spt = tiny_spt(backbone, losses={"fusion_weights": "normalised"})
@@ -143,7 +146,7 @@ def test_a_reply_ends_with_its_end_of_sequence() -> None:
 
 def test_sampling_does_not_depend_on_the_batch() -> None:
     backbone, spt, batch = tiny("llama", "prefix")
-    options = {"do_sample": True, "temperature": 3.0, "top_p": 0.95}
+    options: dict[str, Any] = {"do_sample": True, "temperature": 3.0, "top_p": 0.95}
     together = run(backbone, spt, batch, **options).tokens
     assert together == [
         run(backbone, spt, alone(batch, place), **options).tokens[0] for place in range(4)
@@ -207,10 +210,10 @@ def test_a_nucleus_holds_the_likeliest_tokens_only() -> None:
     """With a share below the likeliest token's the draw is greedy; with a larger one it is not."""
     backbone, spt, batch = tiny("llama", "prefix")
     hot = {"do_sample": True, "temperature": 3.0}
-    assert run(backbone, spt, batch, **hot, top_p=1e-6).tokens == run(backbone, spt, batch).tokens
+    assert run(backbone, spt, batch, **hot, top_p=1e-6).tokens == run(backbone, spt, batch).tokens  # type: ignore[arg-type]
     assert (
-        run(backbone, spt, batch, **hot, top_p=0.2).tokens
-        != run(backbone, spt, batch, **hot).tokens
+        run(backbone, spt, batch, **hot, top_p=0.2).tokens  # type: ignore[arg-type]
+        != run(backbone, spt, batch, **hot).tokens  # type: ignore[arg-type]
     )
 
 

@@ -118,7 +118,7 @@ def test_a_reply_is_not_shorter_than_asked(scene: tuple[Backbone, Spt, Batch]) -
 
 
 def test_top_k(scene: tuple[Backbone, Spt, Batch]) -> None:
-    hot = {"do_sample": True, "temperature": 5.0}
+    hot: dict[str, Any] = {"do_sample": True, "temperature": 5.0}
     assert run(*scene, **hot) != run(*scene)
     assert run(*scene, **hot, top_k=1) == run(*scene)
     assert run(*scene, **hot, top_k=3) not in (run(*scene, **hot), run(*scene))

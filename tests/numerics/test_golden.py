@@ -58,7 +58,7 @@ def option(section: str, **values: Any) -> Callable[[Spt], Spt]:
 
 
 def activation(spt: Spt) -> Spt:
-    spt.trainables.retriever.activation = softplus_scores
+    spt.trainables.retriever.activation = softplus_scores  # type: ignore[assignment]
     return spt
 
 

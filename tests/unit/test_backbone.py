@@ -229,7 +229,7 @@ class TestBackend:
                 *(part.transpose(0, 1)[None].split(lens, dim=2) for part in (q, k, v)), strict=True
             )
             out = [
-                F.scaled_dot_product_attention(*row, is_causal=True, scale=scale, enable_gqa=True)
+                F.scaled_dot_product_attention(*row, is_causal=True, scale=scale, enable_gqa=True)  # type: ignore[misc]
                 for row in pieces
             ]
             return torch.cat(out, dim=2)[0].transpose(0, 1)

@@ -244,7 +244,7 @@ def test_every_fault_is_refused(arch: str, dtype: torch.dtype) -> None:
 
 @cache
 def real(bits: int) -> Backbone:
-    config = ModelConfig(base=real_base(), base_bits=bits)
+    config = ModelConfig(base=real_base(), base_bits=bits)  # type: ignore[arg-type]
     return build_backbone(config, load_base_config(config), CPU, strict=True)
 
 

@@ -197,7 +197,7 @@ def test_modules_have_no_import_cycles() -> None:
     for name, path in modules.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        targets = imports(ast.unparse(ast.Module(top, [])))
+        targets = imports(ast.unparse(ast.Module([*top], [])))
         # `from spt_ds.files import sha256` names a module, or something in one.
         named = {*targets, *(target.rpartition(".")[0] for target in targets)}
         graph[name] = {target for target in named if target in modules}

@@ -240,7 +240,7 @@ def test_rows_hold_whole_documents_as_the_tokenizer_reads_them(packer: Packer) -
     for number in range(10):
         rows, _ = packer.micro_batch(number)
         for row in rows.tolist():
-            for text in tokenizer.decode(row).split("<bos>")[1:]:
+            for text in str(tokenizer.decode(row)).split("<bos>")[1:]:
                 text, end, rest = text.partition("<eos>")
                 assert end
                 assert not rest.replace("<pad>", "")

@@ -365,7 +365,7 @@ def test_shares_of_prompts_over_time(
     runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Heat] = []
-    monkeypatch.setattr(plots, "heat", lambda name, alt, one: seen.append(one) or Markup(""))
+    monkeypatch.setattr(plots, "heat", lambda name, alt, one: seen.append(one) or Markup(""))  # type: ignore[func-returns-value]
     monkeypatch.setattr(prompts, "MOST_BINS", 2)
     prompt_use([read_run(runs["other"], "other")])
     counts = np.asarray(
@@ -378,7 +378,7 @@ def test_shares_of_prompts_over_time(
 
 def test_mean_scores_by_speaker(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Heat] = []
-    monkeypatch.setattr(plots, "heat", lambda name, alt, one: seen.append(one) or Markup(""))
+    monkeypatch.setattr(plots, "heat", lambda name, alt, one: seen.append(one) or Markup(""))  # type: ignore[func-returns-value]
     bank_scores([read_run(runs["full"], "full")])
     assert list(seen[0].marked) == [0, 1, 0, 1, 0, 1]
     assert seen[0].values.shape == (3, 6)
@@ -539,7 +539,7 @@ def test_opens_in_a_browser_in_dark_mode(report: Path, tmp_path: Path) -> None:
     picture = Image.open(shot).convert("RGB")
     assert picture.getpixel((3, 3)) == (0x14, 0x17, 0x1C)
     run_colour = tuple(bytes.fromhex(plots.colour(0)[1:]))
-    seen = {colour: count for count, colour in picture.getcolors(1 << 24)}
+    seen = {colour: count for count, colour in picture.getcolors(1 << 24)}  # type: ignore[union-attr]
     assert seen[run_colour] > 100  # curves are drawn
 
 
