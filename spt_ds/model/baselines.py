@@ -1,8 +1,7 @@
-"""What trains in the place of soft prompts: adapters in the base (LoRA, Hu et al. 2021), all of it,
-or nothing.
+"""What trains in the place of soft prompts: adapters in the base, all of the base, or nothing.
 
-To losses, rows and decoding a baseline is a bank of one empty prompt that always answers: nothing
-else of the method knows of it. Legend: D embedding size, B examples.
+LoRA is Hu et al. 2021. To losses, rows and decoding a baseline is a bank of one empty prompt that
+always answers: nothing else of the method knows of it. Legend: D embedding size, B examples.
 """
 
 from __future__ import annotations
@@ -24,32 +23,32 @@ class BaseTrainables(Trainables):
     """Those parameters of the base that train, under the names they have there."""
 
     def __init__(self, backbone: Backbone) -> None:
-        nn.Module.__init__(self)
         device = backbone.lm.get_input_embeddings().weight.device
-        self.bank = PromptBank(torch.zeros(1, 0, backbone.embed_size, device=device))
+        bank = PromptBank(torch.zeros(1, 0, backbone.embed_size, device=device))
+        super().__init__(bank, OnlyPrompt())
+        # nn.Module does not register what a dict holds: the base stays the child of its own root.
         self._trained = {
-            name: one for name, one in backbone.lm.named_parameters() if one.requires_grad
+            name: weight for name, weight in backbone.lm.named_parameters() if weight.requires_grad
         }
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield what trains: the base stays the child of its own root, and the empty prompt has no
-        numbers.
-        """
+        """Yield what trains; the empty prompt, which holds no numbers, is left out."""
         for name, parameter in self._trained.items():
             yield f"{prefix}.{name}" if prefix else name, parameter
 
-    def scores(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Pooled contexts [B, D] -> ones [1, B]: mixing the only prompt's logits leaves them what
-        they are.
-        """
+
+class OnlyPrompt(nn.Module):
+    """The retriever of a bank of one prompt."""
+
+    def forward(self, bank: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        """pooled [B, D] -> scores [1, B] of 1: a fusion by them leaves the logits as they are."""
         return pooled.new_ones(1, len(pooled))
 
 
 def build_base_trainables(config: Config, backbone: Backbone, seed: int) -> BaseTrainables:
-    """Make the weights of `method.type` trainable in the base, the same on every rank; the base is
-    whole here.
+    """Make the weights of `method.type` trainable in a base that is whole, alike on all ranks.
 
     Raises ModelError where the adapters do not fit the base or peft is missing.
     """
@@ -62,8 +61,9 @@ def build_base_trainables(config: Config, backbone: Backbone, seed: int) -> Base
 
 
 def add_adapters(lm: nn.Module, settings: LoraConfig, generator: torch.Generator) -> None:
-    """Put peft's adapters into the linear layers of `lm`, in fp32: A as peft draws it but from
-    `generator`, B zero.
+    """Put peft's adapters into the linear layers of `lm`, in fp32.
+
+    A is drawn as peft draws it, but from `generator`; B is zero.
     """
     try:
         from peft import LoraConfig as PeftConfig
@@ -95,10 +95,9 @@ def add_adapters(lm: nn.Module, settings: LoraConfig, generator: torch.Generator
             first, second = module.lora_A["default"].weight, module.lora_B["default"].weight
             bound = first.shape[1] ** -0.5  # kaiming_uniform_ with a = sqrt(5)
             drawn = torch.empty(first.shape).uniform_(-bound, bound, generator=generator)
-            first.data, second.data = (
-                drawn.to(first.device),
-                torch.zeros_like(second, dtype=torch.float32),
-            )
+            # `.data`, because peft made them in the dtype of the base: fp32 is another dtype.
+            first.data = drawn.to(first.device)
+            second.data = torch.zeros_like(second, dtype=torch.float32)
         elif hasattr(module, "lora_A"):
             raise ModelError(
                 f"method.lora.targets: {name} is no plain linear layer; choose among {kinds}"

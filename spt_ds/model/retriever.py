@@ -25,7 +25,7 @@ def softplus_scores(cos: torch.Tensor) -> torch.Tensor:
 
 
 class Retriever(nn.Module):
-    """Scores prompts for contexts: activation(cos(v_k, c_b)).
+    """Scores s_kb = activation(cos(v_k, c_b)) of each prompt for each context.
 
     `c_b = W_c pooled_b + b_c`, `v_k = W_p mean_p E_kp + b_p`.
     """

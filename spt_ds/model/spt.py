@@ -1,8 +1,7 @@
-"""Selective Prompt Tuning: the trainable parts and the losses of one micro-batch (Huang et al.,
-arXiv 2406.18187).
+"""Selective Prompt Tuning: the trainable parts and the losses of one micro-batch.
 
-Legend: K prompts, P virtual tokens, D embedding size, B examples of the micro-batch, n target
-tokens.
+Huang et al. 2024, arXiv 2406.18187. Legend: K prompts, P virtual tokens, D embedding size, B
+examples of the micro-batch, n target tokens, t text tokens.
 """
 
 from __future__ import annotations
@@ -24,33 +23,27 @@ from spt_ds.model.rows import read_context, target_states
 
 
 class Trainables(nn.Module):
-    """Everything that trains: the bank and the retriever, in fp32; `baselines.py` has what trains
-    in their place.
+    """Everything that trains, in fp32: the prompt bank and the retriever.
+
+    `retriever(bank.weight, pooled)` makes scores s [K, B] of pooled contexts [B, D]. What trains in
+    their place in a baseline is in `baselines.py`.
     """
 
-    def __init__(self, bank: PromptBank, retriever: Retriever) -> None:
+    def __init__(self, bank: PromptBank, retriever: nn.Module) -> None:
         super().__init__()
         self.bank = bank
         self.retriever = retriever
 
-    def scores(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Pooled contexts [B, D] -> scores s [K, B]."""
-        out: torch.Tensor = self.retriever(self.bank.weight, pooled)
-        return out
-
 
 @dataclass(frozen=True)
 class MicroLosses:
-    """Losses of one micro-batch. `total` carries the gradient; the rest is detached, for metrics
-    and messages.
-    """
+    """Losses of one micro-batch: `total` carries the gradient, the rest is detached."""
 
     total: torch.Tensor  # [] weighted, divided by the step's counts
     parts: torch.Tensor  # [3] nll, selection, fusion: each divided by the step's counts, unweighted
     nll: torch.Tensor  # [K, B] mean loss per prompt and example
-    bad: (
-        torch.Tensor
-    )  # [B] target tokens whose loss is not finite: `nll` of the whole micro-batch is lost with one
+    # [B] target tokens whose loss is not finite; a single one makes `nll` of all examples NaN
+    bad: torch.Tensor
     scores: torch.Tensor  # [K, B]
     pooled: torch.Tensor  # [B, D]
     packed: Packed  # the micro-batch on the device
@@ -59,8 +52,7 @@ class MicroLosses:
 def build_trainables(
     config: Config, backbone: Backbone, init_ids: list[list[int]], seed: int
 ) -> Trainables:
-    """Initialise the bank from the frozen table and the retriever at random, the same on every
-    rank.
+    """Initialise the bank from the frozen table and the retriever at random, alike on all ranks.
 
     Must run inside a call of the root module: it reads rows of the (possibly sharded) embedding
     table. `init_ids` are the token ids of `prompts.init_texts`.
@@ -112,11 +104,11 @@ class Spt:
         s [K, B].
         """
         text = backbone.embed(packed.ids)
-        # Without a graph, also where the embedding table trains: the contrastive loss keeps
-        # `pooled` until the end of the step.
+        # Without a graph, also where the embedding table trains: the contrastive loss needs
+        # `pooled` at the end of the step, after the micro-batch's backward pass has freed its graph.
         with torch.no_grad():
             pooled = self.pool(backbone, packed, text)
-        return text, pooled, self.trainables.scores(pooled)
+        return text, pooled, self.trainables.retriever(self.trainables.bank.weight, pooled)
 
     def micro_losses(
         self, backbone: Backbone, batch: Batch, examples: int, target_tokens: int
@@ -136,9 +128,8 @@ class Spt:
             every = bank[:, None].expand(-1, len(batch), -1, -1)
             hidden = target_states(backbone, packed, text, every, context)  # [K, n, head size]
         # The fused rows go through the head beside those of the prompts: one visit to its weight.
-        mixture = losses.fusion_weights(scores, settings.fusion_weights)[
-            :, packed.example
-        ]  # [K, n]
+        mixture = losses.fusion_weights(scores, settings.fusion_weights)  # [K, B]
+        mixture = mixture[:, packed.example]  # [K, n]
         fused = losses.fuse(hidden, mixture).to(hidden.dtype)  # [n, head size]
         rows = torch.cat([hidden.flatten(0, 1), fused])
         # The head is linear but for its bias, and a fused row sums the biases of K rows.
@@ -159,9 +150,8 @@ class Spt:
         )
         total = parts[0] + settings.selection * parts[1] + settings.fusion * parts[2]
         bad = (~torch.isfinite(token_loss)).any(dim=0).to(member.dtype) @ member
-        return MicroLosses(
-            total, parts.detach(), nll.detach(), bad, scores.detach(), pooled, packed
-        )
+        detached = (parts.detach(), nll.detach(), bad, scores.detach())
+        return MicroLosses(total, *detached, pooled, packed)
 
     def _selective_states(
         self, backbone: Backbone, packed: Packed, text: torch.Tensor, context: Layout | None
@@ -174,9 +164,9 @@ class Spt:
             nll = self.reply_losses(backbone, packed, hidden)
         chosen = nll.topk(best, dim=0, largest=False).indices  # [m, B]
         trained = target_states(backbone, packed, text, bank[chosen], context)
-        # `hidden` is a constant: the states that were read again replace their twins in it.
-        rows = chosen[:, packed.example, None]
-        return hidden.scatter(0, rows.expand_as(trained), trained)
+        # `hidden` carries no gradient; the states that were read again with one go into it.
+        prompt = chosen[:, packed.example, None]  # [m, n, 1]
+        return hidden.scatter(0, prompt.expand_as(trained), trained)
 
     def reply_losses(
         self, backbone: Backbone, packed: Packed, hidden: torch.Tensor
@@ -197,11 +187,12 @@ class Spt:
         across two ranks is computed on both, each with the gradient of its own side, and counts one
         half on each in the report.
         """
-        own = self.trainables.scores(pooled)  # [K, slots]
-        table = (
-            torch.cat([everyone[:rank], own[None], everyone[rank + 1 :]]).transpose(0, 1).flatten(1)
-        )  # [K, ranks * slots]
+        own = self.trainables.retriever(self.trainables.bank.weight, pooled)  # [K, slots]
         slots = own.shape[1]
+        # The other ranks' scores are constants here. This rank's are computed again: the gradient
+        # of a pair needs them with a graph, and its micro-batches have freed theirs.
+        ranks = torch.cat([everyone[:rank], own[None], everyone[rank + 1 :]])
+        table = ranks.transpose(0, 1).flatten(1)  # [K, ranks * slots]
         column = np.array([r * slots + slot for r, slot in contrast.owner])
         pairs = on_device(column[contrast.pairs], own.device)  # [pairs, 2]
         similar = on_device(contrast.targets, own.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -110,7 +111,7 @@ def grads_of(spt: Spt) -> dict[str, torch.Tensor]:
 
 def twin_parts(spt: Spt) -> TwinParts:
     """The trainables' values as float64 leaves."""
-    retriever = spt.trainables.retriever
+    retriever: Any = spt.trainables.retriever
     linears = (retriever.context, retriever.prompt)
     sources = [
         spt.trainables.bank.weight,

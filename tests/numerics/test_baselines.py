@@ -238,7 +238,8 @@ def test_nothing_trains() -> None:
     trainables = build_base_trainables(config_of("none"), backbone, 0)
     assert isinstance(trainables, BaseTrainables)
     assert list(trainables.named_parameters()) == list(trainables.parameters()) == []
-    assert torch.equal(trainables.scores(torch.randn(3, 16)), torch.ones(1, 3))
+    scores = trainables.retriever(trainables.bank.weight, torch.randn(3, 16))
+    assert torch.equal(scores, torch.ones(1, 3))
 
 
 @pytest.mark.parametrize("targets", [["q_prj"], ["lm_head"], ["embed_tokens"]])

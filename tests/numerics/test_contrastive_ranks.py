@@ -20,6 +20,11 @@ ONE_RANK = [[0, 1, 2, 3, 4]]
 SPLITS = [ONE_RANK, [[0, 2, 4], [1, 3]], [[3], [0, 1], [4, 2]], [[4], [3], [2], [1], [0]]]
 
 
+def scores_of(spt: Spt, pooled: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = spt.trainables.retriever(spt.trainables.bank.weight, pooled)
+    return out
+
+
 def run(
     spt: Spt, pooled: torch.Tensor, split: list[list[int]]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -33,7 +38,7 @@ def run(
         torch.stack([pooled[g] for g in part] + [pooled[0]] * (slots - len(part))) for part in split
     ]
     with torch.no_grad():
-        everyone = torch.stack([spt.trainables.scores(one) for one in held])
+        everyone = torch.stack([scores_of(spt, part) for part in held])
     owner = {g: (rank, slot) for rank, part in enumerate(split) for slot, g in enumerate(part)}
     whole = all_pairs(len(pooled))
     total = torch.zeros((), dtype=torch.float64)
@@ -68,7 +73,7 @@ def test_pairs_inside_ranks_alone_would_differ() -> None:
     backbone, spt = build(Case("llama"))
     pooled = backbone.embed(torch.from_numpy(random_batch(LENS).context_ids))[: len(LENS)].clone()
     loss, _ = run(spt, pooled, ONE_RANK)
-    scores = spt.trainables.scores(pooled).detach()
+    scores = scores_of(spt, pooled).detach()
     whole = all_pairs(len(pooled))
     inside = [n for n, (i, j) in enumerate(whole.pairs.tolist()) if (i % 2) == (j % 2)]
     kept = Contrast(whole.owner, whole.pairs[inside], whole.targets[inside], len(inside))

@@ -66,10 +66,11 @@ def projections(spt: Spt) -> Spt:
     """Two projections, even when both start from the reference's weights: the gradient is then
     split.
     """
-    shared = spt.trainables.retriever.context
+    retriever: Any = spt.trainables.retriever
+    shared = retriever.context
     apart = torch.nn.Linear(shared.in_features, shared.out_features).to(shared.weight.dtype)
     apart.load_state_dict(shared.state_dict())
-    spt.trainables.retriever.prompt = apart
+    retriever.prompt = apart
     return spt
 
 
