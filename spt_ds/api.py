@@ -22,10 +22,10 @@ from spt_ds.config.generation import GenerateConfig
 from spt_ds.data.encode import encode_context
 from spt_ds.display import holds_surrogate, shown
 from spt_ds.engine.generator import decode_batch, reply_text
-from spt_ds.engine.session import Session, open_trained, shown_to
+from spt_ds.engine.session import Session, context_style, open_trained
 from spt_ds.errors import ConfigError, DataError, EngineError
 from spt_ds.evaluate.text_metrics import clean
-from spt_ds.model.conversation import ContextCache, Live, WholeWords
+from spt_ds.model.conversation import ContextCache, ReplyHooks, WholeWords
 from spt_ds.run.folder import RunFolder
 
 
@@ -93,7 +93,7 @@ class Bot:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._shown = shown_to(session)  # worked examples are drawn once, not for every reply
+        self._style = context_style(session)  # worked examples are drawn once, not for every reply
         self._context = ContextCache()
         # each reply has noise of its own, where sampling or generate.mode draws any
         self._replies = 0
@@ -127,11 +127,11 @@ class Bot:
         hand. With beams all of the text comes at once.
         """
         streamer = WholeWords(self._session.tokenizer)
-        live = Live(streamer=streamer)
+        hooks = ReplyHooks(streamer=streamer)
 
         def work() -> Reply:
             try:
-                return self._answer(persona, history, prompt, live)
+                return self._answer(persona, history, prompt, hooks)
             finally:
                 # also when decoding failed or has no stream: the loop below waits for an end
                 streamer.end()
@@ -146,14 +146,18 @@ class Bot:
                         yield text[shown:]
                         shown = len(text)
             finally:
-                live.stopped.set()
+                hooks.stopped.set()
             reply = future.result()
         if rest := reply.text[shown:]:
             yield rest
         return reply
 
     def _answer(
-        self, persona: Sequence[str], history: Sequence[str], prompt: int | None, live: Live | None
+        self,
+        persona: Sequence[str],
+        history: Sequence[str],
+        prompt: int | None,
+        hooks: ReplyHooks | None,
     ) -> Reply:
         options = self._options(prompt)
         persona, history = _texts("persona", persona), _texts("history", history)
@@ -165,13 +169,13 @@ class Bot:
         batch, dropped = self._batch(persona, history, options)
         alone = options.mode != "fuse" and options.num_beams == 1
         suffix = self._session.config.prompts.placement == "suffix"
-        stream = live or Live()
-        live = Live(
+        stream = hooks or ReplyHooks()
+        hooks = ReplyHooks(
             context=self._context if suffix and alone else None,
             streamer=stream.streamer if options.num_beams == 1 else None,
             stopped=stream.stopped,
         )
-        out = decode_batch(self._session, batch, options, live)
+        out = decode_batch(self._session, batch, options, hooks)
         text = reply_text(self._session, out.tokens[0])[1]
         scores = tuple(float(score) for score in out.scores[:, 0])
         self._answered = (*history, text) if history else ()
@@ -202,7 +206,7 @@ class Bot:
             self._session.tokenizer,
             window,
             reserved=options.max_new_tokens,
-            shown=self._shown,
+            style=self._style,
         )
         if history and encoded.dropped_turns == len(history):
             raise DataError(

@@ -32,7 +32,7 @@ from spt_ds.errors import DataError
 from spt_ds.evaluate.text_metrics import clean
 from spt_ds.files import sha256, write_whole
 from spt_ds.log import get_logger
-from spt_ds.model.conversation import Live
+from spt_ds.model.conversation import ReplyHooks
 from spt_ds.model.decode import Decoded, decode
 from spt_ds.run.folder import ReplyFolder
 
@@ -46,13 +46,13 @@ def plan_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
 
 
 def decode_batch(
-    session: Session, batch: Batch, options: GenerateConfig, live: Live | None = None
+    session: Session, batch: Batch, options: GenerateConfig, hooks: ReplyHooks | None = None
 ) -> Decoded:
     """Decode one micro-batch; with a sharded base all ranks must come along."""
     special = session.tokenizer.eos_token_id, session.tokenizer.pad_token_id
     with torch.no_grad():
         out: Decoded = session.root(
-            decode, session.spt, batch, options, special, session.sharding.on, live
+            decode, session.spt, batch, options, special, session.sharding.on, hooks
         )
     return out
 

@@ -67,10 +67,8 @@ def _cut(cache: DynamicCache, tokens: int) -> None:
         cache.crop(-surplus)
 
 
-def cache_argument(lm: Any, cache: DynamicCache | None) -> dict[str, DynamicCache]:
+def cache_argument(lm: Any, cache: DynamicCache) -> dict[str, DynamicCache]:
     """Return `cache` under the name that `lm.generate` hands on to its forward."""
-    if cache is None:
-        return {}
     # transformers 5.24 renamed the argument, and warns of the old name for some releases more.
     known = inspect.signature(lm.prepare_inputs_for_generation).parameters
     return {"cache" if "cache" in known else "past_key_values": cache}
@@ -112,14 +110,15 @@ class StopOn(StoppingCriteria):
         self.event = event
 
     def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+        self, input_ids: torch.Tensor, logits: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
+        """input_ids [rows, tokens] -> whether each row is done, [rows]."""
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
 @dataclass(frozen=True)
-class Live:
-    """One reply of a conversation."""
+class ReplyHooks:
+    """What a conversation adds to the decoding of one reply."""
 
     context: ContextCache | None = None  # for one row in suffix placement, without beams or fusion
     streamer: BaseStreamer | None = None  # gets each token; not with beams

@@ -32,7 +32,7 @@ from spt_ds.display import shown
 from spt_ds.engine.generator import Generator, decode_batch
 from spt_ds.engine.session import open_split
 from spt_ds.errors import CheckpointError, ConfigError, DataError, EngineError, SptError
-from spt_ds.model.conversation import Live
+from spt_ds.model.conversation import ReplyHooks
 from spt_ds.model.decode import Decoded
 from spt_ds.run import checkpoint
 from spt_ds.run.folder import ReplyFolder
@@ -305,14 +305,14 @@ def test_pieces_are_whole_words_and_end_where_the_reply_is_cut(
     tokenizer = byte_tokenizer()
     tokens = [*said.encode(), tokenizer.eos_token_id]
 
-    def scripted(session: object, batch: object, options: object, live: Any) -> Decoded:
-        if live.streamer is not None:
-            live.streamer.put(
+    def scripted(session: object, batch: object, options: object, hooks: Any) -> Decoded:
+        if hooks.streamer is not None:
+            hooks.streamer.put(
                 torch.zeros(1, 0, dtype=torch.long)
             )  # as transformers does, the context's ids: none
             for token in tokens:
-                live.streamer.put(torch.tensor([token]))
-            live.streamer.end()
+                hooks.streamer.put(torch.tensor([token]))
+            hooks.streamer.end()
         return Decoded([tokens], [0], torch.zeros(3, 1), None)
 
     monkeypatch.setattr(api, "decode_batch", scripted)
@@ -335,13 +335,13 @@ def test_stopped_reply_ends_early_and_leaves_the_context_right(folder: Path) -> 
         def put(self, value: torch.Tensor) -> None:
             self.count += value.numel()
             if self.count == 3:
-                live.stopped.set()
+                hooks.stopped.set()
 
         def end(self) -> None:
             pass
 
-    live = Live(bot._context, StopAtThird())
-    stopped = decode_batch(bot._session, batch, options, live).tokens[0]
+    hooks = ReplyHooks(bot._context, StopAtThird())
+    stopped = decode_batch(bot._session, batch, options, hooks).tokens[0]
     whole = fresh(bot, PERSONA, ["hi"])
     # Versions of transformers differ in whether the stop is looked for before or after a token is
     # streamed.
