@@ -34,14 +34,14 @@ _CHUNK = 512  # examples whose texts go to the tokenizer in one call
 
 
 @dataclass(frozen=True)
-class Shown:
+class ContextStyle:
     """What the model is shown beside the dialogue itself."""
 
     persona: bool = True  # False leaves it out
     shots: tuple[int, ...] = ()  # ids of worked examples, which stand between BOS and each context
 
 
-PLAIN = Shown()
+PLAIN = ContextStyle()
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,8 @@ class Encoded:
     """Ids of one example: the context, BOS to the last "R:", and the response with its EOS."""
 
     context_ids: list[int]  # [C]
-    response_ids: list[int]  # [R]; empty when only a context was asked for
+    response_ids: list[int]  # [R], EOS last; empty when only a context was asked for
     dropped_turns: int  # oldest turns left out to fit
-
-
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Encoded:
-    """Encode one example; DataError when persona and response alone exceed `max_tokens`."""
-    return Encoder(tokenizer, max_tokens).example(example)
 
 
 def encode_context(
@@ -64,14 +59,14 @@ def encode_context(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     reserved: int = 0,
-    shown: Shown = PLAIN,
+    style: ContextStyle = PLAIN,
 ) -> Encoded:
     """Encode what precedes a reply that is to be generated: the ids that training would have put
     before it.
 
     `reserved` tokens of the window are left for the reply.
     """
-    return Encoder(tokenizer, max_tokens, shown).context(
+    return Encoder(tokenizer, max_tokens, style).context(
         "dialogue", tuple(persona), tuple(history), reserved
     )
 
@@ -80,7 +75,7 @@ def encode_many(
     examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
-    shown: Shown = PLAIN,
+    style: ContextStyle = PLAIN,
     reserved: int | None = None,
 ) -> Iterator[tuple[Example, Encoded]]:
     """Encode a stream in order; texts that neighbours share (the turns of a dialogue) are tokenised
@@ -90,7 +85,7 @@ def encode_many(
     tokens: how much of a context is read must then not depend on the response, which nobody knows.
     """
     stream = iter(examples)
-    encoder = Encoder(tokenizer, max_tokens, shown)
+    encoder = Encoder(tokenizer, max_tokens, style)
     while chunk := list(islice(stream, _CHUNK)):
         encoder.learn(text for example in chunk for text in _pieces(example))
         for example in chunk:
@@ -113,7 +108,7 @@ class Encoder:
     """Tokenizer and window of one stream, with the ids of the pieces that its last chunk used."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, shown: Shown = PLAIN
+        self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, style: ContextStyle = PLAIN
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -121,7 +116,7 @@ class Encoder:
             )
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
-        self._shown = shown
+        self._style = style
         self._anchor = self._tokenize([_ANCHOR])[0]
         self._ids: dict[str, list[int]] = {}
         self._bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
@@ -152,7 +147,7 @@ class Encoder:
         """Encode a context that leaves `reserved` tokens of the window; whole turns are dropped,
         the oldest first.
         """
-        head = [*self._bos, *self._shown.shots, *self._head(persona if self._shown.persona else ())]
+        head = [*self._bos, *self._style.shots, *self._head(persona if self._style.persona else ())]
         turns = [
             [
                 *(self._partner if (len(history) - place) % 2 else self._owner),
@@ -162,7 +157,7 @@ class Encoder:
         ]
         fixed = len(head) + len(self._owner) + reserved
         if fixed > self._max_tokens:
-            shots = len(self._shown.shots)
+            shots = len(self._style.shots)
             worked = f", {shots} of it the worked examples of data.few_shot" if shots else ""
             raise DataError(
                 f"{name}: persona and response take {fixed} tokens (context"

@@ -8,7 +8,7 @@ import random
 from typing import TYPE_CHECKING
 
 from spt_ds.data.dialogue import Example
-from spt_ds.data.encode import Encoder, Shown
+from spt_ds.data.encode import ContextStyle, Encoder
 from spt_ds.data.store import ExampleStore
 from spt_ds.errors import DataError
 
@@ -38,7 +38,7 @@ def worked_examples(
     ids: list[int] = []
     taken: set[str] = set()
     bos = tokenizer.bos_token_id is not None  # once at the very beginning, not before each example
-    encoder = Encoder(tokenizer, room + bos, Shown(persona))
+    encoder = Encoder(tokenizer, room + bos, ContextStyle(persona))
     for index in random.Random(seed).sample(range(len(train)), len(train)):
         row = train[index]
         if row["dialogue_id"] in taken:

@@ -20,7 +20,14 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from spt_ds.data.dialogue import Example
-from spt_ds.data.encode import PLAIN, TEMPLATE_VERSION, Encoded, Shown, encode_many, fingerprint
+from spt_ds.data.encode import (
+    PLAIN,
+    TEMPLATE_VERSION,
+    ContextStyle,
+    Encoded,
+    encode_many,
+    fingerprint,
+)
 from spt_ds.data.readers import Format, digest, read
 from spt_ds.errors import DataError
 from spt_ds.files import new_folder
@@ -117,13 +124,13 @@ def build_store(
     format: Format = "auto",
     max_examples: int = 0,
     cache_dir: str | None = None,
-    shown: Shown = PLAIN,
+    style: ContextStyle = PLAIN,
     reserved: int | None = None,
 ) -> ExampleStore:
     """Encode `source` (see `readers`), or open the store that an earlier run left for the same
     bytes and tokenizer.
 
-    `max_examples` 0 takes all; `shown` is what the model sees beside the dialogue; `reserved` is
+    `max_examples` 0 takes all; `style` is what the model sees beside the dialogue; `reserved` is
     what a context leaves for a reply that is to be generated, None: room for the example's own.
     Several processes may build at once: each writes its own folder, the first to finish renames it
     into place, the others use that one. DataError from the readers, the encoder or the disk.
@@ -135,8 +142,8 @@ def build_store(
         "max_examples": max_examples,
         "tokenizer_sha256": fingerprint(tokenizer),
         "max_tokens": max_tokens,
-        "persona": shown.persona,
-        "shots": shown.shots,
+        "persona": style.persona,
+        "shots": style.shots,
         "reserved": reserved,
         "template": TEMPLATE_VERSION,
         "layout": _LAYOUT_VERSION,
@@ -147,7 +154,7 @@ def build_store(
         started = time.monotonic()
         examples = islice(read(source, format), max_examples or None)
         try:
-            pairs = encode_many(examples, tokenizer, max_tokens, shown, reserved)
+            pairs = encode_many(examples, tokenizer, max_tokens, style, reserved)
             _write(path, pairs, {"key": key, "source": source, **parts})
         except OSError as error:
             if not (path / _META).exists():  # else another process was first, with the same data

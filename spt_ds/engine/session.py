@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from spt_ds import dist
 from spt_ds.config.model import ModelConfig
 from spt_ds.config.schema import Config
-from spt_ds.data.encode import Shown
+from spt_ds.data.encode import ContextStyle
 from spt_ds.data.shots import worked_examples
 from spt_ds.data.store import ExampleStore, build_store
 from spt_ds.engine.zero import Sharding, local_bytes
@@ -133,7 +133,7 @@ def open_split(session: Session, split: Literal["train", "valid", "test"]) -> Ex
     """
     data, world = session.config.data, session.world
     source = getattr(data, split)
-    shown = Shown(data.persona) if split == "train" else shown_to(session)
+    style = ContextStyle(data.persona) if split == "train" else context_style(session)
 
     def build() -> ExampleStore:
         return build_store(
@@ -143,7 +143,7 @@ def open_split(session: Session, split: Literal["train", "valid", "test"]) -> Ex
             format=data.format,
             max_examples=getattr(data, f"max_{split}_examples"),
             cache_dir=data.cache_dir,
-            shown=shown,
+            style=style,
             reserved=session.config.generate.max_new_tokens if split == "test" else None,
         )
 
@@ -158,7 +158,7 @@ def open_split(session: Session, split: Literal["train", "valid", "test"]) -> Ex
     return store
 
 
-def shown_to(session: Session) -> Shown:
+def context_style(session: Session) -> ContextStyle:
     """What the model is shown beside a dialogue that it answers: the same on every rank and in
     every start.
     """
@@ -172,7 +172,7 @@ def shown_to(session: Session) -> Shown:
         shots = worked_examples(
             train, session.tokenizer, data.few_shot, data.max_tokens, seed, persona=data.persona
         )
-    return Shown(data.persona, shots)
+    return ContextStyle(data.persona, shots)
 
 
 def _check_positions(config: Config, base: PretrainedConfig, text_tokens: int, what: str) -> None:

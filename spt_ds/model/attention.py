@@ -50,7 +50,10 @@ class Layout:
         self.lens = tuple(lens)
         self.position_ids = on_device(positions, device)[None]  # [1, N]
         self.longest = self.reach = max(lens)  # `reach`: most tokens that one token can attend to
-        self.edges = on_device([0, *accumulate(lens)], device, torch.int32)  # [R + 1]
+        # [R + 1], where rows begin and end: the variable-length kernels alone read it.
+        self.edges: torch.Tensor | None = None
+        if backend in ("varlen", "flash"):
+            self.edges = on_device([0, *accumulate(lens)], device, torch.int32)
         self.recorded: dict[int, KeyValue] | None = {} if record else None
 
     def attend(
@@ -59,7 +62,7 @@ class Layout:
         """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal within each row."""
         if self.recorded is not None:
             self.recorded[layer] = (k.detach(), v.detach())
-        if self.backend in ("varlen", "flash"):
+        if self.edges is not None:
             return _variable_length(self.backend, q, k, v, self.edges, self.longest, scale)
         out: torch.Tensor = _RowByRow.apply(q, k, v, self, layer, scale)
         return out

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from spt_ds.data.dialogue import Example
+from spt_ds.data.encode import Encoded, Encoder
 
 _SENTENCES = [
     (
@@ -12,6 +15,11 @@ _SENTENCES = [
     ),
     "context: Q: what do you do for a living? R: i teach music. Q: that is nice",
 ]
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Encoded:
+    """Encode one example as the stream of a data set encodes it."""
+    return Encoder(tokenizer, max_tokens).example(example)
 
 
 def byte_tokenizer(bos: str | None = "<s>") -> PreTrainedTokenizerFast:

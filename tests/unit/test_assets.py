@@ -18,8 +18,8 @@ from transformers import (
 
 import spt_ds
 from benchmarks.embedded_base.dialogues import SPLITS, sentence_key
-from spt_ds.data.encode import encode
 from spt_ds.data.readers import read
+from tests.helpers.tokenizers import encode
 
 ASSETS = Path(spt_ds.__file__).parent / "assets"
 BASE = ASSETS / "base"

@@ -272,6 +272,7 @@ class TestBackend:
         q, k, v = (torch.randn(1, heads, sum(lens), 8) for heads in (4, 2, 2))
         positions = torch.cat([torch.arange(n) for n in lens])
         layout = Layout(lens, positions, "varlen", CPU)
+        assert layout.edges is not None
         assert layout.edges.tolist() == edges.tolist()
         right = Layout(lens, positions, "eager", CPU).attend(0, q, k, v, scale)
         torch.testing.assert_close(layout.attend(0, q, k, v, scale), right)

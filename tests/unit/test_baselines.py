@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 from spt_ds.batch import Packed
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
-from spt_ds.data.encode import Shown, encode_context
+from spt_ds.data.encode import ContextStyle, encode_context
 from spt_ds.data.shots import worked_examples
 from spt_ds.data.store import ExampleStore, build_store
 from spt_ds.errors import ConfigError, DataError, EngineError
@@ -213,9 +213,13 @@ def write(path: Path, *dialogues: tuple[str, list[str]]) -> str:
     return str(path)
 
 
-def store_of(source: str, folder: Path, max_tokens: int = 400, **shown: Any) -> ExampleStore:
+def store_of(source: str, folder: Path, max_tokens: int = 400, **style: Any) -> ExampleStore:
     return build_store(
-        source, BYTES, max_tokens=max_tokens, cache_dir=str(folder / "cache"), shown=Shown(**shown)
+        source,
+        BYTES,
+        max_tokens=max_tokens,
+        cache_dir=str(folder / "cache"),
+        style=ContextStyle(**style),
     )
 
 
@@ -244,9 +248,9 @@ def test_few_shot_texts_of_a_known_case(tmp_path: Path, persona: bool) -> None:
     context, response = store.ids([0])
     assert context.tolist() == [BOS, *shots, *own]
     assert response.tolist() == [*b" ok", EOS]
-    shown = Shown(persona, shots)
+    style = ContextStyle(persona, shots)
     assert (
-        encode_context(("i run.",), ("so?",), BYTES, 400, shown=shown).context_ids
+        encode_context(("i run.",), ("so?",), BYTES, 400, style=style).context_ids
         == context.tolist()
     )
 

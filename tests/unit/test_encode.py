@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from spt_ds.data.dialogue import Example
-from spt_ds.data.encode import encode, encode_context, encode_many, fingerprint
+from spt_ds.data.encode import encode_context, encode_many, fingerprint
 from spt_ds.errors import DataError, ModelError
 from tests.helpers.tokenizers import (
     byte_tokenizer,
+    encode,
     joining_tokenizer,
     piece_tokenizer,
     trained_byte_tokenizer,

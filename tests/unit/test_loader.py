@@ -17,7 +17,6 @@ import pytest
 
 from spt_ds.batch import Batch, Window
 from spt_ds.data import loader as loader_module
-from spt_ds.data.encode import encode
 from spt_ds.data.loader import TrainLoader, eval_batches, make_batch
 from spt_ds.data.pairs import contrast_pairs, pair_text
 from spt_ds.data.readers import read
@@ -25,7 +24,7 @@ from spt_ds.data.sampler import window_indices
 from spt_ds.data.store import ExampleStore, build_store, cache_root
 from spt_ds.errors import DataError
 from tests.helpers.tiny import examples_of
-from tests.helpers.tokenizers import byte_tokenizer, piece_tokenizer
+from tests.helpers.tokenizers import byte_tokenizer, encode, piece_tokenizer
 
 EXAMPLES = 23
 WINDOW = 8
