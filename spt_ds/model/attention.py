@@ -48,7 +48,7 @@ class Layout:
     ) -> None:
         self.backend = backend
         self.lens = tuple(lens)
-        self.position_ids = on_device(positions, device)[None]  # [1, N]
+        self.position_ids = positions.to(device)[None]  # [1, N]; those of a `Packed` are there
         self.longest = self.reach = max(lens)  # `reach`: most tokens that one token can attend to
         # [R + 1], where rows begin and end: the variable-length kernels alone read it.
         self.edges: torch.Tensor | None = None

@@ -50,12 +50,14 @@ def decode(
     `special` is (end-of-sequence id, pad id); `synced` keeps ranks that share a sharded base in
     step until the longest reply of all is done; `hooks` is what a conversation adds.
     """
-    # Without the reference replies: a pool over the whole text (reference.padded_pool) would read
-    # them.
+    # Choose: by contexts alone, since a pool over the whole text (reference.padded_pool) would read
+    # the reference replies.
     text, _, scores = spt.score(backbone, spt.pack(batch.contexts()))
     chosen = choose_prompts(options.mode, scores, batch.indices, spt.config.train.seed)
     prompts = _prompts_to_read(spt, chosen)
+    # Build the rows.
     embeddings, mask = left_pad(_rows(spt, batch, text, prompts))
+    # Generate: of K fused rows of an example the first is read, the others hold the same tokens.
     processors = [
         *_fusion(spt, options, scores),
         *constraints(options, special[0], embeddings.device),
@@ -70,6 +72,7 @@ def decode(
     }
     out = _generate(backbone, inputs, batch, hooks)
     tokens = [_until(row, special[0]) for row in out[: len(batch)].tolist()]
+    # Measure.
     nll = _reply_losses(backbone, spt, batch, prompts) if options.perplexity else None
     return Decoded(tokens, chosen, scores, nll)
 

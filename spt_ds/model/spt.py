@@ -105,7 +105,7 @@ class Spt:
         """
         text = backbone.embed(packed.ids)
         # Without a graph, also where the embedding table trains: the contrastive loss needs
-        # `pooled` at the end of the step, when the micro-batch's backward pass has freed its graph.
+        # `pooled` at the end of the step, when the backward pass has freed the graphs.
         with torch.no_grad():
             pooled = self.pool(backbone, packed, text)
         return text, pooled, self.trainables.retriever(self.trainables.bank.weight, pooled)
