@@ -302,10 +302,14 @@ def rows_of(graph: Mapping[str, set[str]]) -> list[list[str]]:
 def draw_rooms() -> str:
     """The rooms of the package: an arrow leads from a room to one that it imports."""
     inside, outside = rooms()
-    ground, *_, commands = ({*layer} & inside.keys() for layer in house("LAYERS"))
-    graph = {room: uses - ground for room, uses in inside.items() if room not in ground | commands}
-    if lacking := sorted(graph.keys() - PURPOSE.keys()):
+    layers: list[set[str]] = house("LAYERS")
+    engine = next(number for number, layer in enumerate(layers) if "engine" in layer)
+    above = set().union(*layers[engine + 1 :]) & inside.keys()
+    files = {room for room in inside if (PACKAGE / f"{room}.py").is_file()}
+    ground = set().union(*layers[:engine]) & files - PURPOSE.keys()
+    if lacking := sorted(inside.keys() - above - ground - PURPOSE.keys()):
         raise SystemExit(f"{__file__}: PURPOSE does not name {', '.join(lacking)}")
+    graph = {room: inside[room] & PURPOSE.keys() for room in PURPOSE if room in inside}
     rows = rows_of(reduced(graph))
     space = WIDTH - 2 * MARGIN
     w = min(200.0, (space + GAP) / max(len(graph.keys() & row) for row in rows) - GAP)
@@ -337,8 +341,8 @@ def draw_rooms() -> str:
         if room in graph
     ]
     end = 110 + len(rows) * (h + 54) - 24
-    top = band(20, "commands: each may import every room below", commands)
-    floor = band(end, "ground: every room may import it", ground)
+    top = band(20, "commands, and the rooms behind them: they may import every room below", above)
+    floor = band(end, "ground: small files for every room", ground)
     return sheet(
         end + 70, "The rooms of spt_ds and what they import", [top, *arrows, *cards, floor]
     )
