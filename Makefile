@@ -1,4 +1,5 @@
 # make demo           the main job on what the package ships, on two CPU ranks
+# make demo-real      the same on a real base of 135 M parameters, which it makes first
 # make test           the tests
 # make test-versions  unit and numerics tests with the oldest and the newest libraries of setup.py
 # make test-wheel     the main job from a wheel that is installed outside the clone
@@ -10,13 +11,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
+REAL_BASE := runs/real-base/smollm2-135m
+REAL_RUN := runs/demo-real
 # Two ranks on two cores: more threads than cores make each of them slower.
 DEMO_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false SPT_CACHE=runs/cache
 
 # DeepSpeed and PyTorch call ninja by its name when they build.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-versions test-wheel async-io test-slow test-cluster check constraints clean
+.PHONY: demo demo-real test test-versions test-wheel async-io test-slow test-cluster check constraints clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -37,14 +40,23 @@ constraints: $(BIN)/python
 	    --extra dev --extra tensorboard --upgrade --no-annotate --no-emit-index-url --quiet \
 	    --output-file constraints.txt
 
+# $(call main_job,RUN,OPTIONS): two ranks under ZeRO-3 train and reply; then scores and a table.
+define main_job
+	rm -rf $(1)
+	$(DEMO_ENV) $(BIN)/deepspeed --num_gpus 2 --module spt_ds.train $(2) \
+	    --deepspeed_config ds_configs/zero3.json --run-dir $(1)
+	$(DEMO_ENV) $(BIN)/deepspeed --num_gpus 2 --module spt_ds.generate $(1)
+	$(DEMO_ENV) $(BIN)/deepspeed --num_gpus 2 --module spt_ds.generate $(1) --base-alone
+	$(BIN)/spt-ds evaluate $(1)/generate/predictions.jsonl --out $(1)/generate
+	$(BIN)/spt-ds summary $(1)
+endef
+
 demo: $(VENV)/.installed
-	rm -rf $(RUN)
-	$(DEMO_ENV) $(BIN)/deepspeed --num_gpus 2 --module spt_ds.train --config demo \
-	    --deepspeed_config ds_configs/zero3.json --run-dir $(RUN)
-	$(DEMO_ENV) $(BIN)/deepspeed --num_gpus 2 --module spt_ds.generate $(RUN)
-	$(DEMO_ENV) $(BIN)/deepspeed --num_gpus 2 --module spt_ds.generate $(RUN) --base-alone
-	$(BIN)/spt-ds evaluate $(RUN)/generate/predictions.jsonl --out $(RUN)/generate
-	$(BIN)/spt-ds summary $(RUN)
+	$(call main_job,$(RUN),--config demo)
+
+demo-real: $(VENV)/.installed
+	$(BIN)/python benchmarks/real_base.py $(REAL_BASE)
+	$(call main_job,$(REAL_RUN),--config smollm2-135m --set model.base=$(REAL_BASE))
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not cluster"
@@ -71,4 +83,4 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(RUN) runs/cache build *.egg-info
+	rm -rf $(RUN) $(REAL_RUN) runs/cache build *.egg-info

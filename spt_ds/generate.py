@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from spt_ds.dist import World
 
 # Overrides under which nothing is trained: the base reads persona and dialogue, and replies.
-_BASE_ALONE = (
+BASE_ALONE = (
     "method.type=none",
     "prompts.count=1",
     "prompts.tokens=0",
+    "prompts.placement=prefix",
+    "prompts.init=vocab",
+    "prompts.init_texts=[]",
+    "losses.train_top_m=0",
     "losses.selection=0",
     "losses.fusion=0",
     "losses.contrastive=0",
@@ -58,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_deepspeed(parser)
     args = parser.parse_args(argv)
     if args.base_alone:
-        args.overrides = [*args.overrides, *_BASE_ALONE]
+        args.overrides = [*args.overrides, *BASE_ALONE]
 
     def work(config: Config, folder: RunFolder) -> int:
         from spt_ds import dist

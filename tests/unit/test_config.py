@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spt_ds.cli import main as cli
-from spt_ds.config.load import dump_config, key_paths, load_config
+from spt_ds.config.load import dump_config, key_paths, load_config, recipe_names
 from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
-from spt_ds.generate import identity
+from spt_ds.generate import BASE_ALONE, identity
 
 
 def problem(text: str, tmp_path: Path) -> str:
@@ -190,3 +190,16 @@ def test_replies_of_another_start_are_taken_over_only_from_the_same_work(
         identity(load_config("demo", given), "marker", "data") for given in ([], [override])
     )
     assert (plain == other) is same
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_base_of_any_recipe_can_reply_alone(name: str) -> None:
+    """`spt-ds generate --base-alone` resets all that only a bank of prompts can have."""
+    assert load_config(name, list(BASE_ALONE)).method.type == "none"
+
+
+def test_the_base_of_a_run_with_every_option_of_the_bank_can_reply_alone() -> None:
+    texts = ["prompts.count=2", "prompts.init=text", "prompts.init_texts=[a, b]"]
+    options = [*texts, "prompts.placement=suffix", "losses.train_top_m=2"]
+    assert load_config("demo", options).prompts.init_texts == ("a", "b")
+    assert load_config("demo", [*options, *BASE_ALONE]).prompts.count == 1
