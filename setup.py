@@ -53,6 +53,7 @@ EXTRAS["dev"] = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
+    "scipy>=1.13",  # the oracle of intervals and p-values
     "ruff>=0.9",
     "mypy>=1.11",
     "types-PyYAML",
