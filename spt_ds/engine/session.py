@@ -68,6 +68,7 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     """Load the base as placed, prove it usable, and initialise what trains."""
     _check_positions(config, base.config, config.data.max_tokens, "data.max_tokens")
     sharding = Sharding(placement.zero, world.device)
+    # From here on ZeRO-3 shards each weight as it is read: no rank ever holds the whole base.
     sharding.before_load()
     backbone = build_backbone(
         config.model,
@@ -78,7 +79,9 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     )
     backbone.checkpoint_activations(placement.recompute)
     root = sharding.wrap(backbone)
+    # One call of the root, as every use of the base: its hooks gather weights and release them.
     root(lambda inner: inner.check(config.prompts.placement))
+    # What trains is made outside of ZeRO: whole and fp32 on every rank.
     trainables = _initialise(config, base.tokenizer, root)
     pad = base.tokenizer.pad_token_id
     assert isinstance(pad, int)

@@ -24,12 +24,14 @@ def trainable_bytes(config: Config, shape: BaseShape) -> int:
     if kind == "full":
         return 12 * shape.parameters
     if kind == "lora":
+        # An adapter of rank r on a linear layer has r numbers for each input and each output.
         ends = (
             4 * shape.hidden
             + 2 * (shape.queries + shape.keys)
             + shape.ffn_matrices * (shape.hidden + shape.ffn)
         )
         return 16 * shape.layers * config.method.lora.rank * ends
+    # The bank, and a linear layer with bias for each side of the retriever.
     sides = 1 if config.retriever.projections == "shared" else 2
     count = config.prompts.count * config.prompts.tokens * shape.embed + sides * (
         shape.embed**2 + shape.embed

@@ -64,16 +64,13 @@ def _left_in_cgroups(root: Path) -> Iterator[int]:
             limit, used = (
                 ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else V2_FILES
             )
-            inner = mount / group.strip(
-                "/"
-            )  # a container may see its own group as the mount itself
-            for folder in (
-                inner,
-                *(parent for parent in inner.parents if parent.is_relative_to(mount)),
-            ):
-                with contextlib.suppress(
-                    OSError, ValueError
-                ):  # no such file there, or `max`: no limit
+            # A limit may stand at any group around this one. A container may see its own group as
+            # the mount itself.
+            inner = mount / group.strip("/")
+            outer = (parent for parent in inner.parents if parent.is_relative_to(mount))
+            for folder in (inner, *outer):
+                # No such file there, or `max`: no limit.
+                with contextlib.suppress(OSError, ValueError):
                     left = int((folder / limit).read_text()) - int((folder / used).read_text())
                     yield max(
                         left + _file_pages(folder / "memory.stat", "total_" if controllers else ""),

@@ -123,9 +123,8 @@ class BaseShape:
         if trained:
             layer += 4 * (2 * self.hidden + self.ffn)
             if gated:
-                layer += (
-                    4 * 2 * self.hidden
-                )  # RMS norms, which go with gates, keep what their weight multiplies
+                # RMS norms, which go with gates, keep what their weight multiplies.
+                layer += 4 * 2 * self.hidden
             if bits != 32:
                 layer += 4 * (3 * self.hidden + self.queries)
         last_norm = self.hidden * 4
