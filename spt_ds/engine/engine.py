@@ -67,8 +67,9 @@ class Engine:
     def train_window(
         self, window: Window, step: int, total_steps: int, signals: tuple[float, float]
     ) -> StepResult:
-        """Take optimizer step `step` (from 0) of `total_steps`; `signals` are this rank's stop and
-        save requests.
+        """Take optimizer step `step` (from 0) of `total_steps`.
+
+        `signals` are this rank's requests (stop, save), 1.0 where there is one.
 
         Losses are divided by the target tokens and examples of the whole step over all ranks, so
         the result does not depend on the split into ranks and micro-batches. Raises NonFiniteError
@@ -109,8 +110,8 @@ class Engine:
         weight = self.config.losses.contrastive
         if not weight or window.contrast is None:
             return
-        # Scores of other ranks come without a graph. Each rank makes the gradient of its own side of
-        # a pair, and the reduction adds both sides.
+        # Scores of other ranks come without a graph: each rank makes the gradient of its own side
+        # of a pair, and the reduction adds both sides.
         everyone = dist.all_gather(torch.cat([out.scores for out in outs], dim=1))
         pooled = torch.cat([out.pooled for out in outs])
         loss, share = self.spt.contrastive(pooled, everyone, window.contrast, self.world.rank)

@@ -128,11 +128,11 @@ def _initialise(config: Config, tokenizer: PreTrainedTokenizerBase, root: nn.Mod
 
 
 def open_split(session: Session, split: Literal["train", "valid", "test"]) -> ExampleStore:
-    """Read and tokenise one split, once per node; raise EngineError on all ranks when they see
-    different data.
+    """Read and tokenise one split, once per node.
 
     With `data.few_shot` the worked examples that stand before each context are drawn from the train
     split. Contexts of the test split are cut as a conversation's are, without a look at the reply.
+    Raises EngineError on all ranks when they see different data.
     """
     data, world = session.config.data, session.world
     source = getattr(data, split)
@@ -162,9 +162,7 @@ def open_split(session: Session, split: Literal["train", "valid", "test"]) -> Ex
 
 
 def context_style(session: Session) -> ContextStyle:
-    """What the model is shown beside a dialogue that it answers: the same on every rank and in
-    every start.
-    """
+    """What the model sees beside a dialogue that it answers, the same in every start."""
     data = session.config.data
     shots: tuple[int, ...] = ()
     if data.few_shot:

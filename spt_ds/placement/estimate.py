@@ -57,9 +57,7 @@ def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:
 
 
 def resident_bytes(shape: BaseShape, bits: int, kind: Kind, world_size: int) -> int:
-    """Bytes of the base on one rank: its copy, or its share and what ZeRO-3 keeps gathered at one
-    time.
-    """
+    """Bytes of the base on one rank: its copy, or its share and what ZeRO-3 has gathered."""
     base = shape.base_bytes(bits)
     if kind == "replicate":
         return base

@@ -16,9 +16,7 @@ V2_FILES = ("memory.max", "memory.current")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that the poorest rank can plan with, and its share of its host's memory where it has a
-    GPU beside it.
-    """
+    """Bytes that the poorest rank can plan with, on its device and on its host."""
 
     rank_bytes: int
     host_bytes: int | None
@@ -35,8 +33,7 @@ def memory_per_rank(device_bytes: int | None, local_size: int) -> int:
 
 
 def host_memory_per_rank(local_size: int, root: Path = Path("/")) -> int:
-    """A rank's share of the host memory that this process may take: what is free, and what its
-    cgroups leave of it.
+    """A rank's share of the host memory that is free and that its cgroups leave.
 
     Slurm's `--mem` and containers limit by cgroup, which /proc/meminfo does not know. `root` is for
     the tests.
@@ -52,9 +49,7 @@ def host_memory_per_rank(local_size: int, root: Path = Path("/")) -> int:
 
 
 def _left_in_cgroups(root: Path) -> Iterator[int]:
-    """Bytes that each memory cgroup around this process leaves, v2 and v1; file pages count as
-    free.
-    """
+    """Bytes that each memory cgroup around this process leaves; file pages count as free."""
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, group = line.split(":", 2)
