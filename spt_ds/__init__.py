@@ -1,5 +1,6 @@
-"""spt_ds: distributed training toolkit for Selective Prompt Tuning. Public names are resolved on
-first use.
+"""spt_ds: distributed training toolkit for Selective Prompt Tuning.
+
+Public names are resolved on first use.
 """
 
 from __future__ import annotations

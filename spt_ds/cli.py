@@ -1,6 +1,4 @@
-"""The `spt-ds` command: each sub-command lives in its own module and is imported only when it is
-called.
-"""
+"""The `spt-ds` command: a sub-command's module is imported only when it is called."""
 
 from __future__ import annotations
 

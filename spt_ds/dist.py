@@ -62,8 +62,7 @@ _LAUNCHERS = (
 
 
 def launch_variables(environment: Mapping[str, str]) -> dict[str, int]:
-    """Map the launcher's variables to RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a bare
-    process is 0 of 1.
+    """Map the launcher's variables to torchrun's names; a bare process is 0 of 1.
 
     One launcher is taken whole: srun's numbers are not mixed with torchrun's, which may run inside
     an srun task. Raises EngineError when a launcher set some of them only, or numbers that
@@ -99,9 +98,7 @@ def launch_variables(environment: Mapping[str, str]) -> dict[str, int]:
 
 
 def _srun_address(environment: Mapping[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT of a task that srun started itself: first node of the step, port
-    from its numbers.
-    """
+    """MASTER_ADDR and MASTER_PORT of a task of srun: its first node, a port from its numbers."""
     if "SLURM_STEP_NODELIST" not in environment or shutil.which("scontrol") is None:
         return {}
     command = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
@@ -113,9 +110,7 @@ def _srun_address(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _tasks_of(listed: str, node: int) -> str:
-    """Tasks on a node, from Slurm's list such as "4(x2),2"; the list itself where it has no such
-    node.
-    """
+    """Tasks on a node by Slurm's list such as "4(x2),2"; the list where it has no such node."""
     for item in listed.split(","):
         count, _, times = item.rstrip(")").partition("(x")
         node -= int(times or 1)
@@ -125,9 +120,7 @@ def _tasks_of(listed: str, node: int) -> str:
 
 
 def gpu_of(local_rank: int) -> int | None:
-    """The GPU that a local rank takes, None on a host without. Raises EngineError when there are
-    too few.
-    """
+    """The GPU of a local rank, None on a host without; EngineError when there are too few."""
     count = torch.cuda.device_count()
     if count and local_rank >= count:
         raise EngineError(
@@ -138,8 +131,9 @@ def gpu_of(local_rank: int) -> int | None:
 
 
 def init(timeout_s: int) -> World:
-    """Join (or, alone, make) the process group; NCCL on GPUs, gloo on CPUs. Collectives fail after
-    `timeout_s`.
+    """Join, or alone make, the process group: NCCL on GPUs, gloo on CPUs.
+
+    Collectives fail after `timeout_s` seconds.
     """
     place = launch_variables(os.environ)
     size = place["WORLD_SIZE"]
@@ -179,9 +173,7 @@ def init(timeout_s: int) -> World:
 
 
 def explain_loss(error: BaseException) -> str | None:
-    """Say which rank is gone when `error` is what a collective raises after a peer died or fell
-    silent, else None.
-    """
+    """Say which rank is gone; None when `error` is not that of a collective without a peer."""
     text = str(error)
     if not any(sign in text for sign in _LOSS_SIGNS):
         return None
@@ -285,11 +277,10 @@ def same_everywhere(what: str, value: str) -> None:
 
 
 def leader_first(world: World, work: Callable[[], Result]) -> Result:
-    """Run `work` (free of collectives) on the first rank of each node, then on the others, who find
-    its caches warm.
+    """Run `work` on the first rank of each node, then on the others, who find its caches.
 
-    An error that a user can cause is raised on every rank together, so that nobody waits for a rank
-    that gave up.
+    `work` is free of collectives. An error that a user can cause is raised on every rank together,
+    so that nobody waits for a rank that gave up.
     """
     leader = world.local_rank == 0
     result = agreed(lambda: work() if leader else None)
@@ -297,8 +288,9 @@ def leader_first(world: World, work: Callable[[], Result]) -> Result:
 
 
 def agreed(work: Callable[[], Result]) -> Result:
-    """Run `work` (free of collectives) on this rank; where it failed on any rank, raise that error
-    on all of them.
+    """Run `work`; where it fails on any rank, raise that error on all of them.
+
+    `work` is free of collectives, and its errors are those a user can cause.
     """
     result, problem, mine = None, None, None
     try:

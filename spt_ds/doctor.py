@@ -1,5 +1,4 @@
-"""`spt-ds doctor`: what is wrong with this machine, or with `--distributed` these nodes, before a
-run finds out.
+"""`spt-ds doctor`: what is wrong with this machine, or these nodes, before a run finds out.
 
 One line per finding: `ok`, `warn` (a run works, but perhaps not as meant) or `FAIL`. Start it as
 the run will be started: `torchrun ... -m spt_ds.doctor --distributed`; the job scripts do so with
@@ -48,9 +47,7 @@ class Finding:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the findings, those that all ranks share on rank 0 only; return 0, or 2 when one of
-    them is a FAIL.
-    """
+    """Print the findings, shared ones on rank 0 only; return 0, or 2 when one is a FAIL."""
     parser = argparse.ArgumentParser(
         prog="spt-ds doctor", description="Check machine, ranks and network before a run."
     )
@@ -169,8 +166,7 @@ def _of_rank(finding: Finding) -> Finding:
 
 
 def across_ranks(args: argparse.Namespace, here: list[Finding]) -> list[Finding]:
-    """Findings that need all ranks, the same list on each of them; `here` are those of this
-    process.
+    """Findings that need all ranks, the same list on each; `here` are this process's own.
 
     Raises EngineError when they do not meet, and on all ranks what is wrong with the job on one of
     them.
@@ -182,10 +178,8 @@ def across_ranks(args: argparse.Namespace, here: list[Finding]) -> list[Finding]
     begin = time.monotonic()
     try:
         world = dist.init(args.timeout)
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # torch's DistStoreError and DistNetworkError are RuntimeErrors
+    # torch's DistStoreError and DistNetworkError are RuntimeErrors.
+    except (RuntimeError, ValueError) as error:
         raise EngineError(
             f"rank {place['RANK']} on {socket.gethostname()}: not all of {place['WORLD_SIZE']}"
             f" ranks met at {where} within {args.timeout} s ({str(error).splitlines()[0]}); was"

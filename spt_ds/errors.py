@@ -1,5 +1,4 @@
-"""Errors that a user can cause. Each says what is wrong, what was got, what is allowed and how to
-mend it.
+"""Errors that a user can cause: what is wrong, what was got, what is allowed, how to mend it.
 
 The command line prints their text without a traceback and ends with exit code 2; anything else is a
 fault of ours and keeps its traceback. Texts of a file, a base or a model reach a terminal only
@@ -25,15 +24,11 @@ class SptError(Exception):
 
 
 class ConfigError(SptError):
-    """The YAML file, an override or the DeepSpeed JSON cannot be used; the text holds every problem
-    found.
-    """
+    """The YAML file, an override or the DeepSpeed JSON cannot be used; all problems are named."""
 
 
 class DataError(SptError):
-    """A dialogue file is missing, malformed or does not fit; the text starts with `file:line` where
-    there is one.
-    """
+    """A dialogue file is missing, malformed or does not fit; `file:line` comes first."""
 
 
 class ModelError(SptError):
@@ -49,6 +44,4 @@ class CheckpointError(SptError):
 
 
 class NonFiniteError(SptError):
-    """A loss or gradient is NaN or infinite; raised on every rank together, before the optimizer
-    moves.
-    """
+    """A loss or gradient is NaN or infinite: raised on every rank before the optimizer moves."""

@@ -52,11 +52,11 @@ def append_whole(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, to_disk: bool = False) -> Iterator[Path]:
-    """Give an empty hidden folder beside `path`; it becomes `path` when the block ends without an
-    error, and is removed otherwise.
+    """Give an empty folder that becomes `path` when the block ends without an error.
 
-    With `to_disk` the contents are on the disk before the name is: also a power cut leaves all or
-    nothing. Raises OSError when the disk refuses, or when `path` was made in the meantime.
+    Until then it is hidden beside `path`; on an error it is removed. With `to_disk` the contents
+    are on the disk before the name is: also a power cut leaves all or nothing. Raises OSError when
+    the disk refuses, or when `path` was made in the meantime.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))  # no name of another's

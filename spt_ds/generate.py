@@ -109,9 +109,7 @@ def _generate(
 
 
 def identity(config: Config, marker: str, data_hash: str) -> str:
-    """All that replies depend on; those that another start left unfinished are only taken over
-    where it is the same.
-    """
+    """All that replies depend on: only where it is the same are replies of another start kept."""
     sections = config.model_dump(
         mode="json",
         include={"model", "method", "prompts", "retriever", "losses", "reference", "generate"},

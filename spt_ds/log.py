@@ -27,9 +27,7 @@ class _Printable(logging.Formatter):
 
 
 def get_logger() -> logging.Logger:
-    """Return the package's logger, set up on first use from `RANK` (absent: rank 0) and
-    `SPT_LOG_LEVEL`.
-    """
+    """Return the package's logger, set up on first use from RANK and SPT_LOG_LEVEL."""
     if not _LOGGER.handlers:
         rank = os.environ.get("RANK", "0")
         handler = logging.StreamHandler(sys.stderr)

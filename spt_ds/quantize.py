@@ -1,5 +1,4 @@
-"""`spt-ds quantize BASE OUT`: store a quantised base once, so that later runs read a quarter of the
-bytes.
+"""`spt-ds quantize BASE OUT`: store a quantised base, of which later runs read fewer bytes.
 
 OUT gets safetensors files, config.json with our own section, and the tokenizer. Memory: one file
 and one layer.
@@ -92,9 +91,7 @@ def _config(args: argparse.Namespace) -> ModelConfig:
 
 
 def write_quantised(config: ModelConfig, out: Path) -> None:
-    """Quantise the base of `config` into the new folder `out`, which appears only when it is
-    complete.
-    """
+    """Quantise the base of `config` into the folder `out`, which appears when it is complete."""
     base, path = load_base_config(config), base_path(config.base)
     refuse_foreign_quantisation(base, config, path)
     check_weights(config, base)
@@ -129,9 +126,7 @@ def _fill(part: Path, config: ModelConfig, base: PretrainedConfig, path: str) ->
 
 
 def _files(finished: Iterator[tuple[str, nn.Module]]) -> Iterator[Tensors]:
-    """Tensors of about `FILE_BYTES` at a time; a module's own are let go of once they are in a
-    file.
-    """
+    """Tensors of about `FILE_BYTES` at a time; those of a written module are let go."""
     tensors: Tensors = {}
     written: dict[int, nn.Parameter] = {}  # tied weights come once
     for name, module in finished:

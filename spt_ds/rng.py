@@ -1,6 +1,4 @@
-"""Random numbers keyed by what they are for: no hidden state, so a resumed run on other ranks draws
-the same.
-"""
+"""Random numbers keyed by what they are for: a resumed run on other ranks draws the same."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Entry point of the main job: `deepspeed --num_gpus N --module spt_ds.train --config ...` or
-`spt-ds train ...`.
+"""Entry point of the main job: `spt-ds train`, or `--module spt_ds.train` of a launcher.
 
 Exit codes: 0 done, 75 stopped on request with a checkpoint, 2 an error the user can mend, 1 a
 fault.

@@ -32,8 +32,7 @@ def recipe_names() -> list[str]:
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
-    """Read `source` (a YAML file or a recipe's name), apply `key.path=value` overrides and
-    validate.
+    """Read a YAML file or a recipe, apply `key.path=value` overrides and validate.
 
     Raises ConfigError with every problem found: unknown keys with the nearest known one, wrong
     types with the key path, syntax errors with `file:line`. Keys of 0.1.0 mean what they meant.
@@ -48,9 +47,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_yaml(path: Path, model: type[Model]) -> Model:
-    """Read a YAML file of another schema as strictly as a configuration; raise ConfigError with
-    every problem.
-    """
+    """Read a YAML file of another schema as strictly; ConfigError with every problem."""
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such file; give a YAML file")
     return _validate(str(path), _parse(str(path), _text(path)), model)

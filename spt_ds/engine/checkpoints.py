@@ -36,6 +36,7 @@ class Checkpoints:
         newest = checkpoint.load_newest(self.folder) if leads else None
         name = dist.broadcast_json(newest[0].name if newest else None)
         step = newest[1].state["step"] if newest else 0
+        # What is newer is damaged. It goes out of the way, or it would count among the newest.
         dist.agreed(lambda: checkpoint.set_aside(self.folder, step) if leads else None)
         if name is None:
             return RunState()

@@ -67,14 +67,16 @@ class Engine:
     def train_window(
         self, window: Window, step: int, total_steps: int, signals: tuple[float, float]
     ) -> StepResult:
-        """Take optimizer step `step` (from 0) of `total_steps`; `signals` are this rank's stop and
-        save requests.
+        """Take optimizer step `step` (from 0) of `total_steps`.
+
+        `signals` are this rank's requests (stop, save), 1.0 where there is one.
 
         Losses are divided by the target tokens and examples of the whole step over all ranks, so
         the result does not depend on the split into ranks and micro-batches. Raises NonFiniteError
         on every rank, before the optimizer moves, when any rank's loss or gradient is NaN or
         infinite.
         """
+        # Backward passes add into views of the buffer: to zero it is to zero every gradient.
         self.buffer.zero_()
         outs = [self._forward_backward(batch, window) for batch in window.micro]
         self._contrast(window, outs)
@@ -86,6 +88,7 @@ class Engine:
         if not torch.isfinite(totals).all():
             self._raise_non_finite(step, window, outs)
         if self.config.optim.clip_norm:
+            # The norm is that of the whole step over all ranks, so every rank clips alike.
             self.gradients.mul_((self.config.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         lr = set_lr(self.optimizer, self.config.optim, step, total_steps)
         self.optimizer.step()
@@ -107,6 +110,8 @@ class Engine:
         weight = self.config.losses.contrastive
         if not weight or window.contrast is None:
             return
+        # Scores of other ranks come without a graph: each rank makes the gradient of its own side
+        # of a pair, and the reduction adds both sides.
         everyone = dist.all_gather(torch.cat([out.scores for out in outs], dim=1))
         pooled = torch.cat([out.pooled for out in outs])
         loss, share = self.spt.contrastive(pooled, everyone, window.contrast, self.world.rank)
@@ -141,6 +146,7 @@ class Engine:
             out: MicroLosses = self.root(self.spt.micro_losses, batch, 1, 1)
             weights = out.packed.weights.to(sums.dtype)  # [B], 0 for a filler
             tokens = weights * out.packed.response_tokens  # [B]
+            # Weighted by tokens, not by examples: the mean of per-example means is another number.
             nll = out.nll.double()  # [K, B]
             selected = nll.gather(0, out.scores.argmax(dim=0)[None])[0]
             best = nll.min(dim=0).values

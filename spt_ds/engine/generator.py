@@ -1,10 +1,9 @@
-"""Generates replies over ranks: each example once, in batches that are the same whatever the number
-of ranks.
+"""Generates replies over ranks, in batches that do not depend on the number of ranks.
 
-Batches are cut from the examples sorted by length, before they are dealt to ranks: a batch holds
-the same rows on one rank or on eight, so its numbers, rounding included, are the same and so is the
-file. Finished batches stay in part files; a killed run goes on from them. `generate.json` beside
-the predictions tells how they were made.
+Each example is decoded once. Batches are cut from the examples sorted by length, before they are
+dealt to ranks: a batch holds the same rows on one rank or on eight, so its numbers, rounding
+included, are the same and so is the file. Finished batches stay in part files; a killed run resumes
+from them. `generate.json` beside the predictions tells how they were made.
 """
 
 from __future__ import annotations
@@ -42,9 +41,7 @@ from spt_ds.run.lock import only_start
 
 
 def plan_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
-    """Cut the examples, longest first, into batches of like length; independent of the number of
-    ranks.
-    """
+    """Cut the examples, longest first, into batches of like length, for any number of ranks."""
     order = np.argsort(-lengths.astype(np.int64), kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -78,8 +75,10 @@ class Generator:
         identity: str,
         checkpoint: str,
     ) -> None:
-        """`identity` is all that the replies depend on (trained tensors, data, options): what
-        another one left is not taken over. `checkpoint` names the tensors for the reader.
+        """`identity` is all that the replies depend on: trained tensors, data, options.
+
+        Replies of another identity are not taken over. `checkpoint` names the tensors for the
+        reader.
         """
         self.session = session
         self.store = store
@@ -143,9 +142,7 @@ class Generator:
             raise self._refused(self.parts, error) from error
 
     def _append(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Add lines to this rank's part file, all of them or none; raise EngineError where the disk
-        refuses.
-        """
+        """Add all lines to this rank's part file, or none; EngineError where the disk refuses."""
         content = b"".join(map(_part_line, lines))
         try:
             append_whole(self.own_part, content)

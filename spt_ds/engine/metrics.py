@@ -1,6 +1,4 @@
-"""Metrics of a run: one JSON object per line in metrics.jsonl, a progress bar, TensorBoard on
-request.
-"""
+"""Metrics of a run: metrics.jsonl, a progress bar and, on request, TensorBoard."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ class Metrics:
         active: bool,
         tensorboard: bool,
     ) -> None:
-        """Go on from `start_step`; `revalidates` tells that this step's validation is made (again)
-        by this run.
-        """
+        """Go on from `start_step`, whose validation this run makes (again) if it `revalidates`."""
         self.active = active
         self._bar: Any = None
         self._board: Any = None

@@ -68,6 +68,7 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     """Load the base as placed, prove it usable, and initialise what trains."""
     _check_positions(config, base.config, config.data.max_tokens, "data.max_tokens")
     sharding = Sharding(placement.zero, world.device)
+    # From here on ZeRO-3 shards each weight as it is read: no rank ever holds the whole base.
     sharding.before_load()
     backbone = build_backbone(
         config.model,
@@ -78,7 +79,9 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     )
     backbone.checkpoint_activations(placement.recompute)
     root = sharding.wrap(backbone)
+    # One call of the root, as every use of the base: its hooks gather weights and release them.
     root(lambda inner: inner.check(config.prompts.placement))
+    # What trains is made outside of ZeRO: whole and fp32 on every rank.
     trainables = _initialise(config, base.tokenizer, root)
     pad = base.tokenizer.pad_token_id
     assert isinstance(pad, int)
@@ -125,11 +128,11 @@ def _initialise(config: Config, tokenizer: PreTrainedTokenizerBase, root: nn.Mod
 
 
 def open_split(session: Session, split: Literal["train", "valid", "test"]) -> ExampleStore:
-    """Read and tokenise one split, once per node; raise EngineError on all ranks when they see
-    different data.
+    """Read and tokenise one split, once per node.
 
     With `data.few_shot` the worked examples that stand before each context are drawn from the train
     split. Contexts of the test split are cut as a conversation's are, without a look at the reply.
+    Raises EngineError on all ranks when they see different data.
     """
     data, world = session.config.data, session.world
     source = getattr(data, split)
@@ -159,9 +162,7 @@ def open_split(session: Session, split: Literal["train", "valid", "test"]) -> Ex
 
 
 def context_style(session: Session) -> ContextStyle:
-    """What the model is shown beside a dialogue that it answers: the same on every rank and in
-    every start.
-    """
+    """What the model sees beside a dialogue that it answers, the same in every start."""
     data = session.config.data
     shots: tuple[int, ...] = ()
     if data.few_shot:

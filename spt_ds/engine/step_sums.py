@@ -39,6 +39,7 @@ class StepSums:
         """Add one micro-batch; the contrastive loss is that of a whole window."""
         self.losses[:3] += out.parts
         self.bad += out.bad.sum()
+        # A filler row has weight 0 and so chooses no prompt.
         self.usage.index_add_(0, out.scores.argmax(dim=0), out.packed.weights)
 
 

@@ -18,8 +18,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequests:
-    """Collects requests on one rank. `max_hours` counts from `started_s` (time.monotonic()); 0 sets
-    no limit.
+    """Collects requests on one rank.
+
+    `max_hours` counts from `started_s` (time.monotonic()); 0 sets no limit.
     """
 
     def __init__(
@@ -47,9 +48,7 @@ class StopRequests:
         self.reason = signal.Signals(number).name
 
     def poll(self) -> tuple[float, float]:
-        """Return (stop, save), each 1.0 when requested. A STOP or SAVE file is taken away when it
-        is seen.
-        """
+        """Return (stop, save), each 1.0 when requested; a STOP or SAVE file that is seen goes."""
         if self.deadline_s is not None and time.monotonic() > self.deadline_s:
             self.reason = self.reason or "wall-clock budget"
         save = self.watch_files and _take(self.folder.save)

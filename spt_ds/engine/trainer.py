@@ -138,6 +138,7 @@ class Trainer:
         self._validate_at_start()
         windows = self.loader.windows(self.state.step)
         while self.state.step < self.total:
+            # Requests travel with the gradients: all ranks learn of them at the same step.
             out = self.engine.train_window(
                 next(windows), self.state.step, self.total, self.stop.poll()
             )

@@ -40,9 +40,7 @@ class Sharding:
         return self.plan.stage == 3
 
     def before_load(self) -> None:
-        """Start DeepSpeed's communication and make `from_pretrained` shard each weight as it is
-        read.
-        """
+        """Start DeepSpeed's communication; `from_pretrained` shards each weight from now on."""
         if not self.on:
             return
         if self.plan.offload == "nvme":
@@ -70,9 +68,7 @@ class Sharding:
         self.plan.remove_swap_files()
 
     def shard_function(self) -> Callable[[nn.Module], None] | None:
-        """A function that shards the parameters of one module at once, for bases that are loaded
-        layer by layer.
-        """
+        """Return a function that shards one module, for bases that are loaded layer by layer."""
         if not self.on:
             return None
         import deepspeed
@@ -97,9 +93,7 @@ class Sharding:
         return shard
 
     def wrap(self, root: nn.Module) -> nn.Module:
-        """Hand the loaded base to the engine; return the root module, whose calls gather and
-        release weights.
-        """
+        """Hand the loaded base to DeepSpeed; calls of the root that is returned gather weights."""
         if not self.on:
             return root.to(self.device)
         import deepspeed
@@ -127,8 +121,7 @@ def _rename_bytes(module: nn.Module) -> None:
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer that keeps nothing for the backward pass; takes the place of `nn.Linear` in a
-    sharded base.
+    """The linear layer of a sharded base: it keeps nothing for the backward pass.
 
     DeepSpeed replaces `functional.linear` by one that keeps every layer's input, which only a
     weight's gradient needs, and that rounds a 16-bit layer with bias twice. The plain one would
@@ -164,10 +157,10 @@ def local_bytes(root: nn.Module) -> int:
 
 
 def check_build_locks() -> None:
-    """Wait for extensions that another process builds; raise EngineError for a lock that a killed
-    build left.
+    """Wait for extensions that another process builds.
 
-    DeepSpeed itself would wait for such a lock for ever, without a word.
+    Raises EngineError for a lock that a killed build left: DeepSpeed itself would wait for it for
+    ever, without a word.
     """
     from torch.utils.cpp_extension import get_default_build_root
 

@@ -134,9 +134,7 @@ def _no_place(sizes: str, host_bytes: int | None) -> str:
 def choose_checkpointing(
     config: Config, shape: BaseShape, kind: Kind, world_size: int, rank_bytes: int
 ) -> tuple[Recompute, str]:
-    """Pick `off`, `non_reentrant` or `reentrant` for `model.activation_checkpointing`, and say why
-    in one line.
-    """
+    """Pick how layers are recomputed in the backward pass, and say why in one line."""
     asked = config.model.activation_checkpointing
     if asked != "auto":
         return asked, f"activation checkpointing: {asked} (as configured)"

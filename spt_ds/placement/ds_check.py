@@ -48,9 +48,7 @@ def plan_of_kind(kind: Kind, config: Config, world_size: int) -> ZeroPlan:
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
-    """Micro-batches of the busiest rank in one step: ceil(ceil(global_batch / ranks) /
-    micro_batch).
-    """
+    """Return ceil(ceil(global_batch / ranks) / micro_batch), that of the busiest rank."""
     share = -(-config.train.global_batch // world_size)
     return -(-share // config.train.micro_batch)
 
@@ -110,8 +108,9 @@ class _Checker:
         )
 
     def walk(self, section: str, tree: dict[str, Any]) -> dict[str, Any]:
-        """Check every key of one section, given by its dotted path; return those that act, without
-        "auto".
+        """Check every key of one section; return those that act, without "auto".
+
+        `section` is its dotted path.
         """
         acting: dict[str, Any] = {}
         for name, value in tree.items():
@@ -146,9 +145,7 @@ class _Checker:
         return {}
 
     def refuse(self, path: str, key: Key, value: Any) -> None:
-        """Let a refused key pass when it is switched off; name misspelt keys inside it all the
-        same.
-        """
+        """Let a refused key pass when it is switched off, but name misspelt keys inside it."""
         if isinstance(value, dict):
             if path in SECTIONS:
                 before = len(self.found.inert)
@@ -247,9 +244,7 @@ def _expected(key: Key) -> str:
 
 
 def _suggest(section: str, name: str) -> str:
-    """Return the nearest known keys of the section, the section it belongs to, or the section's
-    keys.
-    """
+    """Name the nearest keys of the section, the section of this key, or the section's keys."""
     word = name.strip().lower()
     known = SECTIONS[section]
     if OTHER_NAMES.get(word) in known:

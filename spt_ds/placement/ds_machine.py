@@ -33,9 +33,7 @@ class Findings:
 def check_nvme(
     found: Findings, zero: dict[str, Any], shape: BaseShape | None, world_size: int
 ) -> None:
-    """What DeepSpeed would only find minutes later, or never: disk, buffers, compiler,
-    precision.
-    """
+    """Check disk, buffers and compiler for shards on a disk."""
     offload = zero["offload_param"]
     section = "zero_optimization.offload_param"
     folder = _nvme_folder(offload.get("nvme_path"))

@@ -1,5 +1,4 @@
-"""Every key of a DeepSpeed configuration file and what it does here; plain data, taken from
-DeepSpeed 0.19.8.
+"""Every key of a DeepSpeed file (0.19.8) and what it does here, as plain data.
 
 DeepSpeed wraps the frozen base alone (ZeRO-3 sharding and offload). It owns no gradient, optimizer,
 schedule, batch or precision: the YAML does. So a key has one of four uses: it `acts`; it repeats a

@@ -24,12 +24,14 @@ def trainable_bytes(config: Config, shape: BaseShape) -> int:
     if kind == "full":
         return 12 * shape.parameters
     if kind == "lora":
+        # An adapter of rank r on a linear layer has r numbers for each input and each output.
         ends = (
             4 * shape.hidden
             + 2 * (shape.queries + shape.keys)
             + shape.ffn_matrices * (shape.hidden + shape.ffn)
         )
         return 16 * shape.layers * config.method.lora.rank * ends
+    # The bank, and a linear layer with bias for each side of the retriever.
     sides = 1 if config.retriever.projections == "shared" else 2
     count = config.prompts.count * config.prompts.tokens * shape.embed + sides * (
         shape.embed**2 + shape.embed
@@ -55,9 +57,7 @@ def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:
 
 
 def resident_bytes(shape: BaseShape, bits: int, kind: Kind, world_size: int) -> int:
-    """Bytes of the base on one rank: its copy, or its share and what ZeRO-3 keeps gathered at one
-    time.
-    """
+    """Bytes of the base on one rank: its copy, or its share and what ZeRO-3 has gathered."""
     base = shape.base_bytes(bits)
     if kind == "replicate":
         return base

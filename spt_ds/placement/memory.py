@@ -16,9 +16,7 @@ V2_FILES = ("memory.max", "memory.current")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that the poorest rank can plan with, and its share of its host's memory where it has a
-    GPU beside it.
-    """
+    """Bytes that the poorest rank can plan with, on its device and on its host."""
 
     rank_bytes: int
     host_bytes: int | None
@@ -35,8 +33,7 @@ def memory_per_rank(device_bytes: int | None, local_size: int) -> int:
 
 
 def host_memory_per_rank(local_size: int, root: Path = Path("/")) -> int:
-    """A rank's share of the host memory that this process may take: what is free, and what its
-    cgroups leave of it.
+    """A rank's share of the host memory that is free and that its cgroups leave.
 
     Slurm's `--mem` and containers limit by cgroup, which /proc/meminfo does not know. `root` is for
     the tests.
@@ -52,9 +49,7 @@ def host_memory_per_rank(local_size: int, root: Path = Path("/")) -> int:
 
 
 def _left_in_cgroups(root: Path) -> Iterator[int]:
-    """Bytes that each memory cgroup around this process leaves, v2 and v1; file pages count as
-    free.
-    """
+    """Bytes that each memory cgroup around this process leaves; file pages count as free."""
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, group = line.split(":", 2)
@@ -64,16 +59,13 @@ def _left_in_cgroups(root: Path) -> Iterator[int]:
             limit, used = (
                 ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else V2_FILES
             )
-            inner = mount / group.strip(
-                "/"
-            )  # a container may see its own group as the mount itself
-            for folder in (
-                inner,
-                *(parent for parent in inner.parents if parent.is_relative_to(mount)),
-            ):
-                with contextlib.suppress(
-                    OSError, ValueError
-                ):  # no such file there, or `max`: no limit
+            # A limit may stand at any group around this one. A container may see its own group as
+            # the mount itself.
+            inner = mount / group.strip("/")
+            outer = (parent for parent in inner.parents if parent.is_relative_to(mount))
+            for folder in (inner, *outer):
+                # No such file there, or `max`: no limit.
+                with contextlib.suppress(OSError, ValueError):
                     left = int((folder / limit).read_text()) - int((folder / used).read_text())
                     yield max(
                         left + _file_pages(folder / "memory.stat", "total_" if controllers else ""),

@@ -33,9 +33,7 @@ class BaseShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BaseShape:
-        """Read the sizes under the names `transformers` uses; raise ModelError naming the one that
-        is missing.
-        """
+        """Read the sizes under the names of `transformers`; ModelError names what is missing."""
 
         def first(*names: str) -> int:
             for name in names:
@@ -75,24 +73,21 @@ class BaseShape:
 
     @property
     def parameters(self) -> int:
-        """All weights of the base; norms, biases and learned positions (1.3 % of OPT-125m, less of
-        others) left out.
+        """All weights of the base but norms, biases and learned positions.
+
+        These are 1.3 % of OPT-125m and less of larger bases.
         """
         return self.layers * self.layer_parameters + self.table_parameters
 
     @property
     def table_parameters(self) -> int:
-        """Embeddings and head, with the projections between them and the layers where they differ
-        in size.
-        """
+        """Embeddings and head, and the projections of a base whose layers differ in size."""
         between = 2 * self.embed * self.hidden if self.embed != self.hidden else 0
         return self.embeddings * self.vocabulary * self.embed + between
 
     @property
     def largest_parameter(self) -> int:
-        """Elements of the largest weight matrix: the embedding table or one of the feed-forward
-        layers.
-        """
+        """Elements of the largest matrix: the embedding table or a feed-forward layer."""
         return max(self.vocabulary * self.embed, self.hidden * self.ffn)
 
     def base_bytes(self, bits: int) -> int:
@@ -104,8 +99,9 @@ class BaseShape:
     def activation_bytes(
         self, tokens: int, bits: int, *, recompute: bool, trained: bool = False
     ) -> int:
-        """Bytes kept for the backward pass of `tokens` packed tokens; at most a quarter above what
-        is counted.
+        """Bytes kept for the backward pass of `tokens` packed tokens.
+
+        The tests count them: the estimate is at most a quarter above.
 
         Where weights are frozen a linear layer keeps nothing: kept are the inputs of norms (those
         of gated models compute in fp32), q, k, v and, by variable-length kernels, the output of
@@ -123,9 +119,8 @@ class BaseShape:
         if trained:
             layer += 4 * (2 * self.hidden + self.ffn)
             if gated:
-                layer += (
-                    4 * 2 * self.hidden
-                )  # RMS norms, which go with gates, keep what their weight multiplies
+                # RMS norms, which go with gates, keep what their weight multiplies.
+                layer += 4 * 2 * self.hidden
             if bits != 32:
                 layer += 4 * (3 * self.hidden + self.queries)
         last_norm = self.hidden * 4

@@ -34,9 +34,7 @@ class ZeroPlan:
         return "zero3" if self.offload == "none" else "zero3_offload"
 
     def remove_swap_files(self) -> None:
-        """Delete this process's swap files of NVMe offload, which DeepSpeed leaves behind; without
-        it, do nothing.
-        """
+        """Delete this process's swap files of NVMe offload, which DeepSpeed leaves behind."""
         if self.offload == "nvme":
             offload = self.engine_config["zero_optimization"]["offload_param"]
             shutil.rmtree(offload["nvme_path"], ignore_errors=True)

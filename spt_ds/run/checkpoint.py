@@ -1,5 +1,4 @@
-"""Checkpoints that know no world size: the trainable tensors and Adam's moments, nothing else, in
-fp32.
+"""Checkpoints that know no world size: what trains and Adam's moments, in fp32.
 
 A checkpoint is a folder `step-00000200` with `trainables.safetensors`, `optimizer.safetensors` and
 `state.json`, and it is one only when `COMPLETE.json` is in it, the last file written, which holds
@@ -38,8 +37,9 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds. `state` is plain JSON: step, best metric, configuration, code
-    version.
+    """What a checkpoint holds.
+
+    `state` is plain JSON: step, best metric, configuration, code version.
     """
 
     trainables: dict[str, torch.Tensor]
@@ -124,9 +124,7 @@ def _name(step: object) -> str | None:
 
 
 def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
-    """Return the newest good checkpoint of a run; each damaged one is named in a warning and passed
-    over.
-    """
+    """Return the newest good checkpoint of a run; a warning names each damaged one before it."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             return path, load(path)
@@ -167,8 +165,7 @@ def find(folder: Path, which: str) -> Path:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Rename what is newer than `step`, where a run goes on: it is damaged, and no number of it may
-    count again.
+    """Rename what is newer than `step`, from which a run resumes: it is damaged.
 
     Raises CheckpointError when the disk refuses.
     """
@@ -190,8 +187,7 @@ def set_aside(folder: Path, step: int) -> None:
 
 
 def prune(folder: Path, keep_last: int, best: int | None, saved: int) -> None:
-    """Remove all but the newest `keep_last` complete checkpoints up to step `saved` and the one of
-    step `best`.
+    """Remove old checkpoints: the newest `keep_last` and that of step `best` stay.
 
     `saved` is the step that was just written: it stays, and nothing newer counts. Raises
     CheckpointError when the disk refuses.

@@ -149,11 +149,10 @@ class RunFolder:
         return load_config(str(self.config), overrides)
 
     def prepare(self, config: Config, deepspeed_config: str | None) -> None:
-        """Make the folder and write configuration, DeepSpeed JSON (already checked), versions and
-        environment into it.
+        """Make the folder and write into it what is known of the run before it begins.
 
-        A DONE.json is removed first: call it only for a run that is to go on. Raises ConfigError as
-        `check` does.
+        `deepspeed_config` is the path of a checked DeepSpeed file. A DONE.json is removed first:
+        call it only for a run that is to go on. Raises ConfigError as `check` does.
         """
         self.check(config)
         try:
@@ -184,9 +183,7 @@ class RunFolder:
             )
 
     def is_done(self, config: Config) -> bool:
-        """Whether the folder's run is done and `config` asks for no more steps; raises as `check`
-        does.
-        """
+        """Whether the run is done and `config` asks for no more steps; raises as `check` does."""
         self.check(config)
         if not self.done.is_file():
             return False

@@ -27,8 +27,9 @@ _started: list[str] = []  # name of this start, the same on every rank, once the
 
 
 def join(config: Config, folder: RunFolder) -> World:
-    """Start the process group; the ranks agree on a name for this start, under which the first that
-    fails speaks.
+    """Start the process group and agree on a name for this start.
+
+    Under it the first rank that fails speaks for all.
     """
     from spt_ds import dist
 
@@ -91,9 +92,7 @@ def _explained(error: Exception) -> tuple[str, bool]:
 
 
 def exit_with(code: int) -> None:
-    """End the process now: after a failure, communication threads that wait for a dead peer must
-    not hold it.
-    """
+    """End the process now, even where a thread still waits for a dead rank."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -116,9 +115,7 @@ def _keep_traceback(folder: RunFolder | None, text: str) -> Path | None:
 
 
 def _speak(folder: RunFolder | None, message: str, host: str = "") -> None:
-    """Print `message` unless another rank of this start has spoken already; with `host`, another
-    rank of that host.
-    """
+    """Print `message` unless another rank of this start (with `host`: of that host) has spoken."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if not _started:
             # Nobody has met: the configuration fails alike on all ranks of a host, what comes after

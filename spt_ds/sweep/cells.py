@@ -122,8 +122,7 @@ class Cell:
 def load_cells(
     path: Path, out: Path | None = None, overrides: Sequence[str] = ()
 ) -> tuple[Path, list[Cell]]:
-    """Read a sweep file; return the folder of the sweep and its cells, each with its checked
-    configuration.
+    """Read a sweep file; return its folder and its cells with their configurations.
 
     `overrides` (`key.path=value`) hold in every cell. Raises ConfigError for whatever makes a cell
     unusable, also for a run folder that holds another training.
@@ -185,9 +184,7 @@ def _cells(
 
 
 def _check_same_test(path: Path, cells: Sequence[Cell]) -> None:
-    """One table compares replies to the same examples: better to hear it now than when all cells
-    are trained.
-    """
+    """Check that all cells answer the same examples, before any of them is trained."""
     for key in ("test", "max_test_examples"):
         values = {repr(getattr(cell.config.data, key)): cell.folder.name for cell in cells}
         if len(values) > 1:

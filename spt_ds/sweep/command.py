@@ -1,5 +1,4 @@
-"""`spt-ds sweep FILE`: train, generate and evaluate every cell of a grid, then make one table of
-them all.
+"""`spt-ds sweep FILE`: train, generate and evaluate every cell of a grid, in one table.
 
 A cell is one configuration. Cells of one row differ in their seed alone, and the table gives a
 row's mean and standard deviation. What is finished is not repeated, what was begun goes on: the run
@@ -106,8 +105,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def write_table(root: Path, cells: Sequence[Cell], failures: dict[str, str]) -> list[Path]:
-    """Write `table.{json,csv,md,tex}` of the finished cells, the others named in it; return the
-    paths.
+    """Write `table.{json,csv,md,tex}` of the finished cells; return the paths.
+
+    The other cells are named in it.
 
     `failures` tells by folder name why a cell failed. Raises SptError where cells cannot be
     compared.

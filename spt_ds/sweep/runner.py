@@ -1,5 +1,6 @@
-"""Runs the cells of a sweep on this machine; each step of a cell is a process, or several by
-DeepSpeed's launcher.
+"""Runs the cells of a sweep on this machine.
+
+Each step of a cell is a process, or several by DeepSpeed's launcher.
 """
 
 from __future__ import annotations
@@ -30,9 +31,8 @@ class Runner:
     def __init__(self, jobs: int, ranks: int) -> None:
         """Raises EngineError when there are GPUs, but too few."""
         self._jobs, self._ranks = jobs, ranks
-        self._slots: queue.SimpleQueue[tuple[str, ...]] = (
-            queue.SimpleQueue()
-        )  # GPUs of each job; none on a CPU
+        # The GPUs of each job; none on a CPU.
+        self._slots: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()
         for devices in _share_out(jobs, ranks):
             self._slots.put(devices)
         self._lock = threading.Lock()
@@ -100,9 +100,8 @@ class Runner:
                 begin = log.tell()
                 if not cell.trained:
                     code = self._call(self._launched(train, devices), log, devices)
-                    if (
-                        not cell.trained
-                    ):  # the file tells the truth, a launcher's exit code does not
+                    # The file tells the truth, a launcher's exit code does not.
+                    if not cell.trained:
                         return _why(code, "training", path, begin)
                 code = self._call(self._launched(generate, devices), log, devices)
                 if code or not written.is_file():
