@@ -57,6 +57,7 @@ EXTRAS["dev"] = [
     "pytest-xdist>=3.6",
     "build>=1.2",
     "hypothesis>=6.100",
+    "scipy>=1.13",  # the oracle of intervals and p-values
     "ruff>=0.9",
     "mypy>=1.11",
     "types-PyYAML",

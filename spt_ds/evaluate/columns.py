@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -12,6 +13,8 @@ class Metric:
     key: str
     label: str
     meaning: str
+    most: float = 100.0
+    """The largest value that there can be."""
 
 
 METRICS = (
@@ -27,13 +30,18 @@ METRICS = (
     Metric("dist2", "DIST-2", "distinct over total bigrams of all replies, %"),
     Metric("f1_parlai", "F1-ParlAI", "word overlap after ParlAI's normalisation, %"),
     Metric("dist3", "DIST-3", "distinct over total trigrams of all replies, %"),
-    Metric("ead1", "EAD-1", "distinct over expected distinct words, %"),
-    Metric("ead2", "EAD-2", "distinct over expected distinct bigrams, %"),
-    Metric("ppl_token", "PPL/token", "perplexity of the reference per token; lower is better"),
-    Metric("ppl_word", "PPL/word", "perplexity of the reference per word; lower is better"),
-    Metric("reply_words", "words", "mean words per reply"),
+    Metric("ead1", "EAD-1", "distinct over expected distinct words, %", math.inf),
+    Metric("ead2", "EAD-2", "distinct over expected distinct bigrams, %", math.inf),
+    Metric(
+        "ppl_token", "PPL/token", "perplexity per token of the reference, low is good", math.inf
+    ),
+    Metric(
+        "ppl_word", "PPL/word", "perplexity of the reference per word; lower is better", math.inf
+    ),
+    Metric("reply_words", "words", "mean words per reply", math.inf),
     Metric("empty_replies", "empty %", "replies without a word, %"),
-    Metric("prompt_entropy", "prompt H", "normalised entropy of the prompts' use, 0 to 1"),
+    Metric("prompt_entropy", "prompt H", "normalised entropy of the prompts' use, 0 to 1", 1.0),
 )
+METRIC_OF = {metric.key: metric for metric in METRICS}
 PAPER_COLUMNS = tuple(metric.key for metric in METRICS[:10])
 WIDE_COLUMNS = (*PAPER_COLUMNS, "ead1", "ead2", "ppl_token")  # of a table with a system in each row

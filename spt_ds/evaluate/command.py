@@ -23,14 +23,7 @@ from spt_ds.run.predictions import read_predictions
 
 def main(argv: Sequence[str]) -> int:
     """Score, print and write; return the exit code."""
-    parser = _parser()
-
-    def work(args: argparse.Namespace) -> None:
-        if args.against is not None and args.bootstrap == 0:
-            parser.error("--against needs resamples: leave --bootstrap out or give 1 or more")
-        _run(args)
-
-    return run_command(parser, argv, work)
+    return run_command(_parser(), argv, _run)
 
 
 def long_table(scores: Scores, against: dict[str, Paired] | None = None) -> Table:
@@ -49,11 +42,7 @@ def long_table(scores: Scores, against: dict[str, Paired] | None = None) -> Tabl
         row: list[Cell] = [metric.label, scores.values[metric.key], *interval]
         if against is not None:
             pair = against.get(metric.key)
-            row += (
-                [None] * 4
-                if pair is None
-                else [pair.difference, pair.low, pair.high, f"{pair.p:.4f}"]
-            )
+            row += [None] * 4 if pair is None else [pair.difference, pair.low, pair.high, _p(pair)]
         rows.append(row)
     return Table(columns, rows)
 
@@ -76,7 +65,7 @@ def wide_table(name: str, scores: Scores, against: dict[str, Paired] | None = No
         rows.append(
             ["difference", *(None if pair is None else f"{pair.difference:+.2f}" for pair in pairs)]
         )
-        rows.append(["p", *(None if pair is None else f"{pair.p:.4f}" for pair in pairs)])
+        rows.append(["p", *(None if pair is None else _p(pair) for pair in pairs)])
     return Table(["system", *(metric.label for metric in columns)], rows)
 
 
@@ -90,10 +79,10 @@ def notes(scores: Scores) -> list[str]:
         f"{settings.examples} examples of {settings.dialogues} dialogues; BLEU"
         f" {settings.bleu_signature}"
     ]
-    if settings.resamples and not scores.intervals:
+    if settings.dialogues == 1:
         lines.append(
-            "intervals skipped: all examples are of one dialogue, and dialogues are what is"
-            " resampled"
+            "intervals skipped: all examples are of one dialogue, and intervals tell how dialogues"
+            " differ"
         )
     if scores.prompt_counts:
         lines.append(
@@ -130,16 +119,6 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument(
-        "--bootstrap",
-        type=at_least(0),
-        default=1000,
-        metavar="N",
-        help="resamples for intervals and p-values; 0 for none (default %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=at_least(0), default=0, help="seed of the resampling (default %(default)s)"
-    )
-    parser.add_argument(
         "--ead-vocabulary",
         type=at_least(2),
         default=OPT_VOCABULARY,
@@ -151,22 +130,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> None:
     metrics = corpus_metrics(read_predictions(args.predictions), args.ead_vocabulary)
-    scores = scores_of(metrics, resamples=args.bootstrap, seed=args.seed)
+    scores = scores_of(metrics)
     data, pairs = scores.to_json(), None
     if args.against is not None:
         other = corpus_metrics(read_predictions(args.against), args.ead_vocabulary)
-        pairs = metrics.against(other, args.bootstrap, args.seed)
+        pairs = metrics.against(other)
         data["against"] = {
             "predictions_sha256": other.file.sha256,
             "metrics": {key: asdict(pair) for key, pair in pairs.items()},
         }
     table = long_table(scores, pairs)
-    print(table.text())
-    print("\n".join(notes(scores)))
     folder = args.out or metrics.file.path.parent
     home = metrics.file.path.resolve().parent
     name = (home.parent if home == RunFolder(home.parent).replies.path else home).name
     paths = tables.write_files(
         folder, "scores", data, long=table, wide=wide_table(name, scores, pairs)
     )
-    print("written: " + " ".join(map(str, paths)))
+    # Printed last: a reader that closes the pipe, such as `head`, must not cost the files.
+    print(table.text())
+    print("\n".join([*notes(scores), "written: " + " ".join(map(str, paths))]))
+
+
+def _p(pair: Paired) -> str:
+    return f"{pair.p:.4f}" if pair.p >= 0.0001 else "< 0.0001"

@@ -42,6 +42,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _compare(args: argparse.Namespace) -> None:
     result = compare(args.runs, args.baseline)
+    paths: list[Path] = []
+    if args.out is not None:
+        paths = tables.write_files(
+            args.out, "compare", result.to_json(), result.long(), result.wide()
+        )
+    # Printed last: a reader that closes the pipe, such as `head`, must not cost the files.
     print(result.wide().text())
     for group in result.groups[1:]:
         gain = result.diversity_gain(group)
@@ -51,8 +57,5 @@ def _compare(args: argparse.Namespace) -> None:
                 f" {gain:+.1f} %"
             )
     print("".join(f"{note}\n" for note in result.notes), end="")
-    if args.out is not None:
-        paths = tables.write_files(
-            args.out, "compare", result.to_json(), result.long(), result.wide()
-        )
+    if paths:
         print("written: " + " ".join(map(str, paths)))

@@ -10,7 +10,7 @@ import numpy as np
 
 from spt_ds.errors import DataError
 from spt_ds.evaluate import rouge_bert, significance, text_metrics
-from spt_ds.evaluate.columns import METRICS
+from spt_ds.evaluate.columns import METRIC_OF, METRICS
 from spt_ds.evaluate.significance import Paired
 from spt_ds.evaluate.statistic import Distinct, Statistic, Sums, grouped, mean, ratio
 from spt_ds.evaluate.text_metrics import Floats
@@ -34,18 +34,17 @@ class CorpusMetrics:
     """Metric families that could not be computed, and how to mend it."""
     ead_vocabulary: int
 
-    def intervals(self, resamples: int, seed: int) -> dict[str, tuple[float, float]]:
-        """The 95 % interval of each metric; empty for no resamples and for a single dialogue."""
-        if not resamples or max(self.file.units) == 0:
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """The 95 % interval of each metric; empty for a single dialogue."""
+        if max(self.file.units) == 0:
             return {}
         return {
-            key: significance.interval(statistic, resamples, seed)
+            key: significance.interval(statistic, METRIC_OF[key].most)
             for key, statistic in self.statistics.items()
         }
 
-    def against(self, other: CorpusMetrics, resamples: int, seed: int) -> dict[str, Paired]:
-        """Compare with another file of the same examples, metric by metric: this one minus the
-        other.
+    def against(self, other: CorpusMetrics) -> dict[str, Paired]:
+        """Compare with another file of the same examples: this one minus the other, by metric.
 
         Raises DataError when the examples differ or all are of one dialogue.
         """
@@ -60,8 +59,7 @@ class CorpusMetrics:
             key for key in self.statistics if key in other.statistics and key != "prompt_entropy"
         ]
         return {
-            key: significance.paired(self.statistics[key], other.statistics[key], resamples, seed)
-            for key in shared
+            key: significance.paired(self.statistics[key], other.statistics[key]) for key in shared
         }
 
 

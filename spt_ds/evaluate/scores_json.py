@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 import spt_ds
 from spt_ds.display import printable, shortened
 from spt_ds.errors import DataError
-from spt_ds.evaluate import text_metrics
+from spt_ds.evaluate import significance, text_metrics
 from spt_ds.evaluate.corpus_metrics import (
     OPT_VOCABULARY,
     CorpusMetrics,
@@ -36,10 +36,9 @@ class Settings:
     """Digest of ids and references: equal means the same examples."""
     bleu_signature: str
     ead_vocabulary: int
-    resamples: int
-    """Draws behind the intervals; 0 where there are none."""
-    seed: int
     versions: dict[str, str]
+    interval_method: str = "percentile bootstrap"
+    """How intervals were made; files of version 0.1.0 do not say it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Scores:
 
     values: dict[str, float]
     intervals: dict[str, tuple[float, float]]
-    """95 % intervals."""
+    """95 % intervals; empty where all examples are of one dialogue."""
     prompt_counts: list[int]
     """How often each prompt of the bank spoke; empty where none was chosen."""
     lengths: dict[str, dict[str, float]]
@@ -62,23 +61,20 @@ class Scores:
         return asdict(self)
 
 
-def evaluate(
-    path: str | Path, *, resamples: int = 0, seed: int = 0, ead_vocabulary: int = OPT_VOCABULARY
-) -> Scores:
-    """Score a predictions file, or the folder that holds one; `resamples` > 0 adds 95 % intervals.
+def evaluate(path: str | Path, *, ead_vocabulary: int = OPT_VOCABULARY) -> Scores:
+    """Score a predictions file, or the folder that holds one.
 
     Raises DataError for a file that cannot be used.
     """
-    metrics = corpus_metrics(read_predictions(path), ead_vocabulary)
-    return scores_of(metrics, resamples=resamples, seed=seed)
+    return scores_of(corpus_metrics(read_predictions(path), ead_vocabulary))
 
 
-def scores_of(metrics: CorpusMetrics, *, resamples: int = 0, seed: int = 0) -> Scores:
+def scores_of(metrics: CorpusMetrics) -> Scores:
     """Turn the metrics of a file into its scores."""
     file = metrics.file
     return Scores(
         values={key: statistic.value() for key, statistic in metrics.statistics.items()},
-        intervals=metrics.intervals(resamples, seed),
+        intervals=metrics.intervals(),
         prompt_counts=(
             []
             if "prompt use" in metrics.skipped
@@ -93,9 +89,8 @@ def scores_of(metrics: CorpusMetrics, *, resamples: int = 0, seed: int = 0) -> S
             data_sha256=file.data_sha256,
             bleu_signature=text_metrics.bleu_signature(),
             ead_vocabulary=metrics.ead_vocabulary,
-            resamples=resamples,
-            seed=seed,
             versions={"spt-ds": spt_ds.__version__, **_versions()},
+            interval_method=significance.METHOD,
         ),
     )
 

@@ -1,22 +1,25 @@
-"""A corpus metric as a statistic of units, so that it can be computed again for other units.
+"""A corpus metric as a statistic of units, so that it can be computed again without some of them.
 
 The units are the examples, or groups of them (`grouped`) such as the turns of one dialogue, which
 share a persona and are no independent draws. A metric has one of two forms. `Sums` is a function of
 sums over units: F1, BLEU, ROUGE, perplexity and others. `Distinct` is a function of how many
 distinct n-grams the units hold together, which is no sum: DIST and EAD.
 
-Shape letters: U units, C columns, R resamples.
+Shape letters: U units, C columns, R rows of sums, G n-grams.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spt_ds.evaluate.text_metrics import Floats
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,21 @@ class Sums:
         """The metric over all units."""
         return float(self.finish(self.rows.sum(axis=0, keepdims=True))[0])
 
+    def leave_one_out(self) -> Floats:
+        """The metric `[U]` over all units but one, for each one."""
+        return self.finish(self.rows.sum(axis=0) - self.rows)
+
+    def of(self, units: Sequence[int]) -> Sums:
+        """The same metric of these units, which may repeat."""
+        return Sums(self.rows[units], self.finish)
+
 
 @dataclass(frozen=True)
 class Distinct:
-    """N-grams of each unit; `finish` turns (distinct, total) into values of the same shape."""
+    """N-grams of each unit; `finish` turns (distinct, total) into values of the same shape.
+
+    It must be proportional to the first of the two.
+    """
 
     grams: Sequence[Sequence[str]]
     finish: Callable[[Floats, Floats], Floats]
@@ -50,8 +64,49 @@ class Distinct:
 
     def value(self) -> float:
         """The metric over all units."""
-        flat = [gram for unit in self.grams for gram in unit]
-        return float(self.finish(*as_arrays(len(set(flat)), len(flat))))
+        return float(self.finish(np.asarray(float(self._distinct)), np.asarray(self._total)))
+
+    def value_of_one_more(self) -> float:
+        """By how much one more distinct n-gram among as many raises the metric."""
+        return float(self.finish(np.asarray(1.0), np.asarray(self._total)))
+
+    def leave_one_out(self) -> Floats:
+        """The metric `[U]` over all units but one, for each one."""
+        # Without a unit, the n-grams that no other unit holds are gone.
+        lost = np.bincount(self.shared_by(1)[:, 0], minlength=self.units)
+        sizes = np.asarray([len(unit) for unit in self.grams])
+        return self.finish(
+            (self._distinct - lost).astype(np.float64), (self._total - sizes).astype(np.float64)
+        )
+
+    def shared_by(self, count: int) -> Ints:
+        """For each n-gram that exactly `count` units hold, those units `[G, count]`, ascending."""
+        holders, starts, counts = self._holders
+        first = starts[counts == count]
+        return holders[first[:, None] + np.arange(count)]
+
+    def of(self, units: Sequence[int]) -> Distinct:
+        """The same metric of these units, which may repeat."""
+        return Distinct([self.grams[unit] for unit in units], self.finish)
+
+    @cached_property
+    def _holders(self) -> tuple[Ints, Ints, Ints]:
+        """The units that hold each n-gram, one n-gram after another; its start there; how many."""
+        known: dict[str, int] = {}
+        ids = [known.setdefault(gram, len(known)) for unit in self.grams for gram in unit]
+        owners = np.repeat(np.arange(self.units), [len(unit) for unit in self.grams])
+        # One number for n-gram and unit: it sorts by n-gram first, and repeats in a unit go.
+        pairs = np.unique(np.asarray(ids, dtype=np.int64) * self.units + owners)
+        counts = np.bincount(pairs // self.units, minlength=len(known))
+        return pairs % self.units, np.cumsum(counts) - counts, counts
+
+    @property
+    def _distinct(self) -> int:
+        return len(self._holders[2])
+
+    @property
+    def _total(self) -> int:
+        return sum(map(len, self.grams))
 
 
 Statistic = Sums | Distinct
@@ -81,35 +136,3 @@ def grouped(statistic: Statistic, groups: Sequence[int]) -> Statistic:
     for group, own in zip(groups, statistic.grams, strict=True):
         grams[group].extend(own)
     return Distinct(grams, statistic.finish)
-
-
-def as_arrays(distinct: int, total: int) -> tuple[Floats, Floats]:
-    """Two counts as arrays without dimensions, which `Distinct.finish` takes."""
-    return np.asarray(float(distinct)), np.asarray(float(total))
-
-
-def numbered(
-    grams: Sequence[Sequence[str]], known: dict[str, int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Number every n-gram in `known`.
-
-    Return the numbers `[C]` of all n-grams, repeats included, and the unit of each `[C]`.
-    """
-    ids = [known.setdefault(gram, len(known)) for unit in grams for gram in unit]
-    owner = np.repeat(np.arange(len(grams)), [len(unit) for unit in grams])
-    return np.asarray(ids, dtype=np.int64), owner
-
-
-def leave_one_out(statistic: Distinct) -> Floats:
-    """The metric `[U]` over all units but one, for each one."""
-    known: dict[str, int] = {}
-    ids, owner = numbered(statistic.grams, known)
-    pairs = np.unique(ids * statistic.units + owner)  # each n-gram once per unit that holds it
-    holders = np.bincount(pairs // statistic.units, minlength=len(known))
-    # Without a unit, the n-grams that no other unit holds are gone.
-    alone = holders[pairs // statistic.units] == 1
-    lost = np.bincount((pairs % statistic.units)[alone], minlength=statistic.units)
-    size = np.bincount(owner, minlength=statistic.units)
-    return statistic.finish(
-        (len(known) - lost).astype(np.float64), (len(ids) - size).astype(np.float64)
-    )

@@ -66,7 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (codes,) = run_ranks(1, train_and_generate, jobs, timeout_s=400)
     assert codes == [EXIT_DONE] * len(jobs)
     for run in found.values():
-        assert command.main([str(run), "--bootstrap", "10"]) == 0
+        assert command.main([str(run)]) == 0
     return found
 
 

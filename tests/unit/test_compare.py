@@ -178,7 +178,7 @@ def test_a_metric_counts_only_where_all_seeds_have_it(tmp_path: Path) -> None:
 def test_scores_count_only_with_their_predictions(
     runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert command.main([str(runs["base"]), "--bootstrap", "0"]) == 0
+    assert command.main([str(runs["base"])]) == 0
     expected = f1(runs["base"])
     with monkeypatch.context() as patch:
         patch.setattr(scores_json, "evaluate", lambda path: pytest.fail("scored again"))
@@ -237,7 +237,7 @@ def test_runs_on_other_examples_are_refused(runs: dict[str, Path], tmp_path: Pat
 
 
 def test_runs_scored_otherwise_are_refused(runs: dict[str, Path]) -> None:
-    assert command.main([str(runs["spt0"]), "--bootstrap", "0", "--ead-vocabulary", "32000"]) == 0
+    assert command.main([str(runs["spt0"]), "--ead-vocabulary", "32000"]) == 0
     with pytest.raises(DataError, match="ead_vocabulary is 32000, but 50265 in the baseline"):
         compare([runs["spt0"]], runs["base"])
 

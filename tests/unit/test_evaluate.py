@@ -16,8 +16,8 @@ import pytest
 
 from spt_ds import cli
 from spt_ds.errors import DataError
-from spt_ds.evaluate import command, rouge_bert, text_metrics
-from spt_ds.evaluate.columns import METRICS, PAPER_COLUMNS
+from spt_ds.evaluate import command, rouge_bert, significance, text_metrics
+from spt_ds.evaluate.columns import METRIC_OF, METRICS, PAPER_COLUMNS
 from spt_ds.evaluate.corpus_metrics import corpus_metrics
 from spt_ds.evaluate.scores_json import evaluate, load_scores
 from spt_ds.evaluate.tables import Table
@@ -47,7 +47,7 @@ def test_scores_of_a_file_are_those_of_its_cleaned_replies(tmp_path: Path) -> No
     expected_entropy = -(0.6 * np.log(0.6) + 2 * 0.2 * np.log(0.2)) / np.log(4)
     assert found.values["prompt_entropy"] == pytest.approx(expected_entropy)
     assert found.lengths["new_tokens"] == {"mean": 6.0, "min": 4.0, "median": 6.0, "max": 8.0}
-    assert (found.settings.examples, found.settings.dialogues, found.intervals) == (5, 3, {})
+    assert (found.settings.examples, found.settings.dialogues) == (5, 3)
     order = [metric.key for metric in METRICS]
     assert [order.index(key) for key in found.values] == sorted(
         order.index(key) for key in found.values
@@ -93,20 +93,20 @@ def test_a_file_without_prompt_or_nll_says_what_it_lacks(tmp_path: Path) -> None
     assert not {"ppl_token", "prompt_entropy"} & found.values.keys()
 
 
-def test_intervals_are_seeded_and_hold_the_value(tmp_path: Path) -> None:
+def test_intervals_hold_the_value_and_stay_within_the_scale(tmp_path: Path) -> None:
     path = write(tmp_path / "predictions.jsonl", lines())
-    first, again, other = (evaluate(path, resamples=200, seed=seed) for seed in (0, 0, 1))
-    assert first == again
-    assert first.intervals["f1_spt"] != other.intervals["f1_spt"]
-    assert first.intervals.keys() == first.values.keys()
-    for key in ("f1_spt", "dist1", "reply_words"):
-        low, high = first.intervals[key]
-        assert low < first.values[key] < high
+    scores = evaluate(path)
+    assert scores == evaluate(path)  # nothing is drawn at random
+    assert scores.intervals.keys() == scores.values.keys()
+    for key, (low, high) in scores.intervals.items():
+        assert low <= scores.values[key] <= high <= METRIC_OF[key].most
+    assert scores.intervals["empty_replies"][1] > 90.0  # three dialogues tell little
+    assert scores.settings.interval_method == significance.METHOD
 
 
 def test_one_dialogue_has_no_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "predictions.jsonl", lines()[:2])
-    assert evaluate(path, resamples=50).intervals == {}
+    assert evaluate(path).intervals == {}
     assert command.main([str(path)]) == 0
     assert "intervals skipped: all examples are of one dialogue" in capsys.readouterr().out
     assert command.main([str(path), "--against", str(path)]) == 2
@@ -136,8 +136,6 @@ def test_command_writes_json_csv_markdown_and_latex(
                 str(tmp_path / "out"),
                 "--against",
                 str(other),
-                "--bootstrap",
-                "50",
             ]
         )
         == 0
@@ -148,7 +146,7 @@ def test_command_writes_json_csv_markdown_and_latex(
     assert data["against"]["metrics"]["f1_spt"]["difference"] == pytest.approx(
         100 * (2 * 2 / 7 - 1) / 5
     )
-    assert load_scores(tmp_path / "out" / "scores.json") == evaluate(path, resamples=50)
+    assert load_scores(tmp_path / "out" / "scores.json") == evaluate(path)
     table = list(csv.DictReader((tmp_path / "out" / "scores.csv").open()))
     assert (table[0]["metric"], float(table[0]["value"])) == ("F1", f1)
     head, _, values, _, difference, p = (tmp_path / "out" / "scores.md").read_text().splitlines()
@@ -170,8 +168,8 @@ def test_command_writes_json_csv_markdown_and_latex(
         f"scores.{end}" for end in ("json", "csv", "md", "tex")
     }
     assert [file.name for file in path.parent.iterdir()] == ["predictions.jsonl"]
-    assert command.main([str(path.parent), "--bootstrap", "0"]) == 0
-    assert json.loads((path.parent / "scores.json").read_text())["intervals"] == {}
+    assert command.main([str(path.parent)]) == 0
+    assert load_scores(path.parent / "scores.json") == evaluate(path)
 
 
 def test_against_is_antisymmetric_and_even_with_itself(tmp_path: Path) -> None:
@@ -179,14 +177,14 @@ def test_against_is_antisymmetric_and_even_with_itself(tmp_path: Path) -> None:
     theirs = corpus_metrics(
         read_predictions(write(tmp_path / "b.jsonl", changed(set_field(1, "raw", "i like dogs ."))))
     )
-    there, back = ours.against(theirs, 200, seed=0), theirs.against(ours, 200, seed=0)
+    there, back = ours.against(theirs), theirs.against(ours)
     for key in ("f1_spt", "bleu", "dist1", "ead2"):
         assert there[key].difference == pytest.approx(
             ours.statistics[key].value() - theirs.statistics[key].value()
         )
         assert there[key].difference == pytest.approx(-back[key].difference)
         assert there[key].p == back[key].p
-    itself = ours.against(ours, 200, seed=0)
+    itself = ours.against(ours)
     assert {(pair.difference, pair.p) for pair in itself.values()} == {(0.0, 1.0)}
 
 
@@ -196,17 +194,16 @@ def test_systems_with_banks_of_two_sizes_can_be_compared(tmp_path: Path) -> None
         row.update(prompt=0, scores=[0.5])
     one = corpus_metrics(read_predictions(write(tmp_path / "a.jsonl", rows)))
     four = corpus_metrics(read_predictions(write(tmp_path / "b.jsonl", lines())))
-    found = four.against(one, 20, seed=0)
+    found = four.against(one)
     assert found.keys() == four.statistics.keys() - {"prompt_entropy"}
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--bootstrap", "-1"],
-        ["--bootstrap", "x"],
         ["--ead-vocabulary", "1"],
-        ["--against", "x", "--bootstrap", "0"],
+        ["--ead-vocabulary", "x"],
+        ["--against"],
     ],
 )
 def test_wrong_arguments_end_with_code_2(
@@ -222,7 +219,7 @@ def test_a_folder_that_cannot_be_written_is_a_users_fault(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / "predictions.jsonl", lines())
-    assert command.main([str(path), "--bootstrap", "0", "--out", str(path)]) == 2
+    assert command.main([str(path), "--out", str(path)]) == 2
     assert "give another folder with --out" in capsys.readouterr().err
 
 
@@ -245,9 +242,7 @@ def test_missing_libraries_are_said_with_the_way_to_install_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rouge_bert, "find_spec", lambda name: None)
-    assert (
-        command.main([str(write(tmp_path / "predictions.jsonl", lines())), "--bootstrap", "0"]) == 0
-    )
+    assert command.main([str(write(tmp_path / "predictions.jsonl", lines()))]) == 0
     shown = capsys.readouterr().out
     assert (
         "ROUGE skipped: package rouge-score is not installed; install it with: pip install"
@@ -390,7 +385,7 @@ def test_scoring_a_file_needs_no_torch(tmp_path: Path) -> None:
     path = write(tmp_path / "predictions.jsonl", lines())
     code = (
         f"import sys\nfrom spt_ds.cli import main\nassert main(['evaluate', {str(path)!r},"
-        " '--bootstrap', '10']) == 0\nprint('torch' in sys.modules)"
+        "]) == 0\nprint('torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120

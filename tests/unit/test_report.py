@@ -153,7 +153,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`full` has everything, `other` another bank size, `bare` only its configuration."""
     root = tmp_path_factory.mktemp("runs")
     full = make_run(root / "full")
-    assert evaluate([str(full), "--bootstrap", "20"]) == 0
+    assert evaluate([str(full)]) == 0
     other = make_run(root / "other", config="name: other\nprompts: {count: 3}\n", replies=False)
     bare = root / "bare"
     bare.mkdir()
@@ -289,7 +289,7 @@ def test_runs_that_answered_different_examples_are_told_apart(
     folder = make_run(tmp_path / "different")
     path = folder / "generate" / "predictions.jsonl"
     path.write_text(path.read_text().replace("i like my two dogs", "we all like cats"))
-    assert evaluate([str(folder), "--bootstrap", "0"]) == 0
+    assert evaluate([str(folder)]) == 0
     said = "answered different examples"
     assert said in text_scores(read_runs([runs["full"], folder]))
     assert said not in text_scores(read_runs([runs["full"]]))

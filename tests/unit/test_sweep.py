@@ -47,7 +47,7 @@ mkdir -p "$folder/generate"
 case "$*" in
 *spt_ds.train*) echo '{}' > "$folder/DONE.json" ;;
 *spt_ds.generate*) cp "$PREDICTIONS" "$folder/generate/predictions.jsonl" ;;
-*evaluate*) exec "$PYTHON" "$@" --bootstrap 0 ;;
+*evaluate*) exec "$PYTHON" "$@" ;;
 esac
 """
 LINE = {"id": "a", "dialogue_id": "a", "reference": "i like tea", "raw": "i like tea a lot"}
