@@ -33,7 +33,7 @@ METRICS = (
     Metric("ead1", "EAD-1", "distinct over expected distinct words, %", math.inf),
     Metric("ead2", "EAD-2", "distinct over expected distinct bigrams, %", math.inf),
     Metric(
-        "ppl_token", "PPL/token", "perplexity per token of the reference, low is good", math.inf
+        "ppl_token", "PPL/token", "perplexity of the reference per token; lower is better", math.inf
     ),
     Metric(
         "ppl_word", "PPL/word", "perplexity of the reference per word; lower is better", math.inf

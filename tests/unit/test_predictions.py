@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from spt_ds.errors import DataError
+from spt_ds.evaluate.scores_json import Scores, evaluate
 from spt_ds.run.predictions import check_same_examples, read_predictions
 from tests.helpers.predictions import changed, drop_field, lines, set_field, write
 
@@ -121,3 +126,87 @@ def test_data_digest_knows_examples_and_not_replies(tmp_path: Path) -> None:
     shorter = read_predictions(write(tmp_path / "d.jsonl", lines()[:4]))
     with pytest.raises(DataError, match=r"d\.jsonl: 4 examples, but 5 in"):
         check_same_examples(base, shorter)
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b'{"index": ' + b"9" * 5000 + b"}", "a number of 5000 digits"),
+        (b'{"scores": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested deeper than"),
+        (b'{"raw": "caf\xe9"}', "not UTF-8 text (byte 12 of the line)"),
+        (b'{"raw": "\\ud83d and no more"}', "half a surrogate pair"),
+        (b"\x00" * 1000, "not JSON at column 1"),
+        (json.dumps({LONG: 1}).encode(), "field 'index' is missing"),
+        (GOOD_LINE.replace(b'"a-0"', json.dumps([LONG]).encode()), "field 'id' is ['xxx"),
+        (GOOD_LINE.replace(b'"index": 0', b'"index": ' + b"9" * 250), "index a number of 831 bits"),
+    ],
+)
+def test_what_breaks_a_reader_is_one_short_error(line: bytes, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_bytes(line + b"\n")
+    with pytest.raises(DataError) as caught:
+        read_predictions(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:1: ")
+    assert told in message
+    assert len(message) < len(str(path)) + 500
+    assert message.isprintable()
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**250, -(10**250), 2**53, 2**53 + 1, 4096])
+    | st.floats()
+    | st.text(max_size=20)
+    | st.characters(categories=["Cs", "Cc", "Cf", "Zs"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+
+
+def refusal(path: Path, scored: bool) -> str:
+    """The message with which a file is refused, or an empty one."""
+    try:
+        scores = evaluate(path) if scored else read_predictions(path)
+    except DataError as error:
+        return str(error)
+    if isinstance(scores, Scores):
+        assert all(math.isfinite(value) for value in scores.values.values())
+        json.dumps(scores.to_json(), allow_nan=False)
+    return ""
+
+
+FUZZ = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@FUZZ
+@given(st.sampled_from(sorted(lines()[0])), st.integers(0, 4), VALUES)
+def test_any_value_in_a_field_is_scored_or_named(
+    tmp_path: Path, name: str, row: int, value: Any
+) -> None:
+    path = tmp_path / "predictions.jsonl"
+    rows = changed(set_field(row, name, value))
+    path.write_text("".join(json.dumps(line) + "\n" for line in rows), encoding="utf-8")
+    if message := refusal(path, scored=True):
+        assert re.match(rf"{re.escape(str(path))}:[1-5]: ", message)
+        assert message.isprintable()
+        assert len(message) < len(str(path)) + 700
+
+
+@FUZZ
+@given(st.binary(max_size=60), st.integers(0, 300), st.integers(0, 40))
+def test_damaged_bytes_are_read_or_named(
+    tmp_path: Path, inserted: bytes, start: int, removed: int
+) -> None:
+    path = tmp_path / "predictions.jsonl"
+    whole = b"".join(json.dumps(line).encode() + b"\n" for line in lines()[:2])
+    path.write_bytes(whole[:start] + inserted + whole[start + removed :])
+    if message := refusal(path, scored=False):
+        assert re.match(rf"{re.escape(str(path))}(:\d+)?: ", message)

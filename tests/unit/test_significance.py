@@ -103,7 +103,7 @@ def test_the_p_value_of_f1_is_near_that_of_scipys_permutation_test() -> None:
     assert paired(mean(first), mean(second)).p == pytest.approx(expected.pvalue, abs=0.02)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(words, min_size=2, max_size=6), st.integers(1, 2))
 def test_leave_one_out_is_dist_of_the_others(replies: list[str], n: int) -> None:
     others = [replies[:unit] + replies[unit + 1 :] for unit in range(len(replies))]
@@ -111,7 +111,7 @@ def test_leave_one_out_is_dist_of_the_others(replies: list[str], n: int) -> None
     assert distinct(replies, n).leave_one_out().tolist() == pytest.approx(expected)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(numbers, st.randoms(use_true_random=False))
 def test_leave_one_out_of_sums_is_the_metric_of_the_others(
     values: list[float], rng: random.Random
@@ -184,7 +184,7 @@ def test_grouping_keeps_the_value_and_widens_the_interval_of_dependent_rows() ->
     )
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(numbers, numbers)
 def test_an_interval_and_its_p_value_never_contradict(one: list[float], two: list[float]) -> None:
     size = min(len(one), len(two))
@@ -194,7 +194,7 @@ def test_an_interval_and_its_p_value_never_contradict(one: list[float], two: lis
         assert (pair.low > 0.0 or pair.high < 0.0) == (pair.p < 0.05)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(words, words), min_size=2, max_size=12), st.integers(1, 2))
 def test_neither_do_those_of_dist(pairs: list[tuple[str, str]], n: int) -> None:
     ours, theirs = map(list, zip(*pairs, strict=True))
