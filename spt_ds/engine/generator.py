@@ -30,7 +30,7 @@ from spt_ds.data.loader import make_batch
 from spt_ds.data.store import ExampleStore
 from spt_ds.engine.session import Session
 from spt_ds.errors import DataError, EngineError
-from spt_ds.evaluate.text_metrics import clean
+from spt_ds.evaluate.text_metrics import clean, without_half_marker
 from spt_ds.files import append_whole, sha256, write_whole
 from spt_ds.json_input import load_json, read_json
 from spt_ds.log import ErrorStream, get_logger
@@ -59,9 +59,14 @@ def decode_batch(
 
 
 def reply_text(session: Session, tokens: list[int]) -> tuple[str, str]:
-    """The text of a reply as it was generated, and as the scores clean it."""
+    """The text of a reply as it was generated, and as it is shown: what the scores clean it to,
+    without the half of a marker at which the limit of tokens cut it.
+    """
     raw = str(session.tokenizer.decode(tokens, skip_special_tokens=True))
-    return raw, clean(raw).strip()
+    reply = clean(raw)
+    if reply == raw and tokens[-1:] != [session.tokenizer.eos_token_id]:
+        reply = without_half_marker(reply)
+    return raw, reply.strip()
 
 
 class Generator:

@@ -19,6 +19,8 @@ Floats = NDArray[np.float64]
 _STOP = re.compile(r"R:|Q:|Summary:|\n|:")
 _PUNCTUATION = re.compile(r'[!"#$%&()*+,-./:;<=>?@\[\]\\^`{|}~_\']')
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+# What may be the beginning of a marker of `_STOP`, as a word of its own at the end.
+_HALF_MARKER = re.compile(r"(^|\s)(R|Q|S(u(m(m(a(ry?)?)?)?)?)?)\s*$")
 BLEU_ORDERS = 4
 
 
@@ -28,6 +30,11 @@ def clean(prediction: str) -> str:
     The paper's scores do the same. The reference is not cut.
     """
     return _STOP.split(prediction, maxsplit=1)[0]
+
+
+def without_half_marker(prediction: str) -> str:
+    """Drop `Q`, `R` or the beginning of `Summary` at the end of a text that a limit has cut."""
+    return _HALF_MARKER.sub("", prediction)
 
 
 def f1_spt(reply: str, reference: str) -> float:

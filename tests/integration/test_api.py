@@ -323,6 +323,35 @@ def test_pieces_are_whole_words_and_end_where_the_reply_is_cut(
     assert bot.reply([], ["hi"]).text == "".join(pieces)
 
 
+@pytest.mark.parametrize(
+    ("said", "ends", "text"),
+    [
+        ("i like dogs Q", False, "i like dogs"),
+        ("i like dogs Q", True, "i like dogs Q"),
+        ("plan Q: x R", False, "plan"),
+        ("Q", False, ""),
+    ],
+)
+def test_the_limit_of_tokens_leaves_no_half_marker(
+    said: str, ends: bool, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokens = [*said.encode(), *[tokenizer.eos_token_id] * ends]
+
+    def scripted(session: object, batch: object, options: object, live: Any) -> Decoded:
+        if live.streamer is not None:
+            for token in tokens:
+                live.streamer.put(torch.tensor([token]))
+            live.streamer.end()
+        return Decoded([tokens], [0], torch.zeros(3, 1), None)
+
+    monkeypatch.setattr(api, "decode_batch", scripted)
+    config = Config.model_validate({"data": {"max_tokens": 200}})
+    session: Any = SimpleNamespace(config=config, tokenizer=tokenizer)
+    assert "".join(Bot(session).stream([], ["hi"])) == text
+    assert Bot(session).reply([], ["hi"]).text == text
+
+
 def test_stopped_reply_ends_early_and_leaves_the_context_right(folder: Path) -> None:
     bot = spt_ds.load(folder / "llama-suffix")
     ids = context_of(bot, PERSONA, ["hi"])

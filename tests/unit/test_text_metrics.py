@@ -66,6 +66,25 @@ def test_clean_cuts_before_the_first_stop(raw: str, _reference: str, cut: str) -
     assert text_metrics.clean(raw) == cut
 
 
+@pytest.mark.parametrize(
+    ("cut", "kept"),
+    [
+        ("i like dogs . Q", "i like dogs ."),
+        ("i like dogs . R", "i like dogs ."),
+        ("so Summ", "so"),
+        ("so Summary", "so"),
+        ("Q", ""),
+        ("ok Q ", "ok"),
+        ("i got an A", "i got an A"),
+        ("my IQ", "my IQ"),
+        ("Qs and R , Sum , then", "Qs and R , Sum , then"),
+        ("", ""),
+    ],
+)
+def test_half_a_marker_at_the_end_is_dropped(cut: str, kept: str) -> None:
+    assert text_metrics.without_half_marker(cut) == kept
+
+
 @given(st.text(alphabet="RQ:Summary\n ", max_size=20))
 def test_clean_is_a_prefix_without_stops_and_stays(raw: str) -> None:
     cut = text_metrics.clean(raw)
