@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import pickle
 import re
 from collections.abc import Iterator
 from importlib import resources
@@ -251,7 +250,7 @@ def stored_shapes(path: str, files: list[str]) -> Shapes:
             shapes |= _shapes(file)
         except (OSError, SafetensorError, ValueError, *_PICKLE_FAULTS) as error:
             reason = str(error).strip().partition("\n")[0]
-            if isinstance(error, pickle.UnpicklingError):
+            if isinstance(error, UnpicklingError):
                 reason = "a pickle of something else than tensors; it was not run"
             raise ModelError(
                 f"model.base: no weights can be loaded from {path}: {Path(file).name} is damaged"
@@ -268,7 +267,7 @@ _PICKLE_FAULTS = (
     LookupError,
     RuntimeError,
     TypeError,
-    pickle.UnpicklingError,
+    UnpicklingError,
 )
 
 
