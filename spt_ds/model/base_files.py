@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path, PurePosixPath
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
