@@ -99,6 +99,8 @@ def _answers(dialogues: int, seed: int, system: int) -> Iterator[Prediction]:
                 scores=(0.0,) * PROMPTS,
                 nll_sum=float(random.gamma(2.0, 1.3) * (0.6 + ease) * length),
                 nll_tokens=length + 1,
+                new_tokens=None,
+                context_tokens=None,
             )
             index += 1
 
@@ -114,7 +116,7 @@ def coverage(
         random = np.random.default_rng([seed, dialogues])  # the same tables for every metric
         singles, pairs = [], []
         for _ in range(tables):
-            picks = random.choice(ours[key].units, dialogues, replace=False)
+            picks = random.choice(ours[key].units, dialogues, replace=False).tolist()
             one, other = ours[key].of(picks), theirs[key].of(picks)
             singles.append((one.value(), *interval(one, METRIC_OF[key].most)))
             if key not in ALONE:

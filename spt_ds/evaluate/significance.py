@@ -98,6 +98,6 @@ def _excess(terms: Sequence[tuple[Distinct, float]]) -> float:
             sets.append(shared)
             weights.append(np.full(len(shared), factor * statistic.value_of_one_more()))
         _, which = np.unique(np.concatenate(sets), axis=0, return_inverse=True)
-        totals: Floats = np.bincount(which.reshape(-1), weights=np.concatenate(weights))
+        totals = np.bincount(which.reshape(-1), weights=np.concatenate(weights))
         excess += weight * float(np.square(totals).sum())
     return excess

@@ -81,7 +81,7 @@ def read_options(world: dist.World, folder: Path) -> list[str]:
     write_dialogues(folder / "test.jsonl", 2, seed=3)
     shared = scene.overrides("llama", f"data.test={folder / 'test.jsonl'}", "train.epochs=3")
     os.chdir(folder)
-    save, Section.__getattribute__ = checkpoint.save, noting  # type: ignore[method-assign]
+    save, Section.__getattribute__ = checkpoint.save, noting  # type: ignore[method-assign, assignment]
     try:
         for name, own in RUNS.items():
             more = SAMPLED if name == "spt" else ()
