@@ -21,7 +21,6 @@ import numpy as np
 
 from spt_ds.evaluate.statistic import Distinct, Statistic
 from spt_ds.evaluate.student_t import quantile_95, two_sided_p
-from spt_ds.evaluate.text_metrics import Floats
 
 METHOD = "jackknife over dialogues, Student's t"
 # What the variance of a jackknife holds too much of, by the number k = 2, 3, ... of units that
