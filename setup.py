@@ -13,7 +13,7 @@ VERSION = re.search(
 ).group(1)
 
 # Both ends of each range are run: `make test-versions` runs the oldest and the newest of everything
-# here but torch, and docs/versions.md tells which torch releases and Pythons were run.
+# here but torch, and docs/reference/versions.md tells which torch releases and Pythons were run.
 INSTALL = [
     # 2.10 is the first whose `torch.load(weights_only=True)` is without CVE-2026-24747.
     "torch>=2.10,<2.16",
@@ -93,7 +93,6 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",  # the range that torch and DeepSpeed both publish for
     packages=find_packages(include=["spt_ds", "spt_ds.*"]),
-    include_package_data=True,
     package_data={"spt_ds": ["recipes/*.yaml", "assets/**/*", "report/style.css", "py.typed"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
