@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spt_ds.cli import main as cli
@@ -143,6 +143,7 @@ def test_values_that_do_not_fit_one_another(overrides: list[str], part: str) -> 
     assert part in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64), st.floats(1e-6, 10), st.sampled_from(["prefix", "suffix"]))
 def test_dump_reads_back_to_the_same(count: int, tau: float, placement: str) -> None:
     config = load_config(
