@@ -45,9 +45,9 @@ def first_step(world: dist.World, setups: list[Setup]) -> list[dict[str, Any]]:
 @pytest.mark.timeout(2 * TIMEOUT_S)
 @pytest.mark.parametrize("bits", LIMITS)
 def test_two_ranks_equal_one_process(scene: Scene, bits: int) -> None:
-    options = [f"model.base={real_base()}", f"model.base_bits={bits}"]
+    base = [f"model.base={real_base()}", f"model.base_bits={bits}", "data.max_valid_examples=2"]
     overrides = [
-        scene.overrides("llama", *options, f"prompts.placement={name}") for name in PLACEMENTS
+        scene.overrides("llama", *base, f"prompts.placement={name}") for name in PLACEMENTS
     ]
     (alone,) = run_ranks(1, first_step, [Setup(None, o) for o in overrides], timeout_s=TIMEOUT_S)
     sharded = [Setup(scene.ds("zero3"), options) for options in overrides]
