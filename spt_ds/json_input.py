@@ -54,19 +54,19 @@ class _Refused(ValueError):
         self.text = text
 
 
-def load_json(text: str | bytes) -> Any:
+def load_json(text: str | bytes, *, finite: bool = False) -> Any:
     """Return the value of a JSON text; bytes are UTF-8.
 
     Raises JSONDecodeError (a ValueError, as UnicodeDecodeError is) also for nesting beyond
     MAX_DEPTH, whole numbers beyond MAX_DIGITS, a key that an object holds twice, and half a
-    surrogate pair. NaN and Infinity are read, as Python writes them.
+    surrogate pair. NaN and Infinity are read, as Python writes them, unless `finite`.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(text)
     try:
-        value = _DECODER.decode(text)
+        value = (_FINITE if finite else _DECODER).decode(text)
     except _Refused as error:
         at = max(text.rfind(error.text), 0)
         raise json.JSONDecodeError(str(error), text, at) from None
@@ -111,7 +111,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique,
-    parse_int=_whole_number,
+def _no_constant(name: str) -> Any:
+    raise _Refused(f"{name} is no JSON number", name)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_whole_number)
+_FINITE = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_int=_whole_number, parse_constant=_no_constant
 )

@@ -31,6 +31,7 @@ from spt_ds.data.encode import (
 from spt_ds.data.readers import Format, digest, read
 from spt_ds.errors import DataError
 from spt_ds.files import new_folder
+from spt_ds.json_input import read_json
 from spt_ds.log import get_logger
 
 if TYPE_CHECKING:
@@ -73,17 +74,17 @@ class ExampleStore:
     def __init__(self, path: Path) -> None:
         """Open the folder `path`; DataError when it is not a whole store."""
         try:
-            meta = json.loads((path / _META).read_text(encoding="utf-8"))
+            meta = read_json(path / _META)
             self._data = Dataset.from_file(str(path / _TABLE))
-        except (OSError, ValueError) as error:
+            self.data_hash: str = meta["key"]
+            self.source: str = meta["source"]
+            self.persona_shown: bool = meta["persona"]
+        except (OSError, LookupError, TypeError, ValueError) as error:
             raise DataError(
                 f"{path}: not a readable store of examples ({error}); remove the folder and run"
                 " again"
             ) from error
         self.path = path
-        self.data_hash: str = meta["key"]
-        self.source: str = meta["source"]
-        self.persona_shown: bool = meta["persona"]
         table = self._data.data
         self.lengths = Lengths(
             *(table.column(name).to_numpy() for name in ("context_len", "response_len"))

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from spt_ds.errors import ConfigError
+from spt_ds.json_input import load_json
 from spt_ds.shipped import ds_config_path
 
 
@@ -26,28 +27,11 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
             f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
         ) from error
     try:
-        tree = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        tree = load_json(text, finite=True)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{path}:{error.lineno}: not valid JSON (column {error.colno}): {error.msg}"
         ) from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}:1: expected an object of sections, got {type(tree).__name__}")
     return tree
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(
-            f"given twice in one object: {', '.join(map(repr, twice))}; keep one of them"
-        )
-    return tree
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON and no setting takes it; give a number")

@@ -14,6 +14,7 @@ from spt_ds.config.load import dump_config, load_config, options_of
 from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
 from spt_ds.files import write_whole
+from spt_ds.json_input import read_json
 from spt_ds.run.environment import environment
 from spt_ds.shipped import ds_config_path
 
@@ -194,7 +195,7 @@ class RunFolder:
             return True
         if now.max_steps:
             try:
-                steps = int(json.loads(self.done.read_text(encoding="utf-8"))["step"])
+                steps = int(read_json(self.done)["step"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
                     f"{self.done}: cannot be read ({error}); remove it and the run goes on"

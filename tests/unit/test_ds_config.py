@@ -353,16 +353,17 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         ("[]", "ds.json:1: expected an object of sections, got list"),
         (
             '{"aio": {}, "bf16": {}, "aio": {}}',
-            "ds.json: given twice in one object: 'aio'; keep one of them",
+            "ds.json:1: not valid JSON (column 25): key 'aio' is given twice",
         ),
         (
             '{"gradient_clipping": NaN}',
-            "ds.json: NaN is not JSON and no setting takes it; give a number",
+            "ds.json:1: not valid JSON (column 23): NaN is no JSON number",
         ),
         (
             '{"gradient_clipping": Infinity}',
-            "ds.json: Infinity is not JSON and no setting takes it; give a number",
+            "ds.json:1: not valid JSON (column 23): Infinity is no JSON number",
         ),
+        ("[" * 500, "ds.json:1: not valid JSON (column 65): nested deeper than 64 levels"),
     ],
 )
 def test_malformed_text(tmp_path: Path, text: str, message: str) -> None:
