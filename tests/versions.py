@@ -1,7 +1,7 @@
 """`make test-versions`: unit and numerics tests at both ends of the ranges that setup.py admits.
 
 Each end has a virtual environment of its own, which is kept and brought up to date by the next
-call. torch is the one of constraints.in in both: docs/reference/versions.md tells which others were run.
+call. torch is the one of constraints.in in both.
 """
 
 from __future__ import annotations
