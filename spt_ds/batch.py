@@ -79,7 +79,9 @@ class Packed:
     weights: torch.Tensor  # float32 [B]
     context_positions: torch.Tensor  # int64 [sum C_b], position in a context that is read apart
     source: torch.Tensor  # int64 [N1], index of each packed token in [B * P virtual tokens ; text]
-    positions: torch.Tensor  # int64 [N1], position of each packed token in its row
+    positions: (
+        torch.Tensor
+    )  # int64 [N1], from the row's beginning, or that of the context before it
     row_start: torch.Tensor  # int64 [N1], where the row of each packed token begins
     row_tokens: torch.Tensor  # int64 [N1], length of the row of each packed token
     reads: torch.Tensor  # int64 [n], packed tokens whose next token is a target
@@ -90,6 +92,8 @@ class Packed:
         cls, batch: Batch, virtual_tokens: int, device: torch.device, *, suffix: bool
     ) -> Packed:
         """Work the indices out on the host and send them at once; P is `virtual_tokens`."""
+        # On the host, because the lengths are known there: a shape that depends on a number of the
+        # device would make the host wait for it.
         size = len(batch)
         contexts, responses = np.array(batch.context_lens), np.array(batch.response_lens)
         read = np.maximum(responses - 1, 0)  # response tokens in a row; a context alone has none
@@ -106,6 +110,7 @@ class Packed:
         spans = tuple(zip(*parts, strict=True))  # first indices, lengths: a tuple of [B] each
         rows = sum(spans[1])
         starts = _starts(rows)
+        # One array, so that there is one transfer (and one piece of pinned memory) instead of ten.
         arrays = {
             "ids": np.concatenate([batch.context_ids, batch.response_ids]),
             "example": np.repeat(np.arange(size), responses),
@@ -123,6 +128,8 @@ class Packed:
         lens = [len(array) for array in arrays.values()]
         sent = on_device(np.concatenate(list(arrays.values())), device)
         tensors = dict(zip(arrays, sent.split(lens), strict=True))
+        # Membership as 0/1 matrices: sums over examples are then matrix products, which add in the
+        # same order in every run. `index_add_` and its like do not on a GPU.
         each = torch.arange(size, device=device)
         return cls(
             batch=batch,
@@ -140,10 +147,8 @@ def on_device(
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Host values on `device`, without waiting for what the device still computes.
-
-    A GPU takes them from pinned memory. A tensor that is on the device already is passed on.
-    """
+    """Host values on `device`, without waiting for what the device still computes."""
+    # A copy from pageable memory would wait for the device. A tensor that is there is passed on.
     tensor = torch.as_tensor(values, dtype=dtype)
     pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
     return pinned.to(device, non_blocking=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from spt_ds.costs.meters import Inside, peak_bytes, reset_peak
+from spt_ds.costs.meters import ForwardMeter, peak_bytes, reset_peak
 from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.costs.step import Stepper, config_of
 from spt_ds.model.spt import Spt, build_trainables
@@ -31,10 +31,10 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     larger = Spt(config, build_trainables(config, backbone, [], seed=0), pad_id=0)
     batch = micro_batch(args.data, args.tokenizer, args.batch, backbone.vocabulary, args.max_tokens)
     steppers = [Stepper(case, backbone, bank, batch, args) for bank in (spt, larger)]
-    inside = Inside(backbone.lm.base_model, steppers[0].clock)
+    meter = ForwardMeter(backbone.lm.base_model, steppers[0].clock)
     reset_peak(device)
     pairs = [
-        [sum(stepper.step(inside).values()) for stepper in steppers] for _ in range(args.steps + 1)
+        [sum(stepper.step(meter).values()) for stepper in steppers] for _ in range(args.steps + 1)
     ][1:]
     share = statistics.median((more - less) / less for less, more in pairs)
     return {

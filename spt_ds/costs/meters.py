@@ -24,7 +24,7 @@ class Clock:
         return time.perf_counter()
 
 
-class Inside:
+class ForwardMeter:
     """Cost of the base's forward passes; what a backward pass computes again is left out."""
 
     def __init__(self, base: torch.nn.Module, clock: Clock) -> None:

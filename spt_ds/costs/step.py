@@ -18,7 +18,7 @@ import torch
 from spt_ds.batch import Batch
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
-from spt_ds.costs.meters import Clock, Inside, matmul_ceiling, peak_bytes, reset_peak
+from spt_ds.costs.meters import Clock, ForwardMeter, matmul_ceiling, peak_bytes, reset_peak
 from spt_ds.costs.naive_step import naive_loss
 from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.model.backbone import Backbone, base_dtype
@@ -48,8 +48,8 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     reset_peak(device)
     before = peak_bytes(device)
     stepper = Stepper(case, backbone, spt, batch, args)
-    inside = Inside(backbone.lm.base_model, stepper.clock)
-    rows = [stepper.step(inside) for _ in range(args.steps + 1)][1:]  # the first warms up
+    meter = ForwardMeter(backbone.lm.base_model, stepper.clock)
+    rows = [stepper.step(meter) for _ in range(args.steps + 1)][1:]  # the first warms up
     peak = peak_bytes(device)
     parts = {name: statistics.median(row[name] for row in rows) for name in PARTS}
     cost = statistics.median(sum(row.values()) for row in rows)
@@ -109,7 +109,7 @@ class Stepper:
         self.optimizer = torch.optim.AdamW(spt.trainables.parameters(), lr=0.0, foreach=True)
         self.loss = torch.zeros(())
 
-    def step(self, inside: Inside) -> dict[str, float]:
+    def step(self, meter: ForwardMeter) -> dict[str, float]:
         """Cost of each part; `inside` watches the base."""
         self.optimizer.zero_grad()
         marks = [self.clock.now()]
@@ -124,7 +124,7 @@ class Stepper:
         self.optimizer.step()
         marks.append(self.clock.now())
         whole, backward, update = (end - start for start, end in pairwise(marks))
-        forward = inside.take()
+        forward = meter.take()
         return dict(zip(PARTS, (forward, whole - forward, backward, update), strict=True))
 
     def gradient(self) -> torch.Tensor:

@@ -18,15 +18,16 @@ class Example:
     # dialogue
     id: str
     dialogue_id: str  # the same for all examples of one dialogue as one speaker sees it
-    turn: int  # place of the response among the turns of the dialogue, from 0
+    turn: int  # number of the response among the turns of the dialogue, from 0
     persona: tuple[str, ...]  # sentences; empty without a persona
     history: tuple[str, ...]  # oldest first
     response: str
 
 
 def replies(turns: Sequence[str], self_opens: bool) -> Iterator[tuple[int, tuple[str, ...], str]]:
-    """Yield (turn, history, response) for each turn of the persona's owner; `turns` alternate
-    between two speakers.
+    """Yield (turn, history, response) for each turn of the persona's owner.
+
+    `turns` alternate between two speakers.
     """
     for turn in range(0 if self_opens else 1, len(turns), 2):
         yield turn, tuple(turns[:turn]), turns[turn]

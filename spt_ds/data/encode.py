@@ -1,5 +1,4 @@
-"""Text to token ids: the method's template, its spans known by construction, truncation by whole
-turns. No torch.
+"""Text to token ids: the method's template, its spans, truncation by whole turns. No torch.
 
     given persona: {sentences}; context: Q: {turn} R: {turn} ... Q: {turn} R: {response}<eos>
 
@@ -61,8 +60,7 @@ def encode_context(
     reserved: int = 0,
     style: ContextStyle = PLAIN,
 ) -> Encoded:
-    """Encode what precedes a reply that is to be generated: the ids that training would have put
-    before it.
+    """Encode what precedes a reply that is to be generated, as training would encode it.
 
     `reserved` tokens of the window are left for the reply.
     """
@@ -78,11 +76,11 @@ def encode_many(
     style: ContextStyle = PLAIN,
     reserved: int | None = None,
 ) -> Iterator[tuple[Example, Encoded]]:
-    """Encode a stream in order; texts that neighbours share (the turns of a dialogue) are tokenised
-    once.
+    """Encode a stream in order.
 
-    A context leaves room for its response or, where replies are to be generated, for `reserved`
-    tokens: how much of a context is read must then not depend on the response, which nobody knows.
+    Texts that neighbours share (the turns of a dialogue) are tokenised once. A context leaves room
+    for its response or, where replies are to be generated, for `reserved` tokens: how much of a
+    context is read must then not depend on the response, which nobody knows.
     """
     stream = iter(examples)
     encoder = Encoder(tokenizer, max_tokens, style)
@@ -94,6 +92,7 @@ def encode_many(
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a SHA-256 (hex) of everything in the tokenizer that ids depend on."""
+    # Only a fast tokenizer can print its rules; of others class and vocabulary are compared.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = (
         backend.to_str()
@@ -124,18 +123,16 @@ class Encoder:
         self._partner, self._owner = self._after_anchor([" Q:", " R:"])
 
     def learn(self, texts: Iterable[str]) -> None:
-        """Tokenise the pieces of the coming chunk that the last one did not hold, and forget the
-        others.
-        """
+        """Tokenise the pieces of the coming chunk and forget those of the last one."""
+        # Neighbours are turns of one dialogue: most pieces of a chunk's end are in the next one
+        # too.
         wanted = dict.fromkeys(texts)
         missing = [text for text in wanted if text not in self._ids]
         known = {text: ids for text, ids in self._ids.items() if text in wanted}
         self._ids = {**known, **dict(zip(missing, self._after_anchor(missing), strict=True))}
 
     def example(self, example: Example, reserved: int | None = None) -> Encoded:
-        """Encode context and response; the context leaves `reserved` tokens, None: room for the
-        response.
-        """
+        """Encode context and response; the context leaves room for it, or `reserved` tokens."""
         response = [*self._piece(" " + example.response.strip()), self._eos]
         room = len(response) if reserved is None else reserved
         context = self.context(example.id, example.persona, example.history, room)
@@ -144,16 +141,16 @@ class Encoder:
     def context(
         self, name: str, persona: tuple[str, ...], history: tuple[str, ...], reserved: int
     ) -> Encoded:
-        """Encode a context that leaves `reserved` tokens of the window; whole turns are dropped,
-        the oldest first.
-        """
+        """Encode a context that leaves `reserved` tokens; its oldest turns are dropped to fit."""
+        # Worked examples follow BOS, so that there is one BOS and a text begins as in training.
         head = [*self._bos, *self._style.shots, *self._head(persona if self._style.persona else ())]
+        # The last turn is the partner's, so a turn's speaker follows from its distance to the end.
         turns = [
             [
-                *(self._partner if (len(history) - place) % 2 else self._owner),
+                *(self._partner if (len(history) - number) % 2 else self._owner),
                 *self._piece(" " + text.strip()),
             ]
-            for place, text in enumerate(history)
+            for number, text in enumerate(history)
         ]
         fixed = len(head) + len(self._owner) + reserved
         if fixed > self._max_tokens:
@@ -187,6 +184,8 @@ class Encoder:
 
     def _after_anchor(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, which begins with a blank, where it follows "R:"."""
+        # A tokenizer may treat the beginning of a text in its own way (SentencePiece puts a blank
+        # before it). No piece is a beginning here, so each is tokenised behind an anchor.
         rows = self._tokenize([_ANCHOR + text for text in texts])
         size = len(self._anchor)
         for text, row in zip(texts, rows, strict=True):
@@ -199,9 +198,7 @@ class Encoder:
         return [row[size:] for row in rows]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; "</s>" typed in a dialogue stays text and never becomes the special
-        token.
-        """
+        """Ids of each text; "</s>" typed in a dialogue stays text and is no special token."""
         if not texts:
             return []
         rows = self._tokenizer(

@@ -1,8 +1,6 @@
-"""From a store to what the model reads: training windows prepared ahead in worker processes,
-evaluation batches.
+"""From a store to what the model reads: windows of training, batches of evaluation.
 
-G examples in a window. Workers send numpy arrays, which travel by value: tensors would hold a file
-descriptor each.
+Windows are prepared ahead in worker processes. G examples in a window.
 """
 
 from __future__ import annotations
@@ -25,9 +23,7 @@ _PREFETCH = 2  # windows that each worker prepares ahead
 
 
 class TrainLoader:
-    """Windows of one rank, from any step on; the same window for a step whenever and wherever it is
-    asked for.
-    """
+    """Windows of one rank, from any step on; a step's window is always the same."""
 
     def __init__(
         self,
@@ -41,9 +37,7 @@ class TrainLoader:
         bleu_threshold: float | None,
         workers: int,
     ) -> None:
-        """`bleu_threshold` (0 to 100) parts similar from other pairs; None leaves the contrastive
-        targets out.
-        """
+        """Pairs above `bleu_threshold` (0 to 100) are similar; None leaves the pairs out."""
         if bleu_threshold is not None and global_batch < 2:
             say_once(
                 "the contrastive loss is 0: train.global_batch is 1, and a pair needs two examples"
@@ -56,6 +50,8 @@ class TrainLoader:
 
     def windows(self, start_step: int) -> Iterator[Window]:
         """Yield the windows of steps `start_step`, `start_step` + 1, ... without end."""
+        # Workers send numpy arrays, which travel by value: tensors would hold a file descriptor
+        # each. Memory is pinned by `Packed`, which knows the device.
         loader = DataLoader(
             self._windows,
             batch_size=None,
@@ -71,8 +67,9 @@ class TrainLoader:
 
 
 def eval_batches(store: ExampleStore, micro_batch: int, world: int, rank: int) -> Iterator[Batch]:
-    """Yield this rank's batches: over all ranks every example once with weight 1; the same number
-    on every rank.
+    """Yield this rank's batches, as many as each other rank has.
+
+    Over all ranks every example comes once with weight 1; fillers with weight 0 complete the rest.
     """
     rows = np.arange(len(store))
     for slots in assign(rows, store.lengths.total, world, micro_batch)[rank]:
@@ -85,9 +82,7 @@ def make_batch(store: ExampleStore, rows: Sequence[int]) -> Batch:
 
 
 class _Windows(Dataset[Window | SptError]):
-    """Item s is the window of step s; a fault of the data is returned, so that its text survives
-    the worker.
-    """
+    """Item s is the window of step s."""
 
     def __init__(
         self,
@@ -111,6 +106,7 @@ class _Windows(Dataset[Window | SptError]):
         try:
             return self._prepare(step)
         except SptError as error:
+            # Raised in a worker it would arrive as the text of a traceback; `windows` raises it.
             return error
 
     def _prepare(self, step: int) -> Window:

@@ -1,5 +1,4 @@
-"""Targets of the contrastive loss: sentence BLEU between the contexts of a window's examples. No
-torch.
+"""Targets of the contrastive loss: sentence BLEU between the contexts of a window. No torch.
 
 The public SPT reference compares the personas, joined by blanks, with
 `sacrebleu.sentence_bleu(use_effective_order)`, the earlier example of the batch as hypothesis, the
@@ -28,18 +27,17 @@ def pair_text(persona: Sequence[str], history: Sequence[str]) -> str:
 
 
 def sentence_bleu_matrix(texts: Sequence[str]) -> np.ndarray:
-    """Sentence BLEU (0 to 100) of every two texts, float64 [G, G]: row i is the hypothesis, column
-    j the reference.
+    """Sentence BLEU (0 to 100) of every two texts, float64 [G, G].
 
-    Off the diagonal it equals `sacrebleu.sentence_bleu(texts[i], [texts[j]],
-    use_effective_order=True).score`; the diagonal means nothing.
+    Row i is the hypothesis, column j the reference. Off the diagonal it equals
+    `sacrebleu.sentence_bleu(texts[i], [texts[j]], use_effective_order=True).score`; the diagonal
+    means nothing.
     """
     words = [_TOKENIZE(text.rstrip()).split() for text in texts]
     lengths = np.array([len(row) for row in words])
     log_sum = np.zeros((len(texts), len(texts)))
-    zeros = np.zeros_like(
-        log_sum
-    )  # orders so far without a match: each halves the smoothed precision once more
+    # Orders so far without a match: each halves the smoothed precision once more.
+    zeros = np.zeros_like(log_sum)
     any_match = np.zeros_like(log_sum, dtype=bool)
     for order in range(1, MAX_NGRAM_ORDER + 1):
         matches = _matches(words, order)
@@ -48,9 +46,8 @@ def sentence_bleu_matrix(texts: Sequence[str]) -> np.ndarray:
         totals = np.maximum(lengths - order + 1, 0)[:, None]
         smoothed = np.where(matches > 0, matches, 0.5**zeros)
         log_sum += np.where(totals > 0, np.log(100.0 * smoothed / np.maximum(totals, 1)), 0.0)
-    orders = np.clip(lengths, 1, MAX_NGRAM_ORDER)[
-        :, None
-    ]  # effective order: those the hypothesis is long enough for
+    # Effective order: the orders that the hypothesis is long enough for.
+    orders = np.clip(lengths, 1, MAX_NGRAM_ORDER)[:, None]
     brevity = np.minimum(0.0, 1.0 - lengths[None, :] / np.maximum(lengths, 1)[:, None])
     return np.where(any_match, np.exp(brevity + log_sum / orders), 0.0)
 
@@ -58,11 +55,10 @@ def sentence_bleu_matrix(texts: Sequence[str]) -> np.ndarray:
 def contrast_pairs(
     texts: Sequence[str], local: Sequence[bool], threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return pairs int64 [m, 2], i < j, of window positions with at least one side in `local`, and
-    targets f32 [m].
+    """Return pairs of window positions with a side in `local`, and their targets.
 
-    `texts` [G] in window order; a target is +1 where BLEU (0 to 100) lies above `threshold`, else
-    -1.
+    Pairs are int64 [m, 2], i < j, targets float32 [m]. `texts` [G] in window order; a target is +1
+    where BLEU (0 to 100) lies above `threshold`, else -1.
     """
     first, second = np.triu_indices(len(texts), k=1)
     here = np.asarray(local, dtype=bool)
@@ -73,20 +69,19 @@ def contrast_pairs(
 
 
 def _matches(words: Sequence[Sequence[str]], order: int) -> np.ndarray:
-    """Clipped n-gram matches of every two texts off the diagonal, float32 [G, G] (exact below
-    2^24).
-    """
+    """Clipped n-gram matches of every two texts off the diagonal, float32 [G, G]."""
+    # The c-th occurrence of an n-gram in a text is a feature of its own, so the dot product of two
+    # texts counts min(c_i, c_j) for each n-gram. float32 is exact below 2^24 matches.
     holders: dict[tuple[tuple[str, ...], int], list[int]] = {}
-    for place, row in enumerate(words):
+    for text, row in enumerate(words):
         seen: Counter[tuple[str, ...]] = Counter()
         for start in range(len(row) - order + 1):
             ngram = tuple(row[start : start + order])
             seen[ngram] += 1
-            holders.setdefault((ngram, seen[ngram]), []).append(place)
-    shared = [
-        places for places in holders.values() if len(places) > 1
-    ]  # what one text has alone matches nothing
+            holders.setdefault((ngram, seen[ngram]), []).append(text)
+    # What one text has alone matches nothing.
+    shared = [texts for texts in holders.values() if len(texts) > 1]
     features = np.zeros((len(words), len(shared)), dtype=np.float32)
-    for column, places in enumerate(shared):
-        features[places, column] = 1.0
+    for column, texts in enumerate(shared):
+        features[texts, column] = 1.0
     return features @ features.T

@@ -1,5 +1,6 @@
-"""ParlAI and ConvAI2 text: `N text<TAB>reply[<TAB><TAB>candidates]`, persona lines first, numbered
-from 1. No torch.
+"""ParlAI and ConvAI2 text: `N text<TAB>reply[<TAB><TAB>candidates]`. No torch.
+
+A dialogue's lines are numbered from 1, its persona lines come first.
 """
 
 from __future__ import annotations
@@ -29,27 +30,29 @@ def read_parlai(path: Path) -> Iterator[Example]:
     for number, line in lines(path):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
-        count, text = _numbered(line, where)
+        origin = f"{path}:{number}"
+        count, text = _numbered(line, origin)
         if count == 1:
             persona, history, dialogue = [], [], f"{path.name}:{number}"
         elif count != previous + 1:
             raise DataError(
-                f"{where}: the line has number {count} after {previous}; allowed are {previous + 1}"
+                f"{origin}: the line has number {count} after {previous}; allowed are"
+                f" {previous + 1}"
                 " or, where a dialogue begins, 1"
             )
         previous = count
         if match := _PERSONA.match(text):
-            sentence = _persona_sentence(match[2], bool(history), where)
+            sentence = _persona_sentence(match[2], bool(history), origin)
             if match[1] == "your persona":
                 persona.append(sentence)
             continue
-        partner, reply = _exchange(text, where)
+        partner, reply = _exchange(text, origin)
         if partner != SILENCE:
             history.append(partner)
         elif history:
             raise DataError(
-                f"{where}: {SILENCE} inside a dialogue; it may only stand where the persona's owner"
+                f"{origin}: {SILENCE} inside a dialogue; it may only stand where the persona's"
+                " owner"
                 " opens"
             )
         yield Example(
@@ -58,44 +61,46 @@ def read_parlai(path: Path) -> Iterator[Example]:
         history.append(reply)
 
 
-def _numbered(line: str, where: str) -> tuple[int, str]:
+def _numbered(line: str, origin: str) -> tuple[int, str]:
     match = _NUMBERED.match(line)
     if not match:
         raise DataError(
-            f"{where}: got {line[:60]!r}; a line begins with its number in the dialogue and a"
+            f"{origin}: got {line[:60]!r}; a line begins with its number in the dialogue and a"
             " blank, as `1 hi`"
         )
     return int(match[1]), match[2]
 
 
-def _persona_sentence(text: str, late: bool, where: str) -> str:
+def _persona_sentence(text: str, late: bool, origin: str) -> str:
     if late:
         raise DataError(
-            f"{where}: persona line after the dialogue's first utterance; move it to the dialogue's"
+            f"{origin}: persona line after the dialogue's first utterance; move it to the"
+            " dialogue's"
             " beginning"
         )
     if "\t" in text.strip():
         raise DataError(
-            f"{where}: persona line with a tab and a reply; an utterance must not begin `your"
+            f"{origin}: persona line with a tab and a reply; an utterance must not begin `your"
             " persona:`"
         )
     if not text.strip():
-        raise DataError(f"{where}: persona line without a sentence; remove it")
+        raise DataError(f"{origin}: persona line without a sentence; remove it")
     return text.strip()
 
 
-def _exchange(text: str, where: str) -> tuple[str, str]:
+def _exchange(text: str, origin: str) -> tuple[str, str]:
     """Split `text<TAB>reply[<TAB>reward[<TAB>candidates]]`; reward and candidates are not used."""
     fields = text.split("\t")
     if len(fields) < 2:
         raise DataError(
-            f"{where}: no tab in {text[:60]!r}; an utterance line is `N text`, a tab, `reply`"
+            f"{origin}: no tab in {text[:60]!r}; an utterance line is `N text`, a tab, `reply`"
         )
     partner, reply = fields[0].strip(), fields[1].strip()
     if not partner:
         raise DataError(
-            f"{where}: the partner's text is blank; write {SILENCE} where the persona's owner opens"
+            f"{origin}: the partner's text is blank; write {SILENCE} where the persona's owner"
+            " opens"
         )
     if not reply:
-        raise DataError(f"{where}: the reply after the tab is blank; every line needs one")
+        raise DataError(f"{origin}: the reply after the tab is blank; every line needs one")
     return partner, reply

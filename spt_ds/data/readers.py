@@ -1,5 +1,6 @@
-"""Readers: a source's name becomes a stream of `Example`; every fault of a file names its
-`file:line`. No torch.
+"""Readers: a source's name becomes a stream of `Example`. No torch.
+
+Every fault of a file names its `file:line`.
 
 A source is a file (ParlAI text, Synthetic-Persona-Chat CSV, JSONL), `embedded:train|valid|test`
 (the dialogues that are shipped) or `hub:NAME[:CONFIG][:SPLIT]` (anything that
@@ -74,8 +75,9 @@ def resolve(source: str) -> Path:
 
 
 def digest(source: str) -> str:
-    """Return the SHA-256 (hex) of the bytes of `source`; of a hub data set, of its name and content
-    fingerprint.
+    """Return the SHA-256 (hex) of the bytes of `source`.
+
+    For a hub data set it is that of its name and content fingerprint.
     """
     if source.startswith("hub:"):
         fingerprint = f"{source} {_load_hub(source)._fingerprint}"
@@ -88,8 +90,8 @@ def digest(source: str) -> str:
 def detect(path: Path) -> Format:
     """Tell the format of a file by its suffix, else by its first line that is not blank."""
     by_suffix: dict[str, Format] = {".csv": "spc_csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-    if found := by_suffix.get(path.suffix.lower()):
-        return found
+    if known := by_suffix.get(path.suffix.lower()):
+        return known
     number, first = next(((number, line) for number, line in lines(path) if line.strip()), (1, ""))
     if first.lstrip().startswith("{"):
         return "jsonl"
@@ -105,23 +107,22 @@ def detect(path: Path) -> Format:
 
 
 def _read_spc(path: Path) -> Iterator[Example]:
-    """Synthetic-Persona-Chat: two views of each conversation, every user with his own persona and
-    replies.
-    """
+    """Synthetic-Persona-Chat: two views of each conversation, one for each user's persona."""
+    # A field may hold line ends, so a row begins on the line after the last one's end.
     rows = csv.reader((line for _, line in lines(path, keep_end=True)), strict=True)
     header: list[str] = []
     columns: list[int] = []
     start = 1
     try:
         for row in rows:
-            where, start = f"{path}:{start}", rows.line_num + 1
+            origin, start = f"{path}:{start}", rows.line_num + 1
             if not columns:
-                header, columns = row, _spc_columns(row, where)
+                header, columns = row, _spc_columns(row, origin)
             elif len(row) == len(header):
-                yield from _spc_views([row[column] for column in columns], where)
+                yield from _spc_views([row[column] for column in columns], origin)
             elif row:
                 raise DataError(
-                    f"{where}: the row has {len(row)} fields, the header {len(header)}; quote"
+                    f"{origin}: the row has {len(row)} fields, the header {len(header)}; quote"
                     " fields that hold a comma"
                 )
     except csv.Error as error:
@@ -130,20 +131,20 @@ def _read_spc(path: Path) -> Iterator[Example]:
         raise DataError(f"{path}:{rows.line_num}: not a CSV row ({error}); {mend}") from error
 
 
-def _spc_columns(header: list[str], where: str) -> list[int]:
+def _spc_columns(header: list[str], origin: str) -> list[int]:
     missing = [name for name in SPC_COLUMNS if name not in header]
     if missing:
         raise DataError(
-            f"{where}: the header lacks {missing}, got {shown(header)}; Synthetic-Persona-Chat has"
+            f"{origin}: the header lacks {missing}, got {shown(header)}; Synthetic-Persona-Chat has"
             f" {SPC_COLUMNS}"
         )
     return [header.index(name) for name in SPC_COLUMNS]
 
 
-def _spc_views(cells: list[str], where: str) -> Iterator[Example]:
+def _spc_views(cells: list[str], origin: str) -> Iterator[Example]:
     """Yield both users' examples of one conversation."""
-    speakers, turns = _spc_turns(cells[2], where)
-    name = where.rpartition("/")[2]
+    speakers, turns = _spc_turns(cells[2], origin)
+    name = origin.rpartition("/")[2]
     for user in ("1", "2"):
         persona = tuple(line.strip() for line in cells[int(user) - 1].split("\n") if line.strip())
         view = f"{name}/user{user}"
@@ -151,11 +152,11 @@ def _spc_views(cells: list[str], where: str) -> Iterator[Example]:
             yield Example(f"{view}/{turn}", view, turn, persona, history, response)
 
 
-def _spc_turns(conversation: str, where: str) -> tuple[list[str], list[str]]:
-    """Return (speakers, turns), alternating: turns in a row by one user, and lines without a name,
-    are joined.
+def _spc_turns(conversation: str, origin: str) -> tuple[list[str], list[str]]:
+    """Return (speakers, turns), alternating.
 
-    The published files hold some conversations without names; they are left out with a warning.
+    Turns in a row by one user, and lines without a name, are joined. The published files hold some
+    conversations without names; they are left out with a warning.
     """
     speakers: list[str] = []
     turns: list[str] = []
@@ -165,13 +166,14 @@ def _spc_turns(conversation: str, where: str) -> tuple[list[str], list[str]]:
         match = _SPC_TURN.match(line.strip())
         if match is None and not speakers:
             get_logger().warning(
-                "%s: skipped, the conversation names no speaker: %r", where, line[:60]
+                "%s: skipped, the conversation names no speaker: %r", origin, line[:60]
             )
             break
         text = line.strip() if match is None else match[3].strip("* " if match[1] else " ")
         if name := _SPC_NAME.search(text):
             raise DataError(
-                f"{where}: {name[0][:60]!r} inside a turn; the turns of a conversation begin a line"
+                f"{origin}: {name[0][:60]!r} inside a turn; the turns of a conversation begin a"
+                " line"
                 " each, with `User 1:` or `User 2:`"
             )
         if match is None or (speakers and speakers[-1] == match[2]):
@@ -181,64 +183,65 @@ def _spc_turns(conversation: str, where: str) -> tuple[list[str], list[str]]:
             turns.append(text)
     if "" in turns:
         raise DataError(
-            f"{where}: turn {turns.index('')} of the conversation has a name and no text; remove"
+            f"{origin}: turn {turns.index('')} of the conversation has a name and no text; remove"
             " the line"
         )
     return speakers, turns
 
 
 def _read_jsonl(path: Path) -> Iterator[Example]:
-    """One JSON object a line: an example (persona, history, response) or a dialogue (persona,
-    turns, first_speaker).
+    """One JSON object a line.
+
+    It is an example (persona, history, response) or a dialogue (persona, turns, first_speaker).
     """
     for number, line in lines(path):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
-        record = parse_object(where, line, "each line is one JSON object")
-        yield from _from_record(record, where, str(record.get("id") or f"{path.name}:{number}"))
+        origin = f"{path}:{number}"
+        record = parse_object(origin, line, "each line is one JSON object")
+        yield from _from_record(record, origin, str(record.get("id") or f"{path.name}:{number}"))
 
 
-def _from_record(record: Mapping[str, Any], where: str, name: str) -> Iterator[Example]:
+def _from_record(record: Mapping[str, Any], origin: str, name: str) -> Iterator[Example]:
     if "turns" not in record:
-        history = _texts(record, "history", where)
-        response = _text(record.get("response"), "response", where)
+        history = _texts(record, "history", origin)
+        response = _text(record.get("response"), "response", origin)
         dialogue = (
             name
             if (given := record.get("dialogue_id")) is None
-            else _text(str(given), "dialogue_id", where)
+            else _text(str(given), "dialogue_id", origin)
         )
         turn = len(history) if (given := record.get("turn")) is None else given
         if type(turn) is not int or not 0 <= turn <= MAX_TURN:
             raise DataError(
-                f'{where}: "turn" must be a whole number from 0 on, got {shown(turn)}; the'
+                f'{origin}: "turn" must be a whole number from 0 on, got {shown(turn)}; the'
                 f" largest is {MAX_TURN}"
             )
-        yield Example(name, dialogue, turn, _texts(record, "persona", where), history, response)
+        yield Example(name, dialogue, turn, _texts(record, "persona", origin), history, response)
         return
     if (first := record.get("first_speaker")) not in ("partner", "self"):
         raise DataError(
-            f"{where}: first_speaker is {shown(first)}; allowed are 'partner' and 'self' (the"
+            f"{origin}: first_speaker is {shown(first)}; allowed are 'partner' and 'self' (the"
             " persona's owner)"
         )
-    persona, turns = _texts(record, "persona", where), _texts(record, "turns", where)
+    persona, turns = _texts(record, "persona", origin), _texts(record, "turns", origin)
     for turn, history, response in replies(turns, self_opens=first == "self"):
         yield Example(f"{name}/{turn}", name, turn, persona, history, response)
 
 
-def _texts(record: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+def _texts(record: Mapping[str, Any], key: str, origin: str) -> tuple[str, ...]:
     value = record.get(key)
     if not isinstance(value, (list, tuple)):
         got = shown(value) if key in record else f"no such key among {shown(sorted(record))}"
         raise DataError(
-            f'{where}: "{key}" must be a list of texts, got {got}; write [] where there is none'
+            f'{origin}: "{key}" must be a list of texts, got {got}; write [] where there is none'
         )
-    return tuple(_text(item, f"{key}[{place}]", where) for place, item in enumerate(value))
+    return tuple(_text(item, f"{key}[{number}]", origin) for number, item in enumerate(value))
 
 
-def _text(value: object, key: str, where: str) -> str:
+def _text(value: object, key: str, origin: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f'{where}: "{key}" must be a text that is not blank, got {shown(value)}')
+        raise DataError(f'{origin}: "{key}" must be a text that is not blank, got {shown(value)}')
     return value.strip()
 
 
@@ -251,8 +254,9 @@ def _read_hub(source: str) -> Iterator[Example]:
 
 
 def _load_hub(source: str) -> Any:
-    """Load `hub:NAME[:CONFIG][:SPLIT]`; an empty CONFIG is the data set's default, without SPLIT it
-    is train.
+    """Load `hub:NAME[:CONFIG][:SPLIT]`.
+
+    An empty CONFIG is the data set's default; SPLIT is train where it is left out.
     """
     parts = source.split(":")[1:]
     if not parts[0] or len(parts) > 3:

@@ -1,9 +1,8 @@
-"""Which examples make an optimizer step, and which rank reads which. Pure functions of their
-arguments; no torch.
+"""Which examples make an optimizer step, and which rank reads which. No torch.
 
-n examples in the dataset, G in a window (one optimizer step over all ranks), W ranks. A position in
-training is the step number alone: what a window holds depends on n, G and the seed, never on W or
-the micro-batch.
+Pure functions of their arguments. n examples in the dataset, G in a window (one optimizer step over
+all ranks), W ranks. A position in training is the step number alone: what a window holds depends on
+n, G and the seed, never on W or the micro-batch.
 """
 
 from __future__ import annotations
@@ -18,14 +17,15 @@ import numpy as np
 class Slot(NamedTuple):
     """One row of a micro-batch."""
 
-    position: int  # place in the window (evaluation: in the dataset); -1 for a filler
+    position: int  # in the window (evaluation: in the dataset); -1 for a filler
     row: int  # of the dataset
     weight: float  # 1.0; 0.0 for a filler
 
 
 def total_steps(examples: int, global_batch: int, epochs: int) -> int:
-    """Steps in which every example is read at least `epochs` times; the last window is filled from
-    the next epoch.
+    """Steps in which every example is read at least `epochs` times.
+
+    The last window is filled from the next epoch.
     """
     return -(-examples * epochs // global_batch)
 
@@ -43,8 +43,9 @@ def _epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def window_indices(examples: int, global_batch: int, seed: int, step: int) -> np.ndarray:
-    """Dataset rows of window `step` (from 0), int64 [G]: part of the endless stream of epoch
-    permutations.
+    """Dataset rows of window `step` (from 0), int64 [G].
+
+    Windows are cut from the endless stream of epoch permutations, so one may hold two epochs.
     """
     start, end = step * global_batch, (step + 1) * global_batch
     parts = []
@@ -59,26 +60,29 @@ def window_indices(examples: int, global_batch: int, seed: int, step: int) -> np
 def assign(
     indices: np.ndarray, lengths: np.ndarray, world: int, micro_batch: int
 ) -> list[list[list[Slot]]]:
-    """Deal a window's examples to ranks and micro-batches: result[rank][micro-step] is a list of
-    slots.
+    """Deal a window's examples to ranks and micro-batches.
 
-    `indices` [G] dataset rows, `lengths` [G] their tokens. Every rank gets the same number of
-    micro-batches of the same sizes, at most `micro_batch` and like one another. Rows are dealt
-    longest first, in a snake, so that a micro-batch holds rows of like length, ranks have like
-    token counts in every micro-step, and memory peaks in the first one. Where W does not divide G,
-    up to W - 1 fillers (the shortest example, weight 0) complete the last row.
+    `result[rank][micro-step]` is a list of slots, `indices` [G] dataset rows, `lengths` [G] their
+    tokens. Every rank gets the same number of micro-batches of the same sizes, at most
+    `micro_batch` and like one another. Rows are dealt longest first, in a snake, so that a
+    micro-batch holds rows of like length, ranks have like token counts in every micro-step, and
+    memory peaks in the first one. Where W does not divide G, up to W - 1 fillers (the shortest
+    example, weight 0) complete the last row.
     """
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
-    rows = [Slot(int(place), int(indices[place]), 1.0) for place in order]
+    rows = [Slot(int(position), int(indices[position]), 1.0) for position in order]
     per_rank = -(-len(rows) // world)
     rows += [Slot(-1, rows[-1].row, 0.0)] * (per_rank * world - len(rows))
     steps = -(-per_rank // micro_batch)
+    # Micro-batches as equal as can be, instead of full ones and a small rest.
     borders = [per_rank * step // steps for step in range(steps + 1)]
     dealt: list[list[list[Slot]]] = [[] for _ in range(world)]
     for start, end in pairwise(borders):
         for rank in range(world):
-            places = [
-                row * world + (world - 1 - rank if row % 2 else rank) for row in range(start, end)
+            # A snake: even rounds deal from the first rank on, odd ones from the last.
+            numbers = [
+                turn * world + (world - 1 - rank if turn % 2 else rank)
+                for turn in range(start, end)
             ]
-            dealt[rank].append([rows[place] for place in places])
+            dealt[rank].append([rows[number] for number in numbers])
     return dealt

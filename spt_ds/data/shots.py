@@ -1,6 +1,4 @@
-"""Worked examples for few-shot prompting: whole examples of the training data, as training would
-have read them.
-"""
+"""Worked examples for few-shot prompting: training examples as training would read them."""
 
 from __future__ import annotations
 
@@ -27,18 +25,18 @@ def worked_examples(
     *,
     persona: bool,
 ) -> tuple[int, ...]:
-    """Return the ids of `count` examples of as many dialogues, drawn by `seed`: context, reply and
-    EOS of each.
+    """Return the ids of `count` examples of as many dialogues, drawn by `seed`.
 
-    Each may take an equal part of SHARE of `max_tokens`: its oldest turns are dropped to fit, and
-    one whose persona and reply alone do not fit is passed over. DataError when fewer than `count`
-    fit.
+    They are context, reply and EOS of each, one after the other. Each may take an equal part of
+    SHARE of `max_tokens`: its oldest turns are dropped to fit, and one whose persona and reply
+    alone do not fit is passed over. DataError when fewer than `count` fit.
     """
     room = int(max_tokens * SHARE) // count
     ids: list[int] = []
     taken: set[str] = set()
     bos = tokenizer.bos_token_id is not None  # once at the very beginning, not before each example
     encoder = Encoder(tokenizer, room + bos, ContextStyle(persona))
+    # One example of a dialogue: two would show the same persona and mostly the same turns.
     for index in random.Random(seed).sample(range(len(train)), len(train)):
         row = train[index]
         if row["dialogue_id"] in taken:

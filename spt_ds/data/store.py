@@ -1,5 +1,4 @@
-"""Encoded examples on disk: an Arrow table of `datasets`, memory-mapped, cached by what its
-contents depend on.
+"""Encoded examples on disk: a memory-mapped Arrow table, cached by what it depends on.
 
 n examples in a store. Nothing of size n is held in memory but two int32 arrays of lengths.
 """
@@ -89,9 +88,8 @@ class ExampleStore:
         self.lengths = Lengths(
             *(table.column(name).to_numpy() for name in ("context_len", "response_len"))
         )
-        self.truncated = int(
-            (table.column("dropped_turns").to_numpy() > 0).sum()
-        )  # examples that lost turns
+        dropped = table.column("dropped_turns").to_numpy()
+        self.truncated = int((dropped > 0).sum())  # examples that lost turns
         self._ids = self._data.select_columns(["context_ids", "response_ids"]).with_format("arrow")
         self._texts = self._data.select_columns(["persona", "history"])
 
@@ -103,6 +101,7 @@ class ExampleStore:
 
     def ids(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Return context and response ids of the given examples, end to end in two int64 arrays."""
+        # Flattened by Arrow: no list of Python numbers is made.
         rows = self._ids[list(indices)]
         flat = [
             rows.column(name).combine_chunks().flatten().to_numpy()
@@ -128,14 +127,14 @@ def build_store(
     style: ContextStyle = PLAIN,
     reserved: int | None = None,
 ) -> ExampleStore:
-    """Encode `source` (see `readers`), or open the store that an earlier run left for the same
-    bytes and tokenizer.
+    """Encode `source` (see `readers`), or open the store that an earlier run made of it.
 
     `max_examples` 0 takes all; `style` is what the model sees beside the dialogue; `reserved` is
     what a context leaves for a reply that is to be generated, None: room for the example's own.
     Several processes may build at once: each writes its own folder, the first to finish renames it
     into place, the others use that one. DataError from the readers, the encoder or the disk.
     """
+    # All that the table's contents depend on: its hash is the name of the folder.
     parts = {
         "source_name": source.rpartition("/")[2],  # ids of examples carry it
         "source_sha256": digest(source),

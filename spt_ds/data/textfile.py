@@ -23,13 +23,15 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def lines(path: Path, keep_end: bool = False) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line); only a newline ends a line, a byte order mark is dropped,
-    DataError names bad bytes.
+    """Yield (number from 1, line); DataError names bad bytes.
 
-    `keep_end` keeps the newline, which a CSV field may contain.
+    Only a newline ends a line, a byte order mark is dropped. `keep_end` keeps the newline, which a
+    CSV field may contain.
     """
     number = 0
     with readable(path), path.open("rb") as file:
+        # Bytes first: `open` in text mode would also end lines at the separators that Unicode
+        # knows, and could not say on which line a bad byte is.
         for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
             if len(raw) > MAX_LINE_BYTES:
                 raise DataError(

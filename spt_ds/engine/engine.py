@@ -25,13 +25,14 @@ EVALUATED = ("nll", "selection", "fusion", "nll_selected", "nll_best", "tokens",
 class Engine:
     """Takes optimizer steps on the trainables, which are whole and fp32 on every rank.
 
-    Only the frozen base may be sharded. It is reached by calls of `root`, never of its children.
+    Only the frozen base may be sharded. It is reached by calls of `backbone`, never of its
+    children.
     """
 
     def __init__(self, session: Session) -> None:
         self.config = session.config
         self.world = session.world
-        self.root = session.root
+        self.backbone = session.backbone
         self.spt = session.spt
         self.names = [name for name, _ in self.trainables.named_parameters()]
         parameters = list(self.trainables.parameters())
@@ -61,7 +62,7 @@ class Engine:
             assert parameter.dtype == torch.float32
             assert parameter.grad is not None
             assert parameter.grad.dtype == torch.float32
-        assert not any(p.requires_grad for p in self.root.parameters() if id(p) not in trained)
+        assert not any(p.requires_grad for p in self.backbone.parameters() if id(p) not in trained)
         assert {id(p) for g in self.optimizer.param_groups for p in g["params"]} == trained
 
     def train_window(
@@ -95,7 +96,7 @@ class Engine:
         return StepResult.of(StepSums(totals[1:]), self.config.losses, totals[0].item(), lr)
 
     def _forward_backward(self, batch: Batch, window: Window) -> MicroLosses:
-        out: MicroLosses = self.root(
+        out: MicroLosses = self.backbone(
             self.spt.micro_losses, batch, window.examples, window.target_tokens
         )
         out.total.backward()
@@ -143,7 +144,7 @@ class Engine:
         """
         sums = torch.zeros(len(EVALUATED), dtype=torch.float64, device=self.world.device)
         for batch in batches:
-            out: MicroLosses = self.root(self.spt.micro_losses, batch, 1, 1)
+            out: MicroLosses = self.backbone(self.spt.micro_losses, batch, 1, 1)
             weights = out.packed.weights.to(sums.dtype)  # [B], 0 for a filler
             tokens = weights * out.packed.response_tokens  # [B]
             # Weighted by tokens, not by examples: the mean of per-example means is another number.

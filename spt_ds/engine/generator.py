@@ -52,7 +52,7 @@ def decode_batch(
     """Decode one micro-batch; with a sharded base all ranks must come along."""
     special = session.tokenizer.eos_token_id, session.tokenizer.pad_token_id
     with torch.no_grad():
-        out: Decoded = session.root(
+        out: Decoded = session.backbone(
             decode, session.spt, batch, options, special, session.sharding.on, hooks
         )
     return out

@@ -50,13 +50,17 @@ def read_base(config: ModelConfig) -> Base:
 
 @dataclass(frozen=True)
 class Session:
-    """`root` is the backbone, sharded or not: call it with a function, never its children."""
+    """What training and generation share.
+
+    `backbone` is whole or sharded. `backbone(function, ...)` runs the function inside one call of
+    it, whose hooks gather weights; its children are not called from outside.
+    """
 
     config: Config
     world: dist.World
     base: Base
     sharding: Sharding
-    root: nn.Module
+    backbone: nn.Module
     spt: Spt
 
     @property
@@ -78,17 +82,17 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
         shard=sharding.shard_function(),
     )
     backbone.checkpoint_activations(placement.recompute)
-    root = sharding.wrap(backbone)
-    # One call of the root, as every use of the base: its hooks gather weights and release them.
-    root(lambda inner: inner.check(config.prompts.placement))
+    wrapped = sharding.wrap(backbone)
+    # One call of it, as every use of the base: its hooks gather weights and release them.
+    wrapped(lambda inner: inner.check(config.prompts.placement))
     # What trains is made outside of ZeRO: whole and fp32 on every rank.
-    trainables = _initialise(config, base.tokenizer, root)
+    trainables = _initialise(config, base.tokenizer, wrapped)
     pad = base.tokenizer.pad_token_id
     assert isinstance(pad, int)
     count = sum(parameter.numel() for parameter in trainables.parameters())
     get_logger().info(f"method: {config.method.type}, {count:,} trained parameters")
-    get_logger().info(f"base: {local_bytes(root) / 2**20:.1f} MiB on this rank")
-    return Session(config, world, base, sharding, root, Spt(config, trainables, pad))
+    get_logger().info(f"base: {local_bytes(wrapped) / 2**20:.1f} MiB on this rank")
+    return Session(config, world, base, sharding, wrapped, Spt(config, trainables, pad))
 
 
 def open_trained(
@@ -112,18 +116,20 @@ def open_untrained(config: Config, deepspeed_config: str | None, world: dist.Wor
     return open_session(config, base, placement, world)
 
 
-def _initialise(config: Config, tokenizer: PreTrainedTokenizerBase, root: nn.Module) -> Trainables:
+def _initialise(
+    config: Config, tokenizer: PreTrainedTokenizerBase, backbone: nn.Module
+) -> Trainables:
     """What trains, with its first values: the same on every rank and in every start."""
     texts = config.prompts.init_texts
     init_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     seed = keyed_seed(config.train.seed, "trainables")
 
-    def build(backbone: Backbone) -> Trainables:
+    def build(inner: Backbone) -> Trainables:
         if config.method.type == "spt":
-            return build_trainables(config, backbone, init_ids, seed)
-        return build_base_trainables(config, backbone, seed)
+            return build_trainables(config, inner, init_ids, seed)
+        return build_base_trainables(config, inner, seed)
 
-    trainables: Trainables = root(build)
+    trainables: Trainables = backbone(build)
     return trainables
 
 

@@ -1,5 +1,4 @@
-"""ReLU that keeps one byte instead of four (or two) per element for the backward pass, and works in
-place.
+"""A ReLU that works in place and keeps one byte per element for the backward pass.
 
 A ReLU keeps its output, which in OPT is the largest tensor of a layer: 4 of the 10 hidden sizes
 that a layer keeps per token. Where the output is positive is all that its gradient needs.
@@ -14,9 +13,7 @@ from torch import nn
 
 
 class MaskedRelu(nn.Module):
-    """Takes the place of a `nn.ReLU` whose input nobody else reads: in training the input is
-    overwritten.
-    """
+    """Takes the place of a `nn.ReLU` whose input nobody else reads: training overwrites it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
@@ -28,6 +25,7 @@ class MaskedRelu(nn.Module):
 class _Relu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        # Autograd must know that the input is gone, so that whoever kept it gets an error.
         ctx.mark_dirty(x)
         ctx.save_for_backward(x.relu_() > 0)
         return x
@@ -39,9 +37,8 @@ class _Relu(torch.autograd.Function):
 
 
 def slim_activations(lm: nn.Module) -> None:
-    """Replace the ReLUs of OPT's layers, whose input is the output of a linear layer and read by
-    nothing else.
-    """
+    """Replace the ReLUs of OPT's layers, which alone read the linear layer before them."""
+    # By class name: another architecture may read the input of its ReLU a second time.
     for module in lm.modules():
         if type(module).__name__ == "OPTDecoderLayer" and type(module.activation_fn) is nn.ReLU:
             module.activation_fn = MaskedRelu()

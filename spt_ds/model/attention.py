@@ -166,8 +166,8 @@ class _RowByRow(torch.autograd.Function):
             *(tensor.split(layout.lens, dim=2) for tensor in (out.transpose(1, 2), q, k, v)),
             strict=True,
         )
-        for row, (place, q_row, k_row, v_row) in enumerate(rows):
-            place.copy_(layout.attend_row(row, layer, q_row, k_row, v_row, scale))
+        for row, (target, q_row, k_row, v_row) in enumerate(rows):
+            target.copy_(layout.attend_row(row, layer, q_row, k_row, v_row, scale))
         return out
 
     @staticmethod
@@ -178,13 +178,13 @@ class _RowByRow(torch.autograd.Function):
         pieces = (
             tensor.split(layout.lens, dim=2) for tensor in (grads[0].transpose(1, 2), *saved, *into)
         )
-        for row, (grad, *own_and_places) in enumerate(zip(*pieces, strict=True)):
-            own = [tensor.detach().requires_grad_() for tensor in own_and_places[:3]]
+        for row, (grad, *inputs_and_targets) in enumerate(zip(*pieces, strict=True)):
+            own = [tensor.detach().requires_grad_() for tensor in inputs_and_targets[:3]]
             with torch.enable_grad():
                 out = layout.attend_row(row, ctx.layer, own[0], own[1], own[2], ctx.scale)
-            found = torch.autograd.grad(out, own, grad)
-            for place, part in zip(own_and_places[3:], found, strict=True):
-                place.copy_(part)
+            parts = torch.autograd.grad(out, own, grad)
+            for target, part in zip(inputs_and_targets[3:], parts, strict=True):
+                target.copy_(part)
         return (*into, None, None, None)
 
 
@@ -235,14 +235,14 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, stri
     why = f"{dtype} on {device.type}"
     if asked == "auto":
         used = "flash" if package else "varlen" if varlen else "sdpa"
-        found = (
+        flash = (
             f"{package} found"
             if package
             else "flash-attn not found"
             if half_on_gpu
             else "flash-attn not usable"
         )
-        say_once(f"attention: {used} ({why}; {found})")
+        say_once(f"attention: {used} ({why}; {flash})")
         return used
     usable = {"flash": package is not None, "varlen": varlen}.get(asked, True)
     if not usable:
@@ -367,5 +367,5 @@ def _flash(
         causal=True,
     )
     # Version 4 returns the log-sum-exp beside it.
-    found: torch.Tensor = out[0] if isinstance(out, tuple) else out
-    return found
+    attended: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return attended

@@ -88,8 +88,8 @@ class WholeWords(BaseStreamer):
         self._texts: SimpleQueue[str | None] = SimpleQueue()
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the next token, [rows]; before the first one the ids of the context, of which a row
-        of embeddings has none."""
+        """Take the next token, [rows]."""
+        # The first call brings the ids of the context, of which a row of embeddings has none.
         # Fusion decodes K rows, which hold the same tokens.
         self._tokens += value.flatten()[:1].tolist()
         text = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))

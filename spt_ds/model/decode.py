@@ -80,11 +80,10 @@ def decode(
 def choose_prompts(
     mode: str, scores: torch.Tensor, indices: tuple[int, ...], seed: int
 ) -> list[int | None]:
-    """Prompt of each example for `generate.mode`; draws are keyed by the example, so any split
-    gives the same.
+    """Prompt of each example for `generate.mode`.
 
-    `noise:sigma` adds normal noise of that deviation to the scores before the choice, never to a
-    probability.
+    Draws are keyed by the example, so any split gives the same. `noise:sigma` adds normal noise of
+    that deviation to the scores before the choice, never to a probability.
     """
     kind, _, number = mode.partition(":")
     count = len(scores)

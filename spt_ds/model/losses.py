@@ -1,9 +1,8 @@
-"""The four losses of SPT as pure tensor functions (Huang et al. 2024, section 3.3; arXiv
-2406.18187).
+"""The four losses of SPT as pure tensor functions.
 
-Each returns one number per example, token or pair, so that the caller can normalise by counts of
-the whole optimizer step. Everything is computed in fp32 or better. Legend: K prompts, B examples, n
-target tokens of the micro-batch, D hidden size.
+Huang et al. 2024, section 3.3, arXiv 2406.18187. Each returns one number per example, token or
+pair, so that the caller can normalise by counts of the whole optimizer step. Everything is computed
+in fp32 or better. Legend: K prompts, B examples, n target tokens of the micro-batch, D hidden size.
 """
 
 from __future__ import annotations
@@ -23,8 +22,9 @@ def mean_per_example(values: torch.Tensor, member: torch.Tensor) -> torch.Tensor
 def selection(
     nll: torch.Tensor, scores: torch.Tensor, tau_gold: float, tau_sim: float
 ) -> torch.Tensor:
-    """KL(softmax_k(-nll / tau_gold) || softmax_k(s / tau_sim)) with the gold side detached: [K, B],
-    [K, B] -> [B].
+    """KL(softmax_k(-nll / tau_gold) || softmax_k(s / tau_sim)): [K, B], [K, B] -> [B].
+
+    The gold side is detached: the retriever learns from the losses, not the other way round.
     """
     gold = (-nll.detach() / tau_gold).log_softmax(dim=0)
     similar = (scores / tau_sim).log_softmax(dim=0)
@@ -46,7 +46,8 @@ def fuse(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def contrastive(left: torch.Tensor, right: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """CosineEmbeddingLoss with margin 0 of score columns: [K, n], [K, n], targets +1 / -1 [n] ->
-    [n].
+    """CosineEmbeddingLoss with margin 0 of score columns.
+
+    left [K, n], right [K, n], targets +1 / -1 [n] -> [n].
     """
     return F.cosine_embedding_loss(left.T, right.T, targets, reduction="none")

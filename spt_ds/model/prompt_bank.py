@@ -1,7 +1,7 @@
-"""The bank of K soft prompts of P virtual tokens, always in fp32 (Huang et al. 2024, section 3;
-Lester et al. 2021).
+"""The bank of K soft prompts of P virtual tokens, always in fp32.
 
-Legend: K prompts, P virtual tokens, D embedding size, V vocabulary.
+Huang et al. 2024, section 3; Lester et al. 2021. Legend: K prompts, P virtual tokens, D embedding
+size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-EmbeddingRows = Callable[
-    [torch.Tensor], torch.Tensor
-]  # token ids [n] -> rows of the frozen table [n, D]
+# Token ids [n] -> rows of the frozen table [n, D].
+EmbeddingRows = Callable[[torch.Tensor], torch.Tensor]
 
 
 class PromptBank(nn.Module):
@@ -50,8 +49,9 @@ def initial_prompts(
     count, tokens, _ = shape
     if init == "text":
         lists = [text_ids[k % len(text_ids)] for k in range(count)]
-        ids = torch.tensor([[one[p % len(one)] for p in range(tokens)] for one in lists])
+        ids = torch.tensor([[text[p % len(text)] for p in range(tokens)] for text in lists])
         return rows(ids.flatten()).float().cpu().view(shape)
+    # `normal` measures its deviation on a sample: under ZeRO-3 the whole table is on no rank.
     sample = torch.randint(vocabulary, (max(count * tokens, 4096),), generator=generator)
     table = rows(sample).float().cpu()
     if init == "vocab":

@@ -106,15 +106,15 @@ def quantise(
     for part, bytes_, blocks in chunks(flat.numel(), packing):
         values = flat[part].to(device, torch.float32)
         if packing.bits == 8:
-            found, absmax = _ops.quantize_blockwise(
+            quantised, absmax = _ops.quantize_blockwise(
                 values, code_book("int8", device), packing.block_size
             )
         else:
             values = nn.functional.pad(values, (0, values.numel() % 2))
-            found, absmax = _ops.quantize_4bit(
+            quantised, absmax = _ops.quantize_4bit(
                 values, packing.block_size, packing.book, torch.uint8
             )
-        codes[bytes_], scales[blocks] = found.view(-1), absmax
+        codes[bytes_], scales[blocks] = quantised.view(-1), absmax
     if packing.double_quant:
         offset = scales.mean()
         quantised, absmax = _ops.quantize_blockwise(

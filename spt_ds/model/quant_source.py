@@ -120,13 +120,13 @@ def _draw(lm: Any, name: str, module: nn.Module, device: torch.device) -> dict[s
 
 
 class _Checkpoint:
-    """A `Source`. `where` maps the model's names to the files that hold them."""
+    """A `Source`. `holders` maps the model's names to the files that hold them."""
 
     def __init__(self, lm: Any, path: str, files: Iterable[Mapping[str, torch.Tensor]]) -> None:
         self.path = path
         stored = [(key, file) for file in files for key in file]
         renamed = not hasattr(lm.config, SECTION)
-        self.where = (
+        self.holders = (
             _by_model_name(lm, stored, path)
             if renamed
             else {key: (file, key) for key, file in stored}
@@ -136,13 +136,13 @@ class _Checkpoint:
             self.aliases.setdefault(id(parameter), []).append(name)
         self._check(lm)
         for name, buffer in lm.named_buffers():
-            if name in self.where:
+            if name in self.holders:
                 buffer.copy_(self._read(name))
 
     def __call__(self, name: str, module: nn.Module) -> dict[str, torch.Tensor]:
         out = {}
         for key, like in module.named_parameters(recurse=False):
-            stored = next((n for n in self.aliases[id(like)] if n in self.where), None)
+            stored = next((n for n in self.aliases[id(like)] if n in self.holders), None)
             if stored is None:
                 out["packed"] = self._read(f"{name}.packed")
                 continue
@@ -151,19 +151,21 @@ class _Checkpoint:
         return out
 
     def _read(self, name: str) -> torch.Tensor:
-        file, key = self.where[name]
+        file, key = self.holders[name]
         return file[key]
 
     def _check(self, lm: Any) -> None:
         """Before any module is built, on all ranks: nothing is missing, tied weights agree."""
         missing = []
         for names in self.aliases.values():
-            found = [name for name in names if name in self.where]
-            if not found and names[0].removesuffix("weight") + "packed" not in self.where:
+            present = [name for name in names if name in self.holders]
+            if not present and names[0].removesuffix("weight") + "packed" not in self.holders:
                 missing.append(names[0])
-            if any(not torch.equal(self._read(found[0]), self._read(other)) for other in found[1:]):
+            if any(
+                not torch.equal(self._read(present[0]), self._read(other)) for other in present[1:]
+            ):
                 raise ModelError(
-                    f"{self.path}: config.json ties {' and '.join(found)}, the weights hold"
+                    f"{self.path}: config.json ties {' and '.join(present)}, the weights hold"
                     " different values for them; set tie_word_embeddings: false in config.json"
                 )
         refuse_missing(lm, missing, self.path)
@@ -174,7 +176,7 @@ def _by_model_name(
 ) -> dict[str, tuple[Mapping[str, torch.Tensor], str]]:
     """Names of `lm` -> file and the tensor's name in it."""
     names = model_names(lm, [key for key, _ in stored], path)
-    where = {}
+    holders = {}
     for key, file in stored:
         name, merged = names.get(key, (None, False))
         if merged:
@@ -183,8 +185,8 @@ def _by_model_name(
                 " which cannot be done tensor by tensor; set model.base_bits: 16"
             )
         if name is not None:
-            where[name] = file, key
-    return where
+            holders[name] = file, key
+    return holders
 
 
 def _open(file: str) -> Mapping[str, torch.Tensor]:

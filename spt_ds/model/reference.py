@@ -77,6 +77,7 @@ class PaddedPool:
                 f" reference.pool_length_tokens = {self.length}, to which texts are padded; set it"
                 " to data.max_tokens or more"
             )
+        # The padding is not embedded token by token: it is the same row so many times.
         sums = span_sums(text, torch.cat([packed.of_context, packed.of_response]))
         pads = self.length - (packed.context_tokens + packed.response_tokens)
         pad = backbone.embed(on_device([self.pad_id], text.device))

@@ -1,7 +1,6 @@
-"""The dense retriever: scores every prompt for every context without a pass through the LLM
-(method, part 2).
+"""The dense retriever: scores prompts for contexts without a pass through the base.
 
-Legend: K prompts, P virtual tokens, B examples, D embedding size.
+Part 2 of the method. Legend: K prompts, P virtual tokens, B examples, D embedding size.
 """
 
 from __future__ import annotations
@@ -44,9 +43,7 @@ class Retriever(nn.Module):
         self.activation = activation
 
     def cosines(self, bank: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        """bank E [K, P, D], pooled contexts [B, D] -> cosines [K, B], in the precision of the
-        projections.
-        """
+        """bank E [K, P, D], pooled contexts [B, D] -> cosines [K, B], as precise as the weights."""
         contexts = self.context(pooled.to(self.context.weight.dtype))
         prompts = self.prompt(bank.mean(dim=1))
         return F.cosine_similarity(prompts[:, None], contexts[None], dim=-1)
@@ -58,9 +55,7 @@ class Retriever(nn.Module):
 
 
 def _linear(size: int, generator: torch.Generator | None) -> nn.Linear:
-    """A Linear with torch's own default range, drawn from `generator` so that every rank draws the
-    same.
-    """
+    """A Linear in torch's own default range, drawn from `generator`: alike on all ranks."""
     layer = nn.Linear(size, size)
     bound = size**-0.5
     with torch.no_grad():
@@ -82,7 +77,8 @@ def mean_of_contexts(backbone: Backbone, packed: Packed, text: torch.Tensor) -> 
 def span_sums(embeddings: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
     """Sum the embeddings [n, D] of each span, in fp32 or better: member [n, B] of 0/1 -> [B, D].
 
-    A matrix product adds in the same order on every device and in every run.
+    A matrix product adds in the same order in every run.
     """
+    # A bf16 sum over some hundred tokens would lose the differences that the retriever reads.
     precise = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
     return member.to(precise.dtype).T @ precise

@@ -23,6 +23,7 @@ def read_context(
     """
     if placement != "suffix":
         return None
+    # Prompts come behind the context, so nothing that trains reaches it: it needs no gradient.
     lens = packed.batch.context_lens
     layout = Layout(lens, packed.context_positions, backbone.backend, text.device, record=True)
     backbone.run(text[: sum(lens)], layout)
@@ -62,6 +63,7 @@ def _branches(
     token = torch.arange(rows.shape[1], device=text.device)
     prompt = torch.arange(count, device=text.device)[:, None]
     moved = packed.row_start * (count - 1) + packed.row_tokens * prompt + token  # [M, N1]
+    # `order` undoes `moved`: it lists the tokens of all prompts as they lie example by example.
     order = torch.empty_like(moved).flatten()
     order[moved.flatten()] = torch.arange(len(order), device=text.device)
     positions = packed.positions.repeat(count)[order]
@@ -72,5 +74,7 @@ def _branches(
 
 def _pack(packed: Packed, text: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
     """prompts [M, B, P, D] and their text -> rows [M, N1, D], in the base's dtype."""
+    # One gather lays out virtual tokens and text. Its backward pass gives the prompts their
+    # gradient; the text has one only where the embedding table trains.
     virtual = prompts.flatten(1, 2).to(text.dtype)
     return torch.cat([virtual, text.expand(len(prompts), -1, -1)], dim=1)[:, packed.source]

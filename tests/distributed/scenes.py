@@ -178,9 +178,9 @@ def measure(world: dist.World, setups: Sequence[Setup]) -> list[Outcome]:
 def _measure(world: dist.World, setup: Setup) -> Outcome:
     out = Outcome()
     config, session, engine = open_engine(world, setup)
-    out.digests.append(shard_digest(session.root))
+    out.digests.append(shard_digest(session.backbone))
     out.local_bytes = sum(
-        _owned(p).numel() * _owned(p).element_size() for p in session.root.parameters()
+        _owned(p).numel() * _owned(p).element_size() for p in session.backbone.parameters()
     )
     stream = windows(config, session, world).windows(0)
     for step in range(setup.steps):
@@ -199,8 +199,8 @@ def _measure(world: dist.World, setup: Setup) -> Outcome:
         row for batch in batches for row in zip(batch.indices, batch.weights, strict=True)
     ]
     out.valid = engine.evaluate(batches)
-    out.digests.append(shard_digest(session.root))
-    out.base_differs = differs_from_file(session.root, Path(config.model.base))
+    out.digests.append(shard_digest(session.backbone))
+    out.base_differs = differs_from_file(session.backbone, Path(config.model.base))
     return out
 
 

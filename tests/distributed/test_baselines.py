@@ -40,7 +40,7 @@ def train_steps(world: dist.World, setups: Sequence[Setup]) -> list[Found]:
         config, session, engine = open_engine(world, setup)
         frozen = {
             name: p.detach().clone()
-            for name, p in session.root.named_parameters()
+            for name, p in session.backbone.named_parameters()
             if not p.requires_grad
         }
         before = {
@@ -54,7 +54,7 @@ def train_steps(world: dist.World, setups: Sequence[Setup]) -> list[Found]:
         trained = {
             name: p.detach().numpy().copy() for name, p in engine.trainables.named_parameters()
         }
-        after = dict(session.root.named_parameters())
+        after = dict(session.backbone.named_parameters())
         kept = {name: torch.equal(p, after[name]) for name, p in frozen.items()}
         out.append(
             (

@@ -64,7 +64,7 @@ def kept(world: dist.World, setup: Setup) -> int:
     """Bytes that one micro-batch keeps for its backward pass, weights apart."""
     config, session, engine = open_engine(world, setup)
     batch = next(windows(config, session, world).windows(0)).micro[0]
-    own = {id(p) for p in (*session.root.parameters(), *engine.trainables.parameters())}
+    own = {id(p) for p in (*session.backbone.parameters(), *engine.trainables.parameters())}
     held: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ def kept(world: dist.World, setup: Setup) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        session.root(session.spt.micro_losses, batch, 1, 1)
+        session.backbone(session.spt.micro_losses, batch, 1, 1)
     return sum(storage.nbytes() for storage in held.values())
 
 

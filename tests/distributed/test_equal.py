@@ -315,7 +315,7 @@ def precision(world: dist.World, setup: Setup) -> dict[str, object]:
         "gradients": {str(p.grad.dtype) for p in own if p.grad is not None},
         "moments": {str(value.dtype) for value in moments},
         "reduced": str(engine.buffer.dtype),
-        "base": {str(p.dtype) for p in engine.root.parameters()},
-        "frozen": {(p.requires_grad, p.grad is None) for p in engine.root.parameters()},
+        "base": {str(p.dtype) for p in engine.backbone.parameters()},
+        "frozen": {(p.requires_grad, p.grad is None) for p in engine.backbone.parameters()},
         "names": engine.names,
     }

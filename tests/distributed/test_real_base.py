@@ -35,7 +35,7 @@ def first_step(world: dist.World, setups: list[Setup]) -> list[dict[str, Any]]:
                 "losses": {name: step[name] for name in NAMES},
                 "gradient": engine.gradients.numpy().copy(),
                 "valid": engine.evaluate(list(batches)),
-                "bytes": local_bytes(session.root),
+                "bytes": local_bytes(session.backbone),
             }
         )
     return out

@@ -89,7 +89,7 @@ class Reads:
 
     def __init__(self, bot: Bot) -> None:
         self.calls: list[int] = []
-        lm: Any = bot._session.root.lm
+        lm: Any = bot._session.backbone.lm
         lm.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, _: object, args: object, kwargs: dict[str, Any]) -> None:
@@ -207,7 +207,7 @@ def test_another_dialogue_keeps_what_it_shares(folder: Path, arch: str) -> None:
 def test_failure_forgets_the_context(folder: Path) -> None:
     bot = spt_ds.load(folder / "llama-suffix")
     bot.reply(PERSONA, ["hi"])
-    lm: Any = bot._session.root.lm
+    lm: Any = bot._session.backbone.lm
 
     def fail(*_: object) -> None:
         raise MemoryError
@@ -405,7 +405,7 @@ def test_terminal_from_pipe_with_ctrl_c(
 
     def watched(*args: Any) -> Bot:
         bot = opened(*args)
-        bot._session.root.lm.register_forward_pre_hook(press)  # type: ignore[union-attr]
+        bot._session.backbone.lm.register_forward_pre_hook(press)  # type: ignore[union-attr]
         return bot
 
     # A shell's background job ignores SIGINT, and Python then leaves it ignored.

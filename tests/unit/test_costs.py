@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from spt_ds.batch import Batch
 from spt_ds.config.load import load_config
 from spt_ds.costs import command
-from spt_ds.costs.meters import Clock, Inside
+from spt_ds.costs.meters import Clock, ForwardMeter
 from spt_ds.costs.naive_step import naive_loss
 from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.costs.step import Reads
@@ -73,7 +73,7 @@ def test_counted_tokens_are_those_the_layers_see(case: str) -> None:
 @pytest.mark.parametrize("case", ["naive", "prefix"])
 def test_forward_passes_of_opt_are_seen(case: str) -> None:
     lm = AutoModelForCausalLM.from_config(tiny_config("opt"), attn_implementation=PACKED)
-    inside = Inside(lm.base_model, Clock(torch.device("cpu")))
+    meter = ForwardMeter(lm.base_model, Clock(torch.device("cpu")))
     ids = torch.zeros(1, 3, dtype=torch.long)
     if case == "naive":
         lm.set_attn_implementation("sdpa")
@@ -82,8 +82,8 @@ def test_forward_passes_of_opt_are_seen(case: str) -> None:
         Backbone(lm, "sdpa").run(
             torch.zeros(3, 16), Layout((3,), torch.arange(3), "sdpa", torch.device("cpu"))
         )
-    assert inside.take() > 0
-    assert inside.take() == 0
+    assert meter.take() > 0
+    assert meter.take() == 0
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
