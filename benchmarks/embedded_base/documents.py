@@ -151,8 +151,8 @@ def statements(turn: str) -> list[str]:
 
 
 def draw(pools: Pools, kind: str, rng: random.Random) -> Document:
-    """Return a random document of `kind`, one of KINDS."""
-    if kind == "echo":
+    """Return a random document of `kind`, one of KINDS; text without statements has no echo."""
+    if kind == "echo" and pools.statements:
         return _echo(pools, rng)
     talk = rng.choice(pools.persona if kind == "persona" else pools.general)
     if isinstance(talk, Conversation):
