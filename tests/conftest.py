@@ -1,4 +1,6 @@
-"""Notes every skipped test in the file that SPT_SKIPS names: see tests/skips.py."""
+"""Skips tests marked `gpu` where there is none, and notes every skipped test in the file that
+SPT_SKIPS names: see tests/skips.py.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,14 @@ def _note(report: pytest.TestReport | pytest.CollectReport) -> None:
     with Path(path).open("a", encoding="utf-8") as file:
         test = report.nodeid.partition("[")[0]
         file.write(json.dumps({"test": test, "reason": reason.removeprefix("Skipped: ")}) + "\n")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch  # most tests of the command line need none
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

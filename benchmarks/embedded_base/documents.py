@@ -7,7 +7,7 @@ there. Half of the documents are spelled as usual, half as ConvAI2 spells.
 
 Four kinds of documents are drawn:
 - persona: a dialogue with its owner's persona, in shuffled order, some sentences left out, some of
-  other people mixed in;
+  other people mixed in. Most end with a reply that has a word in common with the persona;
 - borrowed: a dialogue that has no persona, with one made of what the owner says about themselves
   in it, mixed with such statements of other dialogues. To copy from it pays, which is how a small
   model learns to read a persona at all;
@@ -40,6 +40,17 @@ Talk = Conversation | tuple[str, ...]  # with personas, or the bare turns of a d
 KINDS = ("persona", "borrowed", "plain", "echo")
 _PUNCTUATION = re.compile(r"([^\w\s'])")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_CONTENT_WORD = re.compile(r"[a-z]{4,}")
+# Words of nearly every dialogue.
+_COMMON = frozenset(
+    re.findall(
+        r"\w+",
+        "about also always been come could does ever from good great have just know like lots love "
+        "made make many more much nice only other really should some that them then there they "
+        "thing things think this time very want well were what when where which will with work "
+        "would year years your",
+    )
+)
 _FIRST_PERSON = re.compile(r"(i|i'm|im|i've|i'd|my)\s", re.IGNORECASE)
 # Openings of statements that say nothing about a person.
 _EMPTY = re.compile(
@@ -179,6 +190,8 @@ def _render(
     start, end = _stretch(turns, owner, rng)
     persona: list[str] = []
     if profiles is not None:
+        if rng.random() < 0.6:
+            start, end = _about(profiles[owner], turns, owner, rng) or (start, end)
         persona = [line for line in profiles[owner] if rng.random() < 0.85] or [*profiles[owner]]
         if others and rng.random() < 0.3:
             persona += rng.choices(others, k=rng.randrange(1, 3))
@@ -218,8 +231,25 @@ def _echo(pools: Pools, rng: random.Random) -> Document:
 def _stretch(turns: Sequence[str], owner: int, rng: random.Random) -> tuple[int, int]:
     """Return first and last turn; half begin with the dialogue, half are short, anywhere in it."""
     replies = range(owner or 2, len(turns), 2) or range(owner, len(turns), 2)
-    end = rng.choice(replies)
+    return _until(rng.choice(replies), rng)
+
+
+def _until(end: int, rng: random.Random) -> tuple[int, int]:
     return (max(0, end - rng.randrange(1, 9)) if rng.random() < 0.5 else 0), end
+
+
+def _about(
+    persona: Sequence[str], turns: Sequence[str], owner: int, rng: random.Random
+) -> tuple[int, int] | None:
+    """Return first and last turn of a stretch whose reply has a word of the persona; None: none."""
+    words = content_words(persona)
+    about = [end for end in range(owner or 2, len(turns), 2) if words & content_words([turns[end]])]
+    return _until(rng.choice(about), rng) if about else None
+
+
+def content_words(lines: Iterable[str]) -> set[str]:
+    """Return the words of four letters and more that are not in nearly every dialogue."""
+    return {word for line in lines for word in _CONTENT_WORD.findall(line.lower())} - _COMMON
 
 
 def document(

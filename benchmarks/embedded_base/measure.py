@@ -88,8 +88,8 @@ def persona_gap(
 ) -> dict[str, float]:
     """Return nats a token with the own and with other people's personas, and their difference.
 
-    Other people are the owners of the next few dialogues. The interval (95 %) is that of a
-    bootstrap over dialogues.
+    Other people are those of `strangers`. The interval (95 %) is that of a bootstrap over
+    dialogues.
     """
     dialogues = whole_dialogues(examples)
     sums = torch.zeros(len(dialogues), 3, dtype=torch.float64)  # own nats, others' nats, tokens
@@ -97,13 +97,8 @@ def persona_gap(
         own = reply_nats(model, tokenizer, dialogue.persona, dialogue).sum(0)
         others = torch.stack(
             [
-                reply_nats(
-                    model,
-                    tokenizer,
-                    dialogues[(number + further) % len(dialogues)].persona,
-                    dialogue,
-                ).sum(0)
-                for further in range(1, _STRANGERS + 1)
+                reply_nats(model, tokenizer, persona, dialogue).sum(0)
+                for persona in strangers(dialogues, number)
             ]
         ).mean(0)
         sums[number] = torch.stack([own[0], others[0], own[1]])
@@ -123,6 +118,13 @@ def persona_gap(
         "gap_low": float(low),
         "gap_high": float(high),
     }
+
+
+def strangers(dialogues: Sequence[Example], number: int) -> list[Sequence[str]]:
+    """Return the next few personas that share no sentence with that of dialogue `number`."""
+    own = set(dialogues[number].persona)
+    after = (dialogues[(number + step) % len(dialogues)] for step in range(1, len(dialogues)))
+    return [other.persona for other in after if own.isdisjoint(other.persona)][:_STRANGERS]
 
 
 @torch.no_grad()

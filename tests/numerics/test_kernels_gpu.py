@@ -13,10 +13,7 @@ from tests.helpers.tolerances import assert_steps_close
 from tests.numerics.steps import Case, build, contrast_of, our_step
 from tests.numerics.test_twin import LENS, twin
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 
 

@@ -105,7 +105,6 @@ def test_the_test_sees_who_reads(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 @pytest.mark.parametrize("arch", ["opt", "llama"])
 def test_a_gpu_is_not_waited_for(arch: str, placement: str) -> None:
