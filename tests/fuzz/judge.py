@@ -68,7 +68,7 @@ def judge(target: Target, content: bytes) -> str:
     """Return `value` or the name of the error that an input gave; raise for a finding."""
     transformers_logging.disable_progress_bar()  # it returns to the beginning of its line
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    spoken = io.StringIO()
+    spoken = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="")  # as a process has
     try:
         with _bounded(), _inside(folder), _heard(spoken):
             try:
@@ -79,7 +79,8 @@ def judge(target: Target, content: bytes) -> str:
                 spoken.write(str(error))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    said = spoken.getvalue()
+    spoken.seek(0)
+    said = spoken.read()
     assert "Traceback" not in said, said
     assert said == printable(said, keep="\n\t"), f"control characters: {said!r}"
     assert len(said) < MESSAGE, f"{len(said)} characters were printed"
@@ -97,7 +98,7 @@ def _inside(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _heard(spoken: io.StringIO) -> Iterator[None]:
+def _heard(spoken: io.TextIOWrapper) -> Iterator[None]:
     """Collect what goes to the streams and to the log."""
     (handler,) = get_logger().handlers
     before = handler.setStream(spoken)  # type: ignore[attr-defined]
