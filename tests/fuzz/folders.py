@@ -16,7 +16,7 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import save as save_tensors
 
-from spt_ds import summary
+from spt_ds import cli, summary
 from spt_ds.config.load import dump_config, load_config
 from spt_ds.config.model import ModelConfig
 from spt_ds.engine import checkpoints
@@ -161,6 +161,28 @@ def report(content: bytes, folder: Path) -> int:
     return report_command.main([str(run), "--out", str(folder / "page.html")])
 
 
+def arguments(content: bytes, folder: Path) -> int:
+    """A command with its arguments, a line each; `run` is a good run folder."""
+    _good_run(folder / "run")
+    command, *words = content.replace(b"\0", b"").decode("utf-8", "surrogateescape").split("\n")
+    if command not in ("evaluate", "compare", "summary", "config"):
+        return 2
+    try:
+        return cli.main([command, *words])
+    except SystemExit as ended:  # argparse
+        return int(ended.code or 0)
+
+
+ARGUMENTS = (
+    b"evaluate\nrun\n--out\nout\n--ead-vocabulary\n50\n--against\nrun/before/predictions.jsonl",
+    b"compare\nrun\n--baseline\nrun\n--out\nout",
+    b"summary\nrun",
+    b"config\ndemo\n--set\nname=x",
+    b"summary\n" + b"x" * 5000,
+    b"compare\nrun\n--baseline\nrun\n--out\n" + b"x" * 300,
+)
+
+
 def resumed(content: bytes, folder: Path) -> None:
     """What `spt-ds train` asks of a folder before it begins."""
     run = RunFolder(_write(folder / "run", unpack(content, _run_files())))
@@ -285,12 +307,14 @@ def saved(content: bytes, folder: Path) -> None:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SPECIAL = "special_tokens_map.json"
 BASE = (
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
     WEIGHTS,
+    SPECIAL,
 )
 
 
@@ -321,7 +345,7 @@ def _base_documents() -> Document:
 
 def base(bits: int, content: bytes, folder: Path) -> None:
     """Load a base as training does, prove it, and tokenise with it."""
-    files = unpack(content, {**_base_files(), INDEX: ABSENT})
+    files = unpack(content, {INDEX: ABSENT, SPECIAL: ABSENT, **_base_files()})
     if INDEX in files:
         files["part.safetensors"] = files.pop(WEIGHTS, b"")
         files[INDEX] = files[INDEX].replace(WEIGHTS.encode(), b"part.safetensors")
@@ -337,6 +361,7 @@ def base(bits: int, content: bytes, folder: Path) -> None:
 TARGETS = [
     Target("predictions", documents(LINES, dump=json_lines), predictions),
     Target("told", st.deferred(_run_documents), told, share=0.5),
+    Target("arguments", texts(*ARGUMENTS), arguments, share=0.5),
     Target("report", st.deferred(_run_documents), report, share=0.05),
     Target("resumed", st.deferred(_run_documents), resumed, share=0.5),
     Target(

@@ -53,12 +53,12 @@ SWEEP = {
     "name": "s",
     "configs": ["demo", {"config": "demo", "name": "b", "set": {"prompts.count": 2}}],
     "set": {"train.max_steps": 1},
-    "grid": {"train.seed": [0, 1], "losses.tau_gold": [0.5, 1.0]},
+    "grid": {"train.seed": [0, 1], "losses.tau_gold": [0.5, 1.0], "data.cache_dir": ["a"]},
 }
 DEEPSPEED = {
     "train_batch_size": "auto",
     "gradient_clipping": 1.0,
-    "bf16": {"enabled": True},
+    "bf16": {"enabled": False},
     "zero_optimization": {
         "stage": 3,
         "offload_param": {"device": "cpu", "pin_memory": True, "buffer_size": 1e8},
