@@ -73,7 +73,7 @@ class Comparison:
         """Gain over the baseline by metric, absolute and in percent (None over a baseline of 0)."""
         base = self.baseline.mean
         return {
-            key: (value - base[key], 100.0 * (value - base[key]) / base[key] if base[key] else None)
+            key: (value - base[key], _percent(value - base[key], base[key]))
             for key, value in group.mean.items()
             if key in base
         }
@@ -84,7 +84,8 @@ class Comparison:
         It is the paper's measure of added diversity.
         """
         gains = self.gains(group)
-        known = [gain for key in ("dist1", "dist2") if (gain := gains[key][1]) is not None]
+        found = (gains.get(key, (0.0, None))[1] for key in ("dist1", "dist2"))
+        known = [gain for gain in found if gain is not None]
         return sum(known) / 2 if len(known) == 2 else None
 
     def wide(self) -> Table:
@@ -250,6 +251,11 @@ def _notes(group: Group) -> Iterator[str]:
             yield (
                 f"{group.name}: {run.folder} differs from {first.folder} in {', '.join(differing)}"
             )
+
+
+def _percent(gain: float, base: float) -> float | None:
+    percent = 100.0 * gain / base if base else math.inf
+    return percent if math.isfinite(percent) else None
 
 
 def _spread(group: Group, key: str) -> Cell:

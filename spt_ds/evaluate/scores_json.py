@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from spt_ds.evaluate.corpus_metrics import (
 )
 from spt_ds.run.predictions import read_predictions
 
+LARGEST = 1e150  # sums and squares of scores are doubles too
 LIBRARIES = ("sacrebleu", "rouge-score", "bert-score", "numpy")
 
 
@@ -98,7 +100,7 @@ def scores_of(metrics: CorpusMetrics) -> Scores:
 def load_scores(path: Path) -> Scores:
     """Read a `scores.json`. Raises DataError, naming the key, when it does not hold scores."""
     try:
-        return TypeAdapter(Scores).validate_json(path.read_bytes())
+        scores = TypeAdapter(Scores).validate_json(path.read_bytes())
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); `spt-ds evaluate` writes one"
@@ -110,6 +112,13 @@ def load_scores(path: Path) -> Scores:
             f"{path}: {key}: {shortened(fault['msg'])}; write the file again with: spt-ds evaluate"
             f" {path.parent}"
         ) from error
+    numbers = [*scores.values.values(), *itertools.chain(*scores.intervals.values())]
+    if not all(abs(number) <= LARGEST for number in numbers):  # false for what is no number too
+        raise DataError(
+            f"{path}: a score is not between -{LARGEST:g} and {LARGEST:g}; write the file again"
+            f" with: spt-ds evaluate {path.parent}"
+        )
+    return scores
 
 
 def _lengths(metrics: CorpusMetrics) -> dict[str, dict[str, float]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spt_ds.display import shortened
 from spt_ds.placement.shape import BaseShape
 
 DEFAULT_NVME_BUFFER = 100_000_000  # elements, as DeepSpeed has it
@@ -41,10 +42,12 @@ def check_nvme(
         found.problems.append(
             f'{section}.nvme_path: missing; give a folder on a local disk, or "auto"'
         )
-    elif not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        what = "not writable" if folder.is_dir() else "no such folder"
+    # os.path answers False where a name is too long or holds a NUL; pathlib raises.
+    elif not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        what = "not writable" if os.path.isdir(folder) else "no such folder"
         found.problems.append(
-            f"{section}.nvme_path: {folder} is {what}; create it on every host, or name another"
+            f"{section}.nvme_path: {shortened(str(folder))} is {what}; create it on every host, or"
+            " name another"
         )
     else:
         # DeepSpeed empties its folder at the start: a run that shared it with another would

@@ -153,6 +153,8 @@ def told(content: bytes, folder: Path) -> int:
         compare_command.main([str(run), "--baseline", str(good), "--out", str(folder / "out")]),
         compare_command.main([str(good), "--baseline", str(run)]),
     ]
+    if codes[1] == 0:
+        json.loads((folder / "out" / "compare.json").read_bytes(), parse_constant=_refuse)
     return max(codes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from spt_ds.config import load
 from spt_ds.config.load import load_config
 from spt_ds.data.readers import read
 from spt_ds.errors import MENDABLE, ConfigError, DataError, mendable
+from spt_ds.evaluate.scores_json import load_scores
 from spt_ds.run import predictions
 from spt_ds.run.predictions import read_predictions
 from spt_ds.sweep.cells import load_cells
@@ -127,3 +129,19 @@ def test_a_run_folder_that_no_file_system_takes() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert "File name too long" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "1e200"])
+def test_a_score_is_a_number_that_can_be_summed(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    settings = {
+        **{"examples": 1, "dialogues": 1, "ead_vocabulary": 50, "versions": {}},
+        **{"predictions_sha256": "x", "data_sha256": "x", "bleu_signature": "x"},
+    }
+    tree = {"values": {"bleu": "@"}, "intervals": {}, "prompt_counts": [], "lengths": {}}
+    text = json.dumps({**tree, "skipped": {}, "settings": settings})
+    path.write_text(text.replace('"@"', "1.5"), encoding="utf-8")
+    assert load_scores(path).values == {"bleu": 1.5}
+    path.write_text(text.replace('"@"', value), encoding="utf-8")
+    with pytest.raises(DataError, match="a score is not between"):
+        load_scores(path)
