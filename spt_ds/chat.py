@@ -19,6 +19,7 @@ from spt_ds.run.command import add_overrides, run_command
 if TYPE_CHECKING:
     from spt_ds.api import Bot, Reply
 
+MAX_PERSONA_BYTES = 1 << 20  # what a model reads of it is far less
 HELP = """\
   /persona [FILE]  another persona, from FILE (a sentence a line) or typed; the turns stay
   /reset           begin the dialogue again
@@ -71,7 +72,11 @@ def _talk(args: argparse.Namespace) -> None:
 def read_persona(path: Path) -> tuple[str, ...]:
     """Return the sentences of a text file, one a line; raise DataError where it cannot be read."""
     try:
-        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
+        with Path(os.path.expanduser(path)).open("rb") as file:
+            content = file.read(MAX_PERSONA_BYTES + 1)
+        if len(content) > MAX_PERSONA_BYTES:
+            raise ValueError(f"larger than {MAX_PERSONA_BYTES >> 20} MiB")
+        text = content.decode("utf-8-sig")
     except (OSError, ValueError) as error:  # not UTF-8, or a name that no file can have
         raise DataError(
             f"{path}: no persona can be read ({error}); give a UTF-8 text, a sentence a line"

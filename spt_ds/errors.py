@@ -7,6 +7,8 @@ through `printable`, and a message repeats a value only as `shown` (display.py).
 
 from __future__ import annotations
 
+import errno
+
 from spt_ds.display import printable, shortened
 
 LINE_CHARACTERS, LINES = 2000, 60  # of a whole message: what no caller cut is cut here
@@ -45,3 +47,25 @@ class CheckpointError(SptError):
 
 class NonFiniteError(SptError):
     """A loss or gradient is NaN or infinite: raised on every rank before the optimizer moves."""
+
+
+# What a user gave cannot be used as a file, or the disk refuses it.
+MENDABLE = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+
+def mendable(error: OSError) -> SptError | None:
+    """The error of ours for an OSError that no reader or writer has met; None for a fault."""
+    if error.errno not in MENDABLE or error.filename is None:
+        return None
+    name = str(error.filename)
+    return SptError(f"{shortened(name)}: {error.strerror}; give another path, or mend this one")

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 from spt_ds.display import printable
 from spt_ds.errors import SptError
@@ -47,18 +48,33 @@ def show(text: str, end: str = "\n") -> None:
 
 
 def accept_any_text() -> None:
-    """Let the process's streams take every byte and character: none of them is worth a traceback.
+    """Let the process's streams take every byte and character, and obey none.
 
     What a terminal or a pipe sends and is not UTF-8 arrives as lone surrogates, which the reader
-    must refuse; what the terminal's encoding lacks is printed as its escape.
+    must refuse; what the terminal's encoding lacks is printed as its escape. What steers a terminal
+    is printed as its escape too, whoever prints it: also libraries quote the files that they read.
     """
-    for stream, errors in (
-        (sys.stdin, "surrogateescape"),
-        (sys.stdout, "backslashreplace"),
-        (sys.stderr, "backslashreplace"),
-    ):
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    # A progress bar returns to the beginning of its line.
+    for stream, keep in ((sys.stdout, "\n\t"), (sys.stderr, "\n\t\r")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+            stream.reconfigure(errors="backslashreplace")
+            if not isinstance(stream.write, _Harmless):
+                # The stream itself: logging handlers and progress bars hold it already.
+                stream.write = _Harmless(stream.write, keep)  # type: ignore[method-assign]
+
+
+class _Harmless:
+    """The `write` of a stream, with what steers a terminal as escapes but for `keep`."""
+
+    def __init__(self, write: Callable[[str], int], keep: str) -> None:
+        self.write = write
+        self.keep = keep
+
+    def __call__(self, text: str) -> int:
+        self.write(printable(text, self.keep))
+        return len(text)
 
 
 class ErrorStream:

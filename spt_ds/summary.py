@@ -18,7 +18,7 @@ from spt_ds.json_input import parse_object
 from spt_ds.report.runs import PredictionInDialogue
 from spt_ds.run.command import run_command
 from spt_ds.run.folder import RunFolder
-from spt_ds.run.predictions import MEND_LINE, check_same_examples, read_rows
+from spt_ds.run.predictions import MEND_LINE, check_same_examples, lines_of, read_rows
 
 LOSSES = (
     ("validation loss (nll, selection, fusion)", "loss"),
@@ -147,10 +147,9 @@ def _score_rows(scores: RunScores, predictions: Path, mend: str) -> list[tuple[s
 def _prompts(predictions: Path) -> Counter[str]:
     """How often each prompt spoke. Only that field is read: `spt-ds evaluate` checks the others."""
     used: Counter[str] = Counter()
-    with predictions.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            row = parse_object(f"{predictions}:{number}", line.rstrip(b"\n"), MEND_LINE)
-            used[shown(row.get("prompt"))] += 1
+    for number, line in enumerate(lines_of(predictions), start=1):
+        row = parse_object(f"{predictions}:{number}", line.rstrip(b"\n"), MEND_LINE)
+        used[shown(row.get("prompt"))] += 1
     return used
 
 

@@ -21,6 +21,7 @@ from spt_ds.yaml_input import load_yaml as yaml_tree
 
 Model = TypeVar("Model", bound=BaseModel)
 PROBLEMS = 40  # that one error lists
+MAX_FILE_BYTES = 4 << 20  # the largest shipped recipe has 2 kB
 
 
 def recipe_names() -> list[str]:
@@ -87,7 +88,11 @@ def _read(source: str) -> tuple[str, str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; no configuration")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8"

@@ -6,9 +6,7 @@ of `spt-ds config --schema`.
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from spt_ds.config.data import DataConfig
 from spt_ds.config.generation import GenerateConfig
@@ -20,7 +18,7 @@ from spt_ds.config.method import (
     RetrieverConfig,
 )
 from spt_ds.config.model import ModelConfig
-from spt_ds.config.section import Section
+from spt_ds.config.section import FolderName, Section
 from spt_ds.config.training import (
     CheckpointConfig,
     EngineConfig,
@@ -33,7 +31,7 @@ from spt_ds.config.training import (
 class Config(Section):
     """One run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
+    name: FolderName = "run"
     """Name of the run; the run folder starts with it."""
     model: ModelConfig = ModelConfig()
     method: MethodConfig = MethodConfig()

@@ -34,6 +34,7 @@ from spt_ds.json_input import read_json
 from spt_ds.log import say_once
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 # Keys by which a config.json would have transformers load another file than those checked here.
 REDIRECTS = ("transformers_weights", "fusion_config", "distributed_config")
 # Sizes that cannot be left out, by their names in the families that have been run, and the largest
@@ -42,7 +43,8 @@ _COUNTS = {
     re.compile(r"^(num_hidden_layers|num_layers|n_layers?)$"): 4096,
     re.compile(r"^(num_attention_heads|num_key_value_heads|n_heads?)$"): 1 << 16,
     re.compile(r"^(hidden_size|d_model|n_embd|intermediate_size|ffn_dim|head_dim)$"): 1 << 22,
-    re.compile(r"^(vocab_size|num_experts|num_local_experts)$"): 1 << 26,
+    re.compile(r"^vocab_size$"): 1 << 26,
+    re.compile(r"^(num_experts|num_local_experts|n_routed_experts)$"): 1 << 14,
     re.compile(r"^(max_position_embeddings|n_positions)$"): 1 << 30,
 }
 _STATE_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors$")
@@ -89,11 +91,23 @@ def check_settings(config: ModelConfig, *, needed: bool = True) -> None:
 
 
 def check_tokenizer_settings(config: ModelConfig) -> None:
-    """Raise ModelError for a tokenizer_config.json that is no JSON object."""
+    """Raise ModelError for a tokenizer's settings that are no JSON object or name a file elsewhere.
+
+    transformers passes them on as arguments, some of which are names of files to be read.
+    """
     path = base_path(config.base)
-    settings = _read_settings(path, config.revision, TOKENIZER_CONFIG)
-    if settings is not None and "auto_map" in settings:
-        _tell_own_code(path, TOKENIZER_CONFIG)
+    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+        settings = _read_settings(path, config.revision, name)
+        if settings is None:
+            continue
+        if "auto_map" in settings:
+            _tell_own_code(path, name)
+        for key, value in _leaves(settings):
+            if isinstance(value, str) and os.path.isfile(value):
+                raise ModelError(
+                    f"model.base: {name} of {path}: {shown(key)} names the file {shown(value)};"
+                    " a base's settings name no files: remove the key"
+                )
 
 
 def _tell_own_code(path: str, name: str) -> None:
@@ -149,24 +163,30 @@ def _check_type(path: str, settings: dict[str, Any]) -> None:
 
 
 def _check_sizes(path: str, settings: dict[str, Any]) -> None:
-    for key, value in _numbers(settings):
+    for key, value in _leaves(settings):
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
         name = key.rpartition(".")[2]
         most = next((most for names, most in _COUNTS.items() if names.match(name)), None)
         least = -MAX_SIZE if most is None else 1
         if not least <= value <= (most or MAX_SIZE):
             raise ModelError(
-                f"model.base: {CONFIG} of {path}: {key} is {shown(value)}, expected a whole number"
-                f" from {least} to {most or MAX_SIZE}"
+                f"model.base: {CONFIG} of {path}: {shown(key)} is {shown(value)}, expected a whole"
+                f" number from {least} to {most or MAX_SIZE}"
             )
 
 
-def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted key and value of each whole number in a tree of sections."""
-    for key, value in tree.items():
+def _leaves(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in a tree that is neither an object nor a list."""
+    todo: list[tuple[str, Any]] = list(tree.items())
+    while todo:
+        key, value = todo.pop()
         if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield prefix + key, value
+            todo += [(f"{key}.{name}", inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            todo += [(key, inner) for inner in value]
+        else:
+            yield key, value
 
 
 def weight_files(path: str, config: ModelConfig) -> list[str]:

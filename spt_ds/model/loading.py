@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,6 +38,7 @@ from spt_ds.model.base_files import (
 )
 from spt_ds.model.weight_names import check_shapes
 
+MAX_BUFFER_BYTES = 4 << 30  # of what config.json alone sizes; no base that was run has 0.2 GiB
 SECTION = "spt_quantization"  # in config.json of a base that `spt-ds quantize` wrote
 
 
@@ -118,15 +121,47 @@ def check_weights(config: ModelConfig, base: PretrainedConfig) -> None:
     path = base_path(config.base)
     generation_config(config, path)
     shapes = stored_shapes(path, weight_files(path, config))
-    if hasattr(base, SECTION):
-        return
     with (
         _reading(f"config.json of {path} describes no model that can be built"),
         torch.device("meta"),
         set_quantized_state(),  # keeps transformers from sharding weights that are not there
+        _modules_of(len(shapes), path),
     ):
         empty = new_lm(base)
-    check_shapes(empty, shapes, path)
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in empty.buffers())
+    if buffers > MAX_BUFFER_BYTES:
+        raise ModelError(
+            f"model.base: config.json of {path} asks for {buffers >> 30} GiB beside the weights"
+            f" (masks, positions), allowed are {MAX_BUFFER_BYTES >> 30}; lower the positions in it"
+        )
+    if not hasattr(base, SECTION):
+        check_shapes(empty, shapes, path)
+
+
+@contextmanager
+def _modules_of(tensors: int, path: str) -> Iterator[None]:
+    """Inside, raise ModelError where more modules are made than so many stored tensors have.
+
+    A module without weights takes memory and time too, and each family has its own names for how
+    many there are.
+    """
+    most, made = 1000 + 10 * tensors, 0
+
+    def count(_: nn.Module, __: str, ___: nn.Module | None) -> None:
+        nonlocal made
+        made += 1
+        if made > most:
+            raise ModelError(
+                f"model.base: config.json of {path} describes more than {most} modules, and its"
+                f" weights are {tensors} tensors; configuration and weights belong to different"
+                " models"
+            )
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

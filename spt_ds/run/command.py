@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from spt_ds.errors import SptError
+from spt_ds.errors import SptError, mendable
 from spt_ds.log import accept_any_text
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 0, 1, 2, 75
@@ -26,9 +26,14 @@ def run_command(
     try:
         return work(args) or EXIT_DONE
     except SptError as error:
-        sys.stdout.flush()  # what was printed before stands before the error, also in a log
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        told = error
+    except OSError as error:
+        if (mended := mendable(error)) is None:
+            raise
+        told = mended
+    sys.stdout.flush()  # what was printed before stands before the error, also in a log
+    print(f"{parser.prog}: {told}", file=sys.stderr)
+    return EXIT_USER_ERROR
 
 
 def add_overrides(parser: argparse.ArgumentParser, help: str) -> None:

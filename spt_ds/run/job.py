@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
 from spt_ds.display import printable
-from spt_ds.errors import SptError
+from spt_ds.errors import SptError, mendable
 from spt_ds.log import accept_any_text
 from spt_ds.run.command import EXIT_FAILED, EXIT_USER_ERROR
 from spt_ds.run.folder import RunFolder
@@ -67,6 +67,9 @@ def run_job(
         return EXIT_USER_ERROR
     # the last frame before the interpreter's: nothing is swallowed, the code says failed
     except Exception as error:
+        if isinstance(error, OSError) and (mended := mendable(error)):
+            _speak(folder, f"error: {mended}")
+            return EXIT_USER_ERROR
         text = traceback.format_exc()
         kept = _keep_traceback(folder, text)
         what, lost = _explained(error)

@@ -4,6 +4,10 @@ The kernel's record lock on `.lock` holds while its owner lives and goes when it
 worker does not inherit it. NFS and Lustre carry it from host to host where they are set up to. On
 the others it holds within a host only, or not at all, so that its owner also writes a beat into the
 file: whoever finds the name of an owner that it cannot judge waits for the next beat.
+
+Slurm restarts a job when it has lost a node. A rank that lives on there, cut off from Slurm but not
+from the folder, would hold it against its own restart. The restart therefore asks it to leave, and
+it ends within a beat.
 """
 
 from __future__ import annotations
@@ -21,12 +25,14 @@ from typing import Any
 
 from spt_ds.display import shown
 from spt_ds.errors import ConfigError
+from spt_ds.files import write_whole
 from spt_ds.json_input import load_json
 from spt_ds.log import get_logger
 
-NAME = ".lock"
+NAME, REQUEST = ".lock", ".lock.request"
 BEAT_S = 4.0
 PATIENCE_S = 14.0  # three beats and what a shared file system adds
+LEAVE_S = 120.0  # a beat; or, with NFS, the 90 s after which a server gives up a host that is away
 BYTES = 4096  # of a lock file that anyone may have written
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart, host names may repeat
 
@@ -58,6 +64,7 @@ class _Lock:
             "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "machine": _machine(),
+            **_slurm_start(),
         }
 
     def acquire(self) -> None:
@@ -91,8 +98,10 @@ class _Lock:
                 return False
         except BaseException:
             os.close(self.file)
+            self._end_request(owns=False)
             raise
         self._write(0)
+        self._end_request(owns=True)
         return True
 
     def _is_there(self) -> bool:
@@ -103,32 +112,68 @@ class _Lock:
 
     def _lock(self) -> bool:
         """Take the kernel's lock; False where the file system has none."""
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: somebody holds it
-            raise self._taken(_parsed(os.pread(self.file, BYTES, 0))) from None
-        except OSError as error:
-            get_logger().warning(
-                f"{self.path}: this file system has no locks ({error.strerror}); a second start is"
-                " told by the owner's beat alone"
-            )
-            return False
-        return True
+        until = None
+        while True:
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: somebody holds it
+                owner = _parsed(os.pread(self.file, BYTES, 0))
+                until = until or self._ask_to_leave(owner)
+                if not self._continues(owner) or time.monotonic() > until:
+                    raise self._taken(owner) from None
+                time.sleep(0.5)
+            except OSError as error:
+                get_logger().warning(
+                    f"{self.path}: this file system has no locks ({error.strerror}); a second"
+                    " start is told by the owner's beat alone"
+                )
+                return False
 
     def _wait_for_beat(self, earlier: bytes) -> None:
+        """Wait until nobody has written into the file for PATIENCE_S."""
         get_logger().info(
             f"{self.folder}: a start was here and did not say that it ended"
             f" ({_told(_parsed(earlier))}); looking for {PATIENCE_S:.0f} s whether it lives"
         )
-        until = time.monotonic() + PATIENCE_S
-        while time.monotonic() < until:
+        quiet_since, until = time.monotonic(), None
+        while time.monotonic() - quiet_since < PATIENCE_S:
             time.sleep(min(1.0, PATIENCE_S / 10))
             try:
                 now = self.path.read_bytes()  # opened anew: NFS looks for new contents only then
             except FileNotFoundError:
                 return  # it ended in the meantime
-            if now != earlier:
-                raise self._taken(_parsed(now))
+            if now == earlier:
+                continue
+            owner = _parsed(now)
+            until = until or self._ask_to_leave(owner)
+            if not self._continues(owner) or time.monotonic() > until:
+                raise self._taken(owner)
+            earlier, quiet_since = now, time.monotonic()
+
+    def _continues(self, owner: dict[str, Any]) -> bool:
+        """Whether this is a later start of the same Slurm job, which Slurm began as it took the
+        owner for dead.
+        """
+        return _is_later(self.owner, owner)
+
+    def _ask_to_leave(self, owner: dict[str, Any]) -> float:
+        """Ask an earlier start of this job to end; return how long to wait for it."""
+        if self._continues(owner):
+            get_logger().warning(
+                f"{self.folder}: an earlier start of this job still works here ({_told(owner)});"
+                f" asking it to end, for up to {LEAVE_S:.0f} s"
+            )
+            write_whole(self.folder / REQUEST, json.dumps(self.owner))
+        return time.monotonic() + LEAVE_S
+
+    def _end_request(self, *, owns: bool) -> None:
+        """Remove this start's own request; what asked before it is answered where it `owns`."""
+        path = self.folder / REQUEST
+        with contextlib.suppress(OSError):
+            asked = _parsed(_content(path))
+            if asked == self.owner or (owns and not _is_later(asked, self.owner)):
+                path.unlink()
 
     def _taken(self, owner: dict[str, Any]) -> ConfigError:
         return ConfigError(
@@ -147,8 +192,27 @@ class _Lock:
     def _beat(self) -> None:
         beat = 0
         while not self.ended.wait(BEAT_S):
+            later = self._later_start()
+            if later and not self.ended.is_set():
+                self._leave(later)
             beat += 1
             self._write(beat)
+
+    def _later_start(self) -> dict[str, Any]:
+        """The start of this job that asks for the folder, or has taken it; empty where none has."""
+        for name in (REQUEST, NAME):
+            with contextlib.suppress(OSError):
+                owner = _parsed(_content(self.folder / name))
+                if _is_later(owner, self.owner):
+                    return owner
+        return {}
+
+    def _leave(self, later: dict[str, Any]) -> None:
+        """End the process as a kill would: every file in the folder is whole at any moment."""
+        get_logger().error(
+            f"{self.folder}: Slurm has started this job again ({_told(later)}); this start ends"
+        )
+        os._exit(1)
 
     def release(self) -> None:
         self.ended.set()
@@ -159,11 +223,34 @@ class _Lock:
         os.close(self.file)
 
 
+def _slurm_start() -> dict[str, Any]:
+    """Which job of Slurm this is, and how often Slurm had restarted it; empty without Slurm."""
+    variables = os.environ
+    # The last task of an array has the number of the whole array as its own.
+    array = [variables.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK")]
+    job = "_".join(filter(None, array)) or variables.get("SLURM_JOB_ID")
+    restarts = variables.get("SLURM_RESTART_COUNT", "0")
+    return {"job": job, "restart": int(restarts)} if job and restarts.isdecimal() else {}
+
+
+def _is_later(start: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether Slurm began `start` after `other`, as the same job."""
+    counts = start.get("restart"), other.get("restart")
+    if start.get("job") is None or start.get("job") != other.get("job"):
+        return False
+    return all(type(count) is int for count in counts) and counts[0] > counts[1]
+
+
 def _machine() -> str:
     try:
         return BOOT.read_text(encoding="ascii").strip()
     except OSError:
         return socket.gethostname()
+
+
+def _content(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(BYTES)
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
@@ -177,4 +264,5 @@ def _parsed(content: bytes) -> dict[str, Any]:
 def _told(owner: dict[str, Any]) -> str:
     if not owner:
         return "its owner is not named"
-    return ", ".join(f"{key} {shown(owner.get(key))}" for key in ("host", "pid", "since"))
+    keys = ("host", "pid", "since", *(("job", "restart") if owner.get("job") else ()))
+    return ", ".join(f"{key} {shown(owner.get(key))}" for key in keys)

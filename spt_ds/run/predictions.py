@@ -24,6 +24,7 @@ from spt_ds.run.folder import ReplyFolder, RunFolder
 
 MAX_NATS = 700  # exp(700) is about the largest double
 MAX_BANK = 4096  # prompts: a table of dialogues by prompts must fit into memory
+MAX_LINE_BYTES = 16 << 20  # a file without line ends is not read into memory as a whole
 MAX_TOKENS = 2**53  # up to here a double holds every whole number
 MEND_LINE = (
     "each line is one JSON object (a cut-off last line means that generation was stopped: run it"
@@ -128,7 +129,7 @@ def read_rows(path: str | Path, row_type: type[Row]) -> PredictionFile[Row]:
         path = inner if inner.exists() and not own.exists() else own
     digest = hashlib.sha256()
     rows: list[Row] = []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines_of(path), start=1):
         digest.update(line)
         source = f"{path}:{number}"
         row = _row(source, line, row_type)
@@ -185,11 +186,17 @@ def check_same_examples(first: PredictionFile[Any], second: PredictionFile[Any])
         )
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file with their ends. Only a line feed ends one."""
+def lines_of(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file with their ends. Only a line feed ends one."""
     try:
         with path.open("rb") as file:
-            yield from file
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")):
+                if len(line) > MAX_LINE_BYTES:
+                    raise DataError(
+                        f"{path}:{number + 1}: the line is longer than {MAX_LINE_BYTES >> 20} MiB;"
+                        f" {MEND_LINE}"
+                    )
+                yield line
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: no such predictions file; `spt-ds generate` writes one"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +17,13 @@ from pydantic import Field, model_validator
 
 from spt_ds.config.load import key_paths, load_config, load_yaml, options_of
 from spt_ds.config.schema import Config
-from spt_ds.config.section import Section
+from spt_ds.config.section import FolderName, Section
 from spt_ds.errors import ConfigError
 from spt_ds.run.folder import RunFolder, differences
 
 SEED = "train.seed"
-NAME = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+MOST_CELLS = 10_000
+MOST_LETTERS = 80  # of a value in a row's name
 # What may still change while a run is trained, but not once it is done: the scores of a row are
 # those of one setting.
 FIXED_BY_END = (
@@ -39,7 +42,7 @@ class Entry(Section):
 
     config: str
     """A recipe or a YAML file."""
-    name: NAME | None = None
+    name: FolderName | None = None
     """Row of the table; default the name in the configuration."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Options of this configuration, `key.path: value`."""
@@ -48,7 +51,7 @@ class Entry(Section):
 class SweepFile(Section):
     """A sweep: every configuration under every combination of the grid."""
 
-    name: NAME
+    name: FolderName
     """Default folder: runs/NAME."""
     configs: Annotated[tuple[Entry, ...], Field(min_length=1)]
     """Recipes, files or entries; the first row is the baseline of the table."""
@@ -130,12 +133,17 @@ def load_cells(
     sweep = load_yaml(path, SweepFile)
     _check_keys(path, sweep, overrides)
     root = out or Path("runs") / sweep.name
+    count = len(sweep.configs) * math.prod(len(values) for values in sweep.grid.values())
+    if count > MOST_CELLS:
+        raise ConfigError(
+            f"{path}: the grid makes {count} cells, allowed are {MOST_CELLS}; shorten its axes"
+        )
     cells = [
         cell for entry in sweep.configs for cell in _cells(path, sweep, entry, root, overrides)
     ]
-    folders = [cell.folder for cell in cells]
+    folders = Counter(cell.folder for cell in cells)
     for cell in cells:
-        if folders.count(cell.folder) > 1:
+        if folders[cell.folder] > 1:
             raise ConfigError(
                 f"{path}: two cells are called {cell.folder.name}; give each entry of configs a"
                 " name of its own"
@@ -230,7 +238,7 @@ def _short(key: str, keys: Iterable[str]) -> str:
 
 
 def _slug(value: object) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", str(value)).strip("_") or "none"
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", str(value)).strip("_")[:MOST_LETTERS] or "none"
 
 
 def _yaml(value: object) -> str:

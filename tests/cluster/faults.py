@@ -67,13 +67,14 @@ def slurmd_killed(sandbox: Sandbox, slurm: Slurm) -> None:
     kill_9(sandbox.daemons["slurmd-node2"].pid)
     pids = ranks()
     pause(pids)
-    wait_until(
-        "node2 down",
-        lambda: "down" in slurm.call("sinfo", "--noheader", "--nodes=node2", "--format=%T"),
-        90,
-        1,
-    )
+    wait_for_node_down(slurm, "node2")
     go_on(pids)
+
+
+def wait_for_node_down(slurm: Slurm, node: str) -> None:
+    """Wait until Slurm has given a node up."""
+    command = ("sinfo", "--noheader", f"--nodes={node}", "--format=%T")
+    wait_until(f"{node} down", lambda: "down" in slurm.call(*command), 90, 1)
 
 
 def mend(sandbox: Sandbox, slurm: Slurm) -> None:

@@ -64,6 +64,33 @@ def test_goes_on_by_itself_after(
     assert costs[-1].repeated <= jobs.EVERY
 
 
+def test_a_rank_that_slurm_has_lost_gives_its_folder_up(
+    sandbox: Sandbox, slurm: Slurm, config: Path, tmp_path: Path
+) -> None:
+    """One node, cut off from Slurm and not from the folder: its rank waits for nobody."""
+    run, here = tmp_path / "run", tmp_path / "here"
+    long = ["--set", "train.max_steps=300"]
+    number = slurm.train(config, run, nodes=1, arguments=long)
+    faults.wait_for_step(run, STEP)
+    (lost,) = ranks()
+    try:
+        # Slowly, so that it is at work when Slurm has given its node up.
+        faults.pause([lost])
+        node = slurm.job(number)["NodeList"]
+        sandbox.link(node, "down")
+        faults.wait_for_node_down(slurm, node)
+        faults.go_on([lost])
+        slurm.wait_for(number, timeout_s=240)
+    finally:
+        faults.mend(sandbox, slurm)
+    logs = "".join(path.read_text() for path in run.glob("logs/node*.log"))
+    assert "an earlier start of this job still works here" in logs
+    assert "Slurm has started this job again" in logs
+    jobs.train_here(config, here, *long)
+    assert jobs.final_loss(run) == pytest.approx(jobs.final_loss(here), rel=1e-5)
+    nothing_is_left()
+
+
 def test_lives_through_a_restart_of_slurmd(
     sandbox: Sandbox, slurm: Slurm, config: Path, tmp_path: Path, expected_loss: float
 ) -> None:

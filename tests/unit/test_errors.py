@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -86,3 +88,27 @@ def test_the_log_is_printable() -> None:
     record = logging.LogRecord("spt_ds", logging.WARNING, "f", 1, "%s", (HOSTILE,), None)
     assert "\x1b" not in handler.format(record)
     assert r"\x1b]0;title" in handler.format(record)
+
+
+def test_streams_of_a_command_obey_nothing_whoever_prints() -> None:
+    """A library that quotes a file prints past our own functions."""
+    code = (
+        "import io, logging, sys, warnings\n"
+        "early = logging.StreamHandler(sys.stderr)\n"
+        "from spt_ds.log import accept_any_text\n"
+        "accept_any_text(); accept_any_text()\n"
+        "print('out \\x1b[2J\\x9b\\u202e\\rx\\ty', end='\\n')\n"
+        "sys.stdout.writelines(['lines \\x07', '\\n'])\n"
+        "logging.getLogger('x').addHandler(early)\n"
+        "logging.getLogger('x').warning('log \\x1b]0;x\\x07')\n"
+        "warnings.warn('warned \\x1b[31m')\n"
+        "print('bar', end='\\r', file=sys.stderr)\n"
+        "raise SystemExit('\\x1b[0m')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    out, err = done.stdout.decode(), done.stderr.decode()
+    assert out == "out \\x1b[2J\\x9b\\u202e\\rx\ty\nlines \\x07\n"
+    assert "log \\x1b]0;x\\x07\n" in err
+    assert "warned \\x1b[31m" in err
+    assert "bar\r\\x1b[0m" in err
+    assert not set(err) & {"\x1b", "\x07"}

@@ -150,6 +150,7 @@ def test_custom_generation_code_is_not_run(base: Path) -> None:
         ({"head_dim": -8}, "head_dim is -8"),
         ({"text_config": {"num_hidden_layers": 10**6}}, "text_config.num_hidden_layers"),
         ({"pad_token_id": 10**200}, "pad_token_id is a number of"),
+        ({"num_hidden_layers": 4096}, "describes more than 1210 modules, and its weights are 21"),
         ({"num_hidden_layers": 3}, "not in the checkpoint, the first are model.layers.2."),
         ({"num_hidden_layers": 1}, "tensors of the checkpoint are not part of LlamaForCausalLM"),
         ({"intermediate_size": 1 << 22}, "its config.json asks for [16, 4194304]"),
@@ -177,6 +178,32 @@ def test_a_configuration_that_is_not_its_weights(
     configure(base, **changes)
     assert words in refused(settings(base))
     assert refused(settings(base, base_bits=4))
+
+
+def test_memory_is_not_taken_for_what_config_json_alone_sizes(base: Path) -> None:
+    """The mask of GPT-Neo is no weight: its size is the square of the positions."""
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 258}
+    kind = {"model_type": "gpt_neo", "attention_types": [[["global"], 1]]}
+    tree = {**kind, **sizes, "max_position_embeddings": 1 << 20}
+    (base / "config.json").write_text(json.dumps(tree), encoding="utf-8")
+    for bits in (32, 4):
+        assert "asks for 1024 GiB beside the weights" in refused(settings(base, base_bits=bits))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file", "init_inputs"])
+def test_settings_name_no_file(base: Path, tmp_path: Path, name: str, key: str) -> None:
+    """transformers would read the vocabulary from there."""
+    (base / name).touch()
+    tree = json.loads((base / name).read_text(encoding="utf-8") or "{}")
+    other = tmp_path / "elsewhere.json"
+    value: Any = [str(other)] if key == "init_inputs" else str(other)
+    (base / name).write_text(json.dumps({**tree, key: value}), encoding="utf-8")
+    shutil.copy(base / "tokenizer.json", other)
+    assert f"{name} of {base}: {key!r} names the file {str(other)!r}" in refused(settings(base))
+    other.unlink()  # as in settings that were saved on another machine
+    if key != "init_inputs" and name == "tokenizer_config.json":
+        load_tokenizer(settings(base))
 
 
 def test_memory_is_not_taken_for_what_the_weights_do_not_hold(base: Path) -> None:

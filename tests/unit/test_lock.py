@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -18,7 +19,7 @@ import pytest
 
 from spt_ds.errors import ConfigError
 from spt_ds.run import lock
-from spt_ds.run.lock import NAME, only_start
+from spt_ds.run.lock import NAME, REQUEST, only_start
 
 HOLD = """
 import sys, os, time, multiprocessing
@@ -35,10 +36,15 @@ with only_start(Path(sys.argv[1]), "wait"):
 class Holder:
     """Another process that holds the lock of a folder."""
 
-    def __init__(self, folder: Path, *args: str) -> None:
+    def __init__(self, folder: Path, *args: str, **variables: str) -> None:
         command = [sys.executable, "-c", HOLD, str(folder), *args]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **variables},
         )
         assert self.process.stdout is not None
         word, pid = self.process.stdout.readline().split()
@@ -51,7 +57,8 @@ class Holder:
 
     def end(self) -> None:
         """The process with what it forked."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -185,3 +192,96 @@ print(won)
     won = [int(process.communicate(timeout=120)[0]) for process in processes]
     assert all(process.returncode == 0 for process in processes)
     assert sum(won) > 4
+
+
+# What Slurm restarts -----------------------------------------------------------------------------
+
+
+def slurm_start(job: str, restart: int) -> dict[str, str]:
+    return {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart)}
+
+
+@pytest.fixture
+def first_start(tmp_path: Path) -> Iterator[Holder]:
+    """A rank of job 7 that lives on after Slurm has given its node up."""
+    holder = Holder(tmp_path / "run", **slurm_start("7", 1))
+    yield holder
+    holder.end()
+
+
+def become(monkeypatch: pytest.MonkeyPatch, job: str, restart: int) -> None:
+    for name, value in slurm_start(job, restart).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_restart_of_a_job_takes_the_folder_from_the_start_that_was_cut_off(
+    first_start: Holder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    become(monkeypatch, "7", 2)
+    with only_start(tmp_path / "run", "wait"):
+        assert first_start.process.wait(5) == 1
+        assert first_start.process.stderr is not None
+        told = first_start.process.stderr.read()
+        assert "Slurm has started this job again" in told
+        assert f"pid {os.getpid()}" in told
+        assert "job '7', restart 2); this start ends" in told
+        assert not (tmp_path / "run" / REQUEST).exists()
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(("job", "restart"), [("7", 1), ("7", 0), ("8", 2), ("", 2)])
+def test_another_start_of_the_job_or_another_job_is_refused(
+    first_start: Holder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, restart: int
+) -> None:
+    become(monkeypatch, job, restart)
+    assert "job '7', restart 1" in refused(tmp_path / "run")
+    assert first_start.process.poll() is None
+    assert not (tmp_path / "run" / REQUEST).exists()
+
+
+def test_a_start_that_does_not_leave_is_named_and_may_live(
+    first_start: Holder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.kill(first_start.pid, signal.SIGSTOP)
+    become(monkeypatch, "7", 2)
+    monkeypatch.setattr(lock, "LEAVE_S", 1.0)
+    assert f"pid {first_start.pid}" in refused(tmp_path / "run")
+    assert not (tmp_path / "run" / REQUEST).exists()
+    os.kill(first_start.pid, signal.SIGCONT)
+    time.sleep(1.5 * lock.BEAT_S)
+    assert first_start.process.poll() is None
+
+
+def test_the_restart_takes_over_where_the_file_system_has_no_locks(
+    first_start: Holder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    become(monkeypatch, "7", 2)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(lock, "PATIENCE_S", 2 * lock.BEAT_S)
+    with only_start(tmp_path / "run", "wait"):
+        assert first_start.process.wait(5) == 1
+
+
+def test_a_start_that_was_frozen_finds_its_successor_and_ends(
+    first_start: Holder, tmp_path: Path
+) -> None:
+    """Where a file system has no locks, its beat stopped and the restart took the folder."""
+    owner = json.loads((tmp_path / "run" / NAME).read_text(encoding="utf-8"))
+    later = {**owner, "host": "other", "restart": 2, "beat": 0}
+    (tmp_path / "run" / NAME).write_text(json.dumps(later), encoding="utf-8")
+    assert first_start.process.wait(3 * lock.BEAT_S) == 1
+
+
+def test_a_task_of_an_array_is_a_job_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    become(monkeypatch, "9", 3)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    assert lock._slurm_start() == {"job": "9_0", "restart": 3}
+
+
+@pytest.mark.parametrize("restart", ["2", 2.0, True, None, [2]])
+def test_a_request_that_no_start_wrote_is_ignored(restart: object) -> None:
+    assert not lock._is_later({"job": "7", "restart": restart}, {"job": "7", "restart": 1})
