@@ -5,6 +5,7 @@
 # make test-wheel     the main job from a wheel that is installed outside the clone
 # make test-cluster   a real Slurm and several hosts on this machine; needs root and Debian
 # make check          formatting, lint and types
+# make audit          licences and known vulnerabilities of the locked set; needs the internet
 # make async-io       DeepSpeed's extension for offload to NVMe, without which its tests skip
 # make constraints    the lock of the tested set, with the newest of everything
 PYTHON ?= python3
@@ -19,7 +20,7 @@ DEMO_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false SPT_CACHE=runs/cache
 # DeepSpeed and PyTorch call ninja by its name when they build.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo demo-real test test-versions test-wheel async-io test-slow test-cluster check constraints clean
+.PHONY: demo demo-real test test-versions test-wheel audit async-io test-slow test-cluster check constraints clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -66,6 +67,13 @@ test-versions: $(VENV)/.installed-dev
 
 test-wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.wheel
+
+# In an environment of its own: what it installs is no part of the tested set.
+audit: $(VENV)/.installed-dev
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit pip-licenses
+	.venv-audit/bin/pip-licenses --python $(BIN)/python --format=markdown --order=license
+	.venv-audit/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt
 
 # Takes minutes, once: DeepSpeed keeps the build in TORCH_EXTENSIONS_DIR.
 async-io: $(VENV)/.installed-dev

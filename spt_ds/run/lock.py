@@ -80,7 +80,8 @@ class _Lock:
                 f"{self.folder}: cannot be written ({error.strerror or error}); {self.mend}"
             ) from error
         _held.add(self.key)
-        threading.Thread(target=self._beat, daemon=True, name="folder lock").start()
+        self.thread = threading.Thread(target=self._beat, daemon=True, name="folder lock")
+        self.thread.start()
 
     def _claim(self) -> bool:
         """Take the lock; False where its last owner removed the file in the same moment."""
@@ -169,11 +170,10 @@ class _Lock:
 
     def _end_request(self, *, owns: bool) -> None:
         """Remove this start's own request; what asked before it is answered where it `owns`."""
-        path = self.folder / REQUEST
         with contextlib.suppress(OSError):
-            asked = _parsed(_content(path))
+            asked = _parsed(self._request())
             if asked == self.owner or (owns and not _is_later(asked, self.owner)):
-                path.unlink()
+                (self.folder / REQUEST).unlink()
 
     def _taken(self, owner: dict[str, Any]) -> ConfigError:
         return ConfigError(
@@ -200,12 +200,17 @@ class _Lock:
 
     def _later_start(self) -> dict[str, Any]:
         """The start of this job that asks for the folder, or has taken it; empty where none has."""
-        for name in (REQUEST, NAME):
+        # To close the lock's file once more would free the lock: it is read where it is open.
+        for read in (self._request, lambda: os.pread(self.file, BYTES, 0)):
             with contextlib.suppress(OSError):
-                owner = _parsed(_content(self.folder / name))
+                owner = _parsed(read())
                 if _is_later(owner, self.owner):
                     return owner
         return {}
+
+    def _request(self) -> bytes:
+        with (self.folder / REQUEST).open("rb") as file:
+            return file.read(BYTES)
 
     def _leave(self, later: dict[str, Any]) -> None:
         """End the process as a kill would: every file in the folder is whole at any moment."""
@@ -216,6 +221,7 @@ class _Lock:
 
     def release(self) -> None:
         self.ended.set()
+        self.thread.join()  # its descriptor is closed below, and may then be another file's
         _held.discard(self.key)
         with contextlib.suppress(OSError):
             if self._is_there():
@@ -246,11 +252,6 @@ def _machine() -> str:
         return BOOT.read_text(encoding="ascii").strip()
     except OSError:
         return socket.gethostname()
-
-
-def _content(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(BYTES)
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

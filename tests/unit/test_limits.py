@@ -13,6 +13,7 @@ import pytest
 from spt_ds import chat, cli, summary
 from spt_ds.config import load
 from spt_ds.config.load import load_config
+from spt_ds.data.readers import read
 from spt_ds.errors import MENDABLE, ConfigError, DataError, mendable
 from spt_ds.run import predictions
 from spt_ds.run.predictions import read_predictions
@@ -68,6 +69,22 @@ def test_files_of_any_size_take_little_memory(
         chat.read_persona(path)
     with pytest.raises(DataError, match=r"x\.yaml:1: the line is longer than 0 MiB"):
         read_predictions(path)
+
+
+def test_code_of_a_data_set_does_not_run(tmp_path: Path) -> None:
+    """A script of this name was run by `datasets` before version 4."""
+    folder = tmp_path / "talks"
+    folder.mkdir()
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'RAN')!r}).touch()\n"
+    (folder / "talks.py").write_text(code, encoding="utf-8")
+    with pytest.raises(DataError, match="cannot load it"):
+        list(read(f"hub:{folder}"))
+    (folder / "train.jsonl").write_text(
+        '{"persona": [], "history": ["hi"], "response": "x"}\n', encoding="utf-8"
+    )
+    with pytest.raises(DataError, match="cannot load it"):
+        list(read(f"hub:{folder}"))
+    assert not (tmp_path / "RAN").exists()
 
 
 def test_a_device_without_end_is_no_persona() -> None:

@@ -94,6 +94,13 @@ def test_a_killed_owner_blocks_nobody_though_its_workers_live(
         assert str(os.getpid()) in (tmp_path / "run" / NAME).read_text(encoding="utf-8")
 
 
+def test_an_owner_still_owns_after_a_beat(holder: Holder, tmp_path: Path) -> None:
+    """To open and close the file in the owner would free the kernel's lock."""
+    time.sleep(1.5 * lock.BEAT_S)
+    os.kill(holder.pid, signal.SIGSTOP)  # it is told by the lock, not by another beat
+    assert f"pid {holder.pid}" in refused(tmp_path / "run")
+
+
 def test_a_stopped_owner_still_owns(holder: Holder, tmp_path: Path) -> None:
     os.kill(holder.pid, signal.SIGSTOP)
     assert f"pid {holder.pid}" in refused(tmp_path / "run")

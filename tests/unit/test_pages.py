@@ -73,6 +73,15 @@ def test_the_index_names_every_page() -> None:
     assert not missing, f"docs/README.md does not link to {', '.join(missing)}"
 
 
+def test_the_tests_that_security_names_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py|test_\w+)`", prose(DOCS / "security.md"))
+    sources = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "tests").rglob("*.py")}
+    there = "\n".join(path.read_text(encoding="utf-8") for path in sources.values())
+    assert len(named) > 12
+    missing = [name for name in named if name not in sources and f"def {name}(" not in there]
+    assert not missing
+
+
 def test_the_readme_links_to_the_index() -> None:
     assert ("docs/README.md", "") in links(ROOT / "README.md")
 
