@@ -28,7 +28,7 @@ from transformers.utils import (
 from transformers.utils.hub import cached_file
 
 from spt_ds.config.model import ModelConfig
-from spt_ds.display import shown
+from spt_ds.display import shortened, shown
 from spt_ds.errors import ModelError
 from spt_ds.json_input import read_json
 from spt_ds.log import say_once
@@ -171,8 +171,8 @@ def _check_sizes(path: str, settings: dict[str, Any]) -> None:
         least = -MAX_SIZE if most is None else 1
         if not least <= value <= (most or MAX_SIZE):
             raise ModelError(
-                f"model.base: {CONFIG} of {path}: {shown(key)} is {shown(value)}, expected a whole"
-                f" number from {least} to {most or MAX_SIZE}"
+                f"model.base: {CONFIG} of {path}: {shortened(key)} is {shown(value)}, expected a"
+                f" whole number from {least} to {most or MAX_SIZE}"
             )
 
 

@@ -144,8 +144,8 @@ class _Lock:
                 now = self.path.read_bytes()  # opened anew: NFS looks for new contents only then
             except FileNotFoundError:
                 return  # it ended in the meantime
-            if now == earlier:
-                continue
+            if now in (earlier, b""):
+                continue  # empty: it is being written
             owner = _parsed(now)
             until = until or self._ask_to_leave(owner)
             if not self._continues(owner) or time.monotonic() > until:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import resource
 import shutil
@@ -100,13 +101,14 @@ def _inside(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _heard(spoken: io.TextIOWrapper) -> Iterator[None]:
     """Collect what goes to the streams and to the log."""
-    (handler,) = get_logger().handlers
-    before = handler.setStream(spoken)  # type: ignore[attr-defined]
+    handler = get_logger().handlers[0]
+    assert isinstance(handler, logging.StreamHandler)
+    before = handler.setStream(spoken)
     try:
         with contextlib.redirect_stdout(spoken), contextlib.redirect_stderr(spoken):
             yield
     finally:
-        handler.setStream(before)  # type: ignore[attr-defined]
+        handler.setStream(before)
 
 
 @contextlib.contextmanager

@@ -181,10 +181,9 @@ def test_a_configuration_that_is_not_its_weights(
 
 
 def test_memory_is_not_taken_for_what_config_json_alone_sizes(base: Path) -> None:
-    """The mask of GPT-Neo is no weight: its size is the square of the positions."""
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 258}
-    kind = {"model_type": "gpt_neo", "attention_types": [[["global"], 1]]}
-    tree = {**kind, **sizes, "max_position_embeddings": 1 << 20}
+    """The mask of GPTBigCode is no weight: its size is the square of the positions."""
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 258}
+    tree = {"model_type": "gpt_bigcode", **sizes, "n_positions": 1 << 20}
     (base / "config.json").write_text(json.dumps(tree), encoding="utf-8")
     for bits in (32, 4):
         assert "asks for 1024 GiB beside the weights" in refused(settings(base, base_bits=bits))
