@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from spt_ds.display import holds_surrogate
 from spt_ds.errors import DataError, SptError
-from spt_ds.log import show
+from spt_ds.log import say_loading, show
 from spt_ds.run.command import add_overrides, run_command
 
 if TYPE_CHECKING:
@@ -60,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _talk(args: argparse.Namespace) -> None:
+    persona = read_persona(args.persona) if args.persona else None
+    say_loading()
     from spt_ds.api import open_bot
 
-    persona = read_persona(args.persona) if args.persona else None
     bot = open_bot(args.run, args.checkpoint, args.overrides)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (lines can be edited and recalled; not on every system)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import spt_ds
 from spt_ds.config.load import dump_config, json_schema, load_config, recipe_names
+from spt_ds.log import prepare_streams, say_loading
 from spt_ds.run.command import add_overrides, run_command
 
 COMMANDS = {
@@ -37,8 +38,11 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit code."""
+    prepare_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     if args and args[0] in COMMANDS:
+        if args[0] == "quantize":  # its module is the one that cannot wait with them
+            say_loading()
         module = importlib.import_module(COMMANDS[args[0]][0])
         entry = config_main if args[0] == "config" else module.main
         code: int = entry(args[1:])

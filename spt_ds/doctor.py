@@ -25,6 +25,7 @@ from typing import Any
 from spt_ds.config.load import load_config
 from spt_ds.errors import ConfigError, EngineError, SptError
 from spt_ds.files import STALE_LOCK_S, build_locks, sha256
+from spt_ds.log import say_loading
 from spt_ds.placement.memory import GIB
 from spt_ds.run.command import EXIT_DONE, EXIT_USER_ERROR, add_overrides, run_command
 
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(args: argparse.Namespace) -> int:
     if args.deepspeed_config and not args.config:
         raise ConfigError("--deepspeed_config is checked against a --config; give both")
+    say_loading()
     findings, everybody_knows = list(machine(os.environ, args.run_dir)), False
     try:
         if not args.distributed:

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from spt_ds.display import printable
 from spt_ds.errors import SptError
@@ -124,3 +125,67 @@ def fallback(
             f"{message} (strict: true forbids the fallback; set strict: false to accept it)"
         )
     say_once(message, logging.WARNING)
+
+
+def prepare_streams() -> None:
+    """Let no character and no reader that left be worth a traceback to a command.
+
+    What nobody reads any more is dropped, so that a command finishes its work and ends with the
+    exit code that it earned.
+    """
+    sys.stdout, sys.stderr = _outliving(sys.stdout), _outliving(sys.stderr)
+    accept_any_text()
+
+
+def flush_output() -> None:
+    """Write out what was printed. Raises SptError where it cannot be, as on a full disk."""
+    sys.stdout.flush()
+
+
+def say_loading() -> None:
+    """Say that libraries are loaded which take seconds, so that a start shows itself at once."""
+    if "torch" not in sys.modules:
+        get_logger().info("loading PyTorch and transformers")
+
+
+class _Output(io.FileIO):
+    """Standard output or standard error stream: a terminal, a file, or a pipe to a reader."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._refused = False
+
+    def write(self, data: Any) -> int:
+        """Write `data`, or drop it where the reader has left, as `head` does.
+
+        Raises SptError, once, where the standard output is refused for another reason. There is no
+        place to tell it where the error stream is: a run goes on without its log.
+        """
+        if self._refused:
+            return len(data)
+        try:
+            return super().write(data)
+        except OSError as error:
+            self._refused = True  # what is in a buffer would be refused again at the end
+            if isinstance(error, BrokenPipeError) or self.fileno() != 1:
+                return len(data)
+            raise SptError(f"the standard output cannot be written ({error.strerror})") from error
+
+
+def _outliving(stream: Any) -> Any:
+    if stream is None:  # the process was started without one
+        return open(os.devnull, "w", encoding="utf-8")
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    inner = getattr(stream.buffer, "raw", stream.buffer)
+    # Tests and notebooks put streams of their own here: their descriptor is another, or none.
+    if type(inner) is not io.FileIO or inner.fileno() not in (1, 2):
+        return stream
+    stream.flush()
+    output = _Output(inner.fileno())
+    return io.TextIOWrapper(
+        output if inner is stream.buffer else io.BufferedWriter(output),  # type: ignore[arg-type]
+        encoding=stream.encoding,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )

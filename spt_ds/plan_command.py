@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
+from spt_ds.log import say_loading
 from spt_ds.placement.choose import choose_placement
 from spt_ds.placement.estimate import (
     FIXED_BYTES,
@@ -64,9 +65,10 @@ def _plan(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    config = load_config(args.config, args.overrides)
+    say_loading()
     from spt_ds.model.loading import load_base_config  # imports torch, which --help need not
 
-    config = load_config(args.config, args.overrides)
     shape = BaseShape.from_config(load_base_config(config.model).to_dict())
     memory = _memory(args.memory_gib, args.host_gib, args.ranks)
     print("\n".join(sizes(config, shape, args.ranks, memory)))

@@ -16,6 +16,7 @@ from typing import Any
 
 from spt_ds.costs.results import agreement, machine, ratios, row, without_arrays
 from spt_ds.errors import ConfigError, SptError
+from spt_ds.log import say_loading
 from spt_ds.run.command import run_command
 
 SUBJECTS = {
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure_all(args: argparse.Namespace, given: Sequence[str]) -> int:
+    say_loading()
     subject = importlib.import_module(SUBJECTS[args.subject])
     cases = (
         args.cases.split(",") if args.cases else list(getattr(subject, "DEFAULT", subject.CASES))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 
 from spt_ds.errors import SptError, mendable
-from spt_ds.log import accept_any_text
+from spt_ds.log import flush_output, prepare_streams
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 0, 1, 2, 75
 
@@ -21,17 +22,20 @@ def run_command(
 
     An error that the user can mend becomes one line on stderr and exit code 2.
     """
-    accept_any_text()
+    prepare_streams()
     args = parser.parse_args(argv)
     try:
-        return work(args) or EXIT_DONE
+        code = work(args) or EXIT_DONE
+        flush_output()  # a disk that refuses it is noticed here, and not after the exit code
+        return code
     except SptError as error:
         told = error
     except OSError as error:
         if (mended := mendable(error)) is None:
             raise
         told = mended
-    sys.stdout.flush()  # what was printed before stands before the error, also in a log
+    with contextlib.suppress(SptError):
+        flush_output()  # what was printed before stands before the error, also in a log
     print(f"{parser.prog}: {told}", file=sys.stderr)
     return EXIT_USER_ERROR
 

@@ -16,7 +16,7 @@ from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
 from spt_ds.display import printable
 from spt_ds.errors import SptError, mendable
-from spt_ds.log import accept_any_text
+from spt_ds.log import flush_output, prepare_streams, say_loading
 from spt_ds.run.command import EXIT_FAILED, EXIT_USER_ERROR
 from spt_ds.run.folder import RunFolder
 
@@ -56,11 +56,12 @@ def run_job(
     in `RUN/errors/rank-N.txt`. When a rank is gone without a word, one survivor on each host says
     what it sees from there.
     """
-    accept_any_text()
+    prepare_streams()
     folder: RunFolder | None = None
     try:
         config = load_config(source, overrides)
         folder = RunFolder(run_dir or Path("runs") / config.name)
+        say_loading()
         return work(config, folder)
     except SptError as error:
         _speak(folder, f"error: {error}")
@@ -96,7 +97,8 @@ def _explained(error: Exception) -> tuple[str, bool]:
 
 def exit_with(code: int) -> None:
     """End the process now, even where a thread still waits for a dead rank."""
-    sys.stdout.flush()
+    with contextlib.suppress(SptError):  # a full disk behind the output changes no code
+        flush_output()
     sys.stderr.flush()
     os._exit(code)
 
@@ -141,7 +143,6 @@ def _speak(folder: RunFolder | None, message: str, host: str = "") -> None:
                 pass  # a full disk must not hide the message
         elif _rank() != "0":
             return  # there is no folder yet: what fails this early fails together
-    with contextlib.suppress(BrokenPipeError):
-        # On a line of its own: a progress bar may stand where the cursor is.
-        text = printable(f"\nspt-ds [rank {_rank()}] {message}", keep="\n\t")
-        print(text, file=sys.stderr, flush=True)
+    # On a line of its own: a progress bar may stand where the cursor is.
+    text = printable(f"\nspt-ds [rank {_rank()}] {message}", keep="\n\t")
+    print(text, file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import BinaryIO
 
 from spt_ds.errors import EngineError
+from spt_ds.log import say_loading
 from spt_ds.sweep.cells import Cell
 
 
@@ -158,6 +159,7 @@ class Runner:
 
 def _share_out(jobs: int, ranks: int) -> list[tuple[str, ...]]:
     """The GPUs of each job; empty where the machine has none."""
+    say_loading()
     import torch
 
     count = torch.cuda.device_count()

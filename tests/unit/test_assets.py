@@ -18,6 +18,7 @@ from transformers import (
 
 import spt_ds
 from benchmarks.embedded_base.dialogues import SPLITS, sentence_key
+from benchmarks.embedded_base.measure import persona_gap
 from spt_ds.data.readers import read
 from tests.helpers.tokenizers import encode
 
@@ -107,6 +108,25 @@ def test_model_card_gives_the_figures_of_these_weights() -> None:
     for kind in ("persona", "general"):
         for unit in ("token", "word"):
             assert f"{report[f'held_out_{kind}'][f'perplexity_per_{unit}']:.1f}" in card
+    replies = report["valid_replies"]
+    for key in ("nats_own_persona", "nats_other_persona", "gap", "gap_low", "gap_high"):
+        assert f"{replies[key]:.3f}" in card
+    assert f"{100 * report['greedy_replies']['share_ended']:.0f} %" in card
+
+
+def test_base_reads_its_persona_and_ends_its_replies() -> None:
+    report = json.loads((BASE / "pretraining.json").read_text(encoding="utf-8"))
+    assert report["valid_replies"]["gap"] >= 0.05
+    assert report["valid_replies"]["gap_low"] > 0
+    assert report["greedy_replies"]["share_ended"] >= 0.9
+
+
+def test_figures_of_the_persona_are_those_of_the_shipped_weights(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    report = json.loads((BASE / "pretraining.json").read_text(encoding="utf-8"))
+    measured = persona_gap(model, tokenizer, read("embedded:valid"))
+    assert measured["gap"] == pytest.approx(report["valid_replies"]["gap"], abs=1e-3)
 
 
 def test_base_is_small() -> None:
@@ -116,9 +136,9 @@ def test_base_is_small() -> None:
 
 def test_config_and_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     assert model.config.model_type == "llama"
-    assert 5e6 < sum(weight.numel() for weight in model.parameters()) < 12e6
+    assert 2e6 < sum(weight.numel() for weight in model.parameters()) < 12e6
     assert json.loads((BASE / "config.json").read_text())["dtype"] == "bfloat16"
-    assert len(tokenizer) == model.config.vocab_size == 8192
+    assert len(tokenizer) == model.config.vocab_size == 4096
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert model.config.max_position_embeddings == tokenizer.model_max_length == 1024
     text = "given persona: I like cats.; context: Q: ¿Qué tal? 🙂 it's  me R:"
@@ -135,7 +155,7 @@ def nats_per_token(model: PreTrainedModel, context: list[int], response: list[in
 
 
 def test_base_knows_dialogue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Replies of the valid split cost far less than uniform (9.0 nats) and than a wrong order."""
+    """Replies of the valid split cost far less than uniform (8.3 nats) and than a wrong order."""
     examples = list(islice(read("embedded:valid"), 0, None, 24))
     assert len(examples) > 10
     encoded = [encode(example, tokenizer, 256) for example in examples]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.embedded_base import dialogues, documents, pretrain
+from benchmarks.embedded_base import dialogues, documents, measure, pretrain
 from benchmarks.embedded_base.batches import Layout, Packer
 from benchmarks.embedded_base.dialogues import (
     COLUMNS,
@@ -25,6 +25,7 @@ from benchmarks.embedded_base.dialogues import (
 )
 from benchmarks.embedded_base.network import Shape, initial_weights, logits, to_llama
 from benchmarks.embedded_base.team import Plan
+from spt_ds.data.dialogue import Example
 from spt_ds.errors import DataError
 
 WORDS = [
@@ -177,6 +178,31 @@ def test_personas_are_shuffled_thinned_and_mixed_and_never_the_partners() -> Non
         assert ("i bake." in text.lower()) != (
             "i run." in text.lower() or "i swim." in text.lower()
         )
+
+
+def test_most_persona_dialogues_end_with_a_reply_about_the_persona() -> None:
+    turns = ("Hello.", "Hi.", "Fine?", "Yes.", "Dogs?", "I walk my dogs.", "Ok.", "Bye.")
+    talk = Conversation("d", (("I cook.",), ("I have two dogs.",)), turns, 0)
+    pools = documents.Pools([talk], [], [], [])
+    rng = random.Random(0)
+    drawn = [documents.draw(pools, "persona", rng) for _ in range(1000)]
+    own = [document for document in drawn if "dogs" in head(document)]
+    about = sum("dogs" in document.turns[-1][1] for document in own)
+    assert 0.6 < about / len(own) < 0.8
+
+
+def test_words_that_everybody_uses_say_nothing_about_a_persona() -> None:
+    assert documents.content_words(["I really love my two Dogs."]) == {"dogs"}
+
+
+def test_strangers_share_no_sentence() -> None:
+    people = (("a.", "b."), ("b.", "c."), ("d.",), ("e.",), ("f.",), ("g.",))
+    dialogues = [
+        Example(id=str(n), dialogue_id=str(n), turn=0, persona=lines, history=(), response="x")
+        for n, lines in enumerate(people)
+    ]
+    assert measure.strangers(dialogues, 0) == [("d.",), ("e.",), ("f.",)]
+    assert measure.strangers(dialogues, 5) == [("a.", "b."), ("b.", "c."), ("d.",)]
 
 
 def test_a_borrowed_persona_is_what_the_owner_says() -> None:
