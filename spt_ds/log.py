@@ -133,6 +133,7 @@ def prepare_streams() -> None:
     What nobody reads any more is dropped, so that a command finishes its work and ends with the
     exit code that it earned.
     """
+    accept_any_text()  # also the streams that handlers of libraries hold already
     sys.stdout, sys.stderr = _outliving(sys.stdout), _outliving(sys.stderr)
     accept_any_text()
 

@@ -95,8 +95,8 @@ def test_streams_of_a_command_obey_nothing_whoever_prints() -> None:
     code = (
         "import io, logging, sys, warnings\n"
         "early = logging.StreamHandler(sys.stderr)\n"
-        "from spt_ds.log import accept_any_text\n"
-        "accept_any_text(); accept_any_text()\n"
+        "from spt_ds.log import prepare_streams\n"
+        "prepare_streams(); prepare_streams()\n"
         "print('out \\x1b[2J\\x9b\\u202e\\rx\\ty', end='\\n')\n"
         "sys.stdout.writelines(['lines \\x07', '\\n'])\n"
         "logging.getLogger('x').addHandler(early)\n"
