@@ -18,7 +18,7 @@ from benchmarks.soak.faults import FAULTS, PATIENCE_S, Case, small_disk
 
 DISK_MIB = 24  # room for four checkpoints and the logs
 GROWTH_MIB = 16.0  # of anonymous memory over three quarters of a run
-TIGHT = ["--set", "data.max_tokens=96", "--set", "prompts.count=2", "--set", "prompts.tokens=4"]
+TIGHT = ["--set", "prompts.count=2", "--set", "prompts.tokens=4"]
 SHORT = ["--set", "data.max_valid_examples=8", "--set", "data.max_train_examples=2000"]
 
 
@@ -229,7 +229,6 @@ set:
   train.max_steps: 4
   train.global_batch: 2
   data.workers: 0
-  data.max_tokens: 96
   data.max_train_examples: 50
   data.max_valid_examples: 4
   data.max_test_examples: 8
