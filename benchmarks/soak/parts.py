@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import shutil
 import statistics
@@ -18,7 +19,7 @@ from benchmarks.soak.faults import FAULTS, PATIENCE_S, Case, small_disk
 
 DISK_MIB = 24  # room for four checkpoints and the logs
 GROWTH_MIB = 16.0  # of anonymous memory over three quarters of a run
-TIGHT = ["--set", "data.max_tokens=96", "--set", "prompts.count=2", "--set", "prompts.tokens=4"]
+TIGHT = ["--set", "prompts.count=2", "--set", "prompts.tokens=4"]
 SHORT = ["--set", "data.max_valid_examples=8", "--set", "data.max_train_examples=2000"]
 
 
@@ -142,8 +143,11 @@ def growth(samples: list[Sample], steps: int) -> tuple[float, int]:
     if not (first and last):
         return float("nan"), 1
     memory = [statistics.median(sample.anonymous_mib for sample in part) for part in (first, last)]
-    descriptors = [max(sample.descriptors for sample in part) for part in (first, last)]
-    return memory[1] - memory[0], descriptors[1] - descriptors[0]
+    # A file that is open for a moment, as a checkpoint is, is no leak.
+    descriptors = [
+        statistics.median(sample.descriptors for sample in part) for part in (first, last)
+    ]
+    return memory[1] - memory[0], math.ceil(descriptors[1] - descriptors[0])
 
 
 def generate(plan: Plan) -> dict[str, Any]:
@@ -229,7 +233,6 @@ set:
   train.max_steps: 4
   train.global_batch: 2
   data.workers: 0
-  data.max_tokens: 96
   data.max_train_examples: 50
   data.max_valid_examples: 4
   data.max_test_examples: 8

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from spt_ds.data.dialogue import Example, replies
 from spt_ds.data.parlai import read_parlai
 from spt_ds.data.textfile import lines, readable
-from spt_ds.display import shown
+from spt_ds.display import holds_surrogate, shown
 from spt_ds.errors import DataError
 from spt_ds.files import sha256
 from spt_ds.json_input import parse_object
@@ -208,6 +208,7 @@ def _read_jsonl(path: Path) -> Iterator[Example]:
 
 
 def _from_record(record: Mapping[str, Any], origin: str, name: str) -> Iterator[Example]:
+    _check_characters(name, "id", origin)
     if "turns" not in record:
         history = _texts(record, "history", origin)
         response = _text(record.get("response"), "response", origin)
@@ -247,7 +248,16 @@ def _texts(record: Mapping[str, Any], key: str, origin: str) -> tuple[str, ...]:
 def _text(value: object, key: str, origin: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f'{origin}: "{key}" must be a text that is not blank, got {shown(value)}')
+    _check_characters(value, key, origin)
     return value.strip()
+
+
+def _check_characters(text: str, key: str, origin: str) -> None:
+    """A row of a hub data set comes from no JSON reader, which would have refused it."""
+    if holds_surrogate(text):
+        raise DataError(
+            f'{origin}: "{key}" is {shown(text)}, which holds half a surrogate pair, no character'
+        )
 
 
 def _read_hub(source: str) -> Iterator[Example]:

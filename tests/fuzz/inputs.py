@@ -212,10 +212,10 @@ def pack(files: dict[str, bytes]) -> bytes:
 def unpack(content: bytes, good: dict[str, bytes]) -> dict[str, bytes]:
     """The files of a packed folder over the good ones; what has no good one is left out."""
     files = dict(good)
-    for part in (b"\n" + content).split(b"\n" + HEAD)[1:]:
+    for part in (b"\n" + content).removesuffix(b"\n").split(b"\n" + HEAD)[1:]:
         name, _, text = part.partition(b"\n")
         if (name_text := name.decode("latin-1")) in good:
-            files[name_text] = text.removesuffix(b"\n")
+            files[name_text] = text
     return {name: text for name, text in files.items() if text != ABSENT}
 
 

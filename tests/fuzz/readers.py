@@ -139,6 +139,7 @@ def hub(content: bytes, folder: Path) -> None:
         encoder = Encoder(_tokenizer(), 4096)
         for example in read("hub:x"):
             encoder.example(example)
+            example.id.encode(), example.dialogue_id.encode()
 
 
 def _literal(content: bytes) -> Iterator[Any]:
