@@ -30,6 +30,7 @@ BASE_ALONE = (
     "prompts.warm_start_steps=0",
     "losses.objective=paper",
     "losses.temperature=1",
+    "losses.balance=0",
     "losses.train_top_m=0",
     "losses.selection=0",
     "losses.fusion=0",

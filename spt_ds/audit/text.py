@@ -91,7 +91,7 @@ def _choice(audit: Audit) -> Iterator[str]:
         interval = f"{pair.low:+.3f} to {pair.high:+.3f}, p {p_value(pair)}"
         yield f"selected minus {name}: {pair.difference:+.3f} nats a token, {interval}"
     if audit.kind_accuracy is not None:
-        yield f"kind told by the prompt: {audit.kind_accuracy:.0%} of the replies"
+        yield f"kind shown by the prompt: {audit.kind_accuracy:.0%} of the replies"
         rows: list[list[Cell]] = [[kind, *counts] for kind, counts in audit.kinds.items()]
         yield Table(["kind", *map(str, range(audit.prompts))], rows).text()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from spt_ds.audit.judge import Audit, Row
 from spt_ds.evaluate.significance import Paired
 
-SURE = 0.05
+SURE = 0.01
 ALL = 0.95  # share of the replies from which on one prompt answers all
 KNOWS = 0.98  # share of best choices from which on a retriever may know the reply
 TOLD = 0.5  # share of the retriever's gain that a gate on the context must reach to explain it

@@ -103,6 +103,9 @@ class LossConfig(Section):
     the prompts, with the softmax of s / tau_sim as its weights."""
     temperature: PositiveFloat = 1.0
     """T of the mixture, for losses in nats a reply; above 1 more prompts learn from each reply."""
+    balance: NonNegativeFloat = 0.0
+    """Weight of the mixture's balance loss, which keeps the prompts used equally: without it some
+    never learn."""
     selection: NonNegativeFloat = 1.0
     """Weight of the selection loss."""
     fusion: NonNegativeFloat = 1.0
@@ -128,8 +131,8 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _of_objective(self) -> LossConfig:
         if self.objective == "paper":
-            needed: dict[str, float | str] = {"temperature": 1.0}
-            why = "acts only with objective: mixture"
+            needed: dict[str, float | str] = {"temperature": 1.0, "balance": 0}
+            why = "temperature and balance act only with objective: mixture"
         else:
             needed = {"selection": 0, "fusion": 0, "contrastive": 0, "fusion_weights": "scores"}
             why = "objective: mixture has a loss of its own"

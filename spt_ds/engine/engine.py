@@ -87,6 +87,7 @@ class Engine:
         outs = [self._forward_backward(batch, window, shared) for batch in window.micro]
         if not shared:
             self._contrast(window, outs)
+            self._balance(window, outs)
         self.sums.signals.add_(on_device(signals, self.buffer.device, self.buffer.dtype))
         dist.all_reduce_sum(self.buffer)
         norm = self.gradients.norm()
@@ -126,7 +127,26 @@ class Engine:
         pooled = torch.cat([out.pooled for out in outs])
         loss, share = self.spt.contrastive(pooled, everyone, window.contrast, self.world.rank)
         (weight * loss).backward()
-        self.sums.losses[3] += share
+        self.sums.losses[len(losses.factors(self.config.losses)) - 1] += share
+
+    def _balance(self, window: Window, outs: list[MicroLosses]) -> None:
+        """Add the balance loss of a mixture, which is a function of a mean over the whole window.
+
+        As the contrastive loss it makes no pass through the base.
+        """
+        weight = self.config.losses.balance
+        if not weight:
+            return
+        pooled = torch.cat([out.pooled for out in outs])
+        weights = torch.cat([out.packed.weights for out in outs])
+        own = self.spt.mean_weights(pooled, weights, window.examples)
+        # The other ranks' part comes without a graph: each rank makes the gradient of its own
+        # contexts, and the reduction adds them.
+        everyone = dist.all_reduce_sum(own.detach().clone())
+        loss = losses.balance(own + (everyone - own.detach()))
+        (weight * loss).backward()
+        last = len(losses.factors(self.config.losses)) - 1
+        self.sums.losses[last] += loss.detach() / self.world.size
 
     def _raise_non_finite(self, step: int, window: Window, outs: list[MicroLosses]) -> NoReturn:
         bad: list[int] = []
@@ -149,11 +169,10 @@ class Engine:
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Mean losses over a data set, each example once.
 
-        `loss` weights them as training does, without the contrastive one.
+        `loss` weights them as training does, without the one that is of a whole window.
         """
         settings = self.config.losses
-        names = [name for name in losses.factors(settings) if name != "contrastive"]
-        names += COUNTED
+        names = [*list(losses.factors(settings))[:-1], *COUNTED]
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.world.device)
         for batch in batches:
             out: MicroLosses = self.backbone(self.spt.micro_losses, batch, 1, 1)

@@ -37,7 +37,7 @@ class StepSums:
         return MOST_LOSSES + len(SIGNALS) + 1 + prompts
 
     def add(self, out: MicroLosses) -> None:
-        """Add one micro-batch; the contrastive loss is that of a whole window."""
+        """Add one micro-batch; the last loss of an objective is that of a whole window."""
         self.losses[: len(out.parts)] += out.parts
         self.bad += out.bad.sum()
         # A filler row has weight 0 and so chooses no prompt.

@@ -19,9 +19,12 @@ PER_TOKEN = ("nll", "mixture")  # losses that are means over target tokens; othe
 
 
 def factors(settings: LossConfig) -> dict[str, float]:
-    """The losses of the objective in their order, each with its factor in the total."""
+    """The losses of the objective in their order, each with its factor in the total.
+
+    The last one is of all contexts of a window, the others are sums over micro-batches.
+    """
     if settings.objective == "mixture":
-        return {"nll": 0.0, "mixture": 1.0}
+        return {"nll": 0.0, "mixture": 1.0, "balance": settings.balance}
     return {
         "nll": 1.0,
         "selection": settings.selection,
@@ -35,7 +38,7 @@ def weighted(settings: LossConfig, parts: Sequence[torch.Tensor]) -> torch.Tenso
 
     A factor of 0 leaves a loss out, so that what it would multiply by 0 is not differentiated.
     """
-    # Of the four of the paper the last, the contrastive one, is of a whole window.
+    # `parts` lacks the last one, which is of a whole window.
     pairs = zip(factors(settings).values(), parts, strict=False)
     return functools.reduce(torch.add, [factor * part for factor, part in pairs if factor])
 
@@ -73,13 +76,23 @@ def mixture(
     return -temperature * (prior - totals / temperature).logsumexp(dim=0)
 
 
+def mixture_weights(scores: torch.Tensor, tau_sim: float) -> torch.Tensor:
+    """pi = softmax_k(s / tau_sim): [K, B] -> [K, B]."""
+    return (scores / tau_sim).softmax(dim=0)
+
+
+def balance(mean_weights: torch.Tensor) -> torch.Tensor:
+    """KL(mean of pi over the contexts || equal use): [K] -> []; 0 where all are used equally."""
+    return (mean_weights * (mean_weights * len(mean_weights)).log()).sum()
+
+
 def fusion_weights(scores: torch.Tensor, settings: LossConfig) -> torch.Tensor:
     """Weights of the K prompts' logits where they are mixed: [K, B] -> [K, B].
 
     They sum to 1 but for `fusion_weights: scores`. Those of a mixture are its pi.
     """
     if settings.objective == "mixture":
-        return (scores / settings.tau_sim).softmax(dim=0)
+        return mixture_weights(scores, settings.tau_sim)
     return scores / scores.sum(dim=0) if settings.fusion_weights == "normalised" else scores
 
 

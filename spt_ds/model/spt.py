@@ -59,8 +59,8 @@ class MicroLosses:
     """Losses of one micro-batch: `total` carries the gradient, the rest is detached."""
 
     total: torch.Tensor  # [] weighted, divided by the step's counts
-    # [losses] those of losses.factors but the contrastive one: each divided by the step's counts,
-    # unweighted; nll alone while all prompts are one
+    # [losses] those of losses.factors but the last, which is of a whole window: each divided by the
+    # step's counts, unweighted; nll alone while all prompts are one
     parts: torch.Tensor
     nll: torch.Tensor  # [K, B] mean loss per prompt and example
     # [B] target tokens whose loss is not finite; a single one makes `nll` of all examples NaN
@@ -148,8 +148,8 @@ class Spt:
         micro-batches: the losses are divided by them. `shared`: all prompts are one still, so it
         is read once and its nll is the loss.
         """
-        settings, bank = self.config.losses, self.trainables.bank.weight
-        bank = bank[:1] if shared else bank
+        settings, every_prompt = self.config.losses, self.trainables.bank.weight
+        bank = every_prompt[:1] if shared else every_prompt
         packed = self.pack(batch)
         text, pooled, scores = self.score(backbone, packed)
         context = read_context(backbone, packed, text, self.config.prompts.placement)
@@ -240,3 +240,14 @@ class Spt:
         both = ((pairs // slots) == rank).all(dim=1)
         share = (terms.detach() * torch.where(both, 1.0, 0.5)).sum() / contrast.pair_count
         return terms.sum() / contrast.pair_count, share
+
+    def mean_weights(
+        self, pooled: torch.Tensor, weights: torch.Tensor, examples: int
+    ) -> torch.Tensor:
+        """This rank's part of the mixture's mean weights over a window, with a graph: [K].
+
+        Args: pooled [slots, D] and weights [slots] of this rank; examples, over all ranks.
+        """
+        scores = self.trainables.retriever(self.trainables.bank.weight, pooled)  # [K, slots]
+        mixed = losses.mixture_weights(scores, self.config.losses.tau_sim)
+        return mixed @ weights.to(mixed.dtype) / examples

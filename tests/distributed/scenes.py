@@ -245,6 +245,6 @@ def _array(tensor: torch.Tensor | None) -> np.ndarray:
 
 
 def gap(ours: Any, theirs: Any) -> float:
-    """Norm of the difference relative to the norm of `theirs`."""
+    """Norm of the difference relative to the norm of `theirs`, or by itself where that is 0."""
     a, b = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0))

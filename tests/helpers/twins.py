@@ -68,6 +68,7 @@ class TwinSettings:
     tau_sim: float
     normalised: bool = False  # fusion by s_k / sum_k s_k
     temperature: float | None = None  # of the mixture, which then is the objective
+    balance: float = 0.0  # weight of the mixture's balance loss
 
 
 def cross_entropy(logits: Tensor, target: int) -> Tensor:
@@ -146,6 +147,17 @@ def mixture(
     return -temperature * torch.log(likelihood)
 
 
+def balance(columns: Sequence[Sequence[Tensor]], tau_sim: float) -> Tensor:
+    """KL of the mean mixture weights over the examples from equal ones: K scores each -> []."""
+    count = len(columns[0])
+    shares = []
+    for column in columns:
+        weights = [torch.exp(value / tau_sim) for value in column]
+        shares.append([weight / add(weights) for weight in weights])
+    means = [mean([share[k] for share in shares]) for k in range(count)]
+    return add([value * torch.log(count * value) for value in means])
+
+
 def contrastive(left: Sequence[Tensor], right: Sequence[Tensor], target: float) -> Tensor:
     """CosineEmbeddingLoss, margin 0, of two examples' K scores."""
     cos = cosine(torch.stack(list(left)), torch.stack(list(right)))
@@ -216,8 +228,10 @@ def twin_step(
             )
             for b in range(size)
         ]
-        mixed = add(likelihoods) / sum(len(response) for _, response in examples)
-        return {**both, "mixture": mixed, "total": mixed}
+        mixture_loss = add(likelihoods) / sum(len(response) for _, response in examples)
+        even = balance(columns, settings.tau_sim)
+        total = mixture_loss + settings.balance * even
+        return {**both, "mixture": mixture_loss, "balance": even, "total": total}
     replies = [[nll[k][b] for k in range(count)] for b in range(size)]
     out = {
         **both,

@@ -244,6 +244,21 @@ def mixture_of_expected_losses(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def balance_the_other_way_round(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(losses, "balance", lambda mean: -(mean * len(mean)).log().mean())
+
+
+def balance_over_logits(patch: pytest.MonkeyPatch) -> None:
+    """The mean is taken before the softmax: every context may prefer the same prompt unseen."""
+
+    def broken(self: Spt, pooled: Tensor, weights: Tensor, examples: int) -> Tensor:
+        scores = self.trainables.retriever(self.trainables.bank.weight, pooled)
+        mean = scores @ weights.to(scores.dtype) / examples
+        return (mean / self.config.losses.tau_sim).softmax(dim=0)
+
+    patch.setattr(Spt, "mean_weights", broken)
+
+
 def keys_of_the_neighbour(patch: pytest.MonkeyPatch) -> None:
     right = Retriever.cosines
     patch.setattr(Retriever, "cosines", lambda *args: right(*args).roll(1, dims=0))
@@ -367,6 +382,8 @@ FAULTS = [
     Fault("mixture_prior_over_examples", mixture_prior_over_examples, MIXTURE),
     Fault("mixture_temperature_forgotten", mixture_temperature_forgotten, MIXTURE),
     Fault("mixture_of_expected_losses", mixture_of_expected_losses, MIXTURE),
+    Fault("balance_the_other_way_round", balance_the_other_way_round, MIXTURE),
+    Fault("balance_over_logits", balance_over_logits, MIXTURE, ALL[:2]),
     Fault("keys_of_the_neighbour", keys_of_the_neighbour, {**MIXTURE, "keys": "learned"}),
     Fault("pad_token_in_pool", pad_token_in_pool, {}),
     Fault("mean_of_means", mean_of_means, {}),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from spt_ds.batch import Batch, Contrast
+from spt_ds.model import losses
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.spt import Spt
 from tests.helpers.tiny import (
@@ -27,6 +28,8 @@ PARTS = {"paper": ("nll_loss", "selection", "fusion"), "mixture": ("nll_loss", "
 MIXTURE = {
     "objective": "mixture",
     "temperature": 1.4,
+    "balance": 0.8,
+    "tau_sim": 0.1,  # sharp: else the weights of random prompts are nearly equal
     "selection": 0.0,
     "fusion": 0.0,
     "contrastive": 0.0,
@@ -67,12 +70,15 @@ def build(case: Case, **options: float | int) -> tuple[Backbone, Spt]:
     """Backbone and method of a case."""
     backbone = tiny_backbone(case.arch, case.dtype, case.backend, case.checkpointing)
     objective = MIXTURE if case.objective == "mixture" else {}
-    sections: dict[str, dict[str, Any]] = {
-        "prompts": {"placement": case.placement},
-        "retriever": {"keys": case.keys},
-        "losses": {"fusion_weights": case.fusion_weights, **objective, **options},
-    }
-    return backbone, tiny_spt(backbone, case.count, case.tokens, case.precise, **sections)
+    return backbone, tiny_spt(
+        backbone,
+        case.count,
+        case.tokens,
+        case.precise,
+        prompts={"placement": case.placement},
+        retriever={"keys": case.keys},
+        losses={"fusion_weights": case.fusion_weights, **objective, **options},
+    )
 
 
 def counts_of(batch: Batch) -> tuple[int, int]:
@@ -102,6 +108,15 @@ def our_step(
     total = sum(out.total.detach() for out in outs)
     if objective == "paper":
         values["contrastive"] = torch.zeros_like(total)
+    else:
+        pooled, weights = (
+            torch.cat(parts)
+            for parts in zip(*((out.pooled, out.packed.weights) for out in outs), strict=True)
+        )
+        even = losses.balance(spt.mean_weights(pooled, weights, examples))
+        (spt.config.losses.balance * even).backward()
+        total = total + spt.config.losses.balance * even.detach()
+        values["balance"] = even.detach()
     if objective == "paper" and contrast is not None:
         scores = torch.cat([out.scores for out in outs], dim=1)
         loss, share = spt.contrastive(
@@ -149,16 +164,17 @@ def twin_of(
     float64.
     """
     lm = twin_lm(case.arch, case.dtype)
-    losses = spt.config.losses
+    given = spt.config.losses
     settings = TwinSettings(
         case.placement,
-        losses.selection,
-        losses.fusion,
-        losses.contrastive,
-        losses.tau_gold,
-        losses.tau_sim,
-        losses.fusion_weights == "normalised",
-        losses.temperature if losses.objective == "mixture" else None,
+        given.selection,
+        given.fusion,
+        given.contrastive,
+        given.tau_gold,
+        given.tau_sim,
+        given.fusion_weights == "normalised",
+        given.temperature if given.objective == "mixture" else None,
+        given.balance,
     )
     parts = twin_parts(spt)
     pairs: list[tuple[int, int, float]] = []

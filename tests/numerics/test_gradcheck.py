@@ -87,6 +87,14 @@ def test_mixture(temperature: float) -> None:
     assert gradcheck(lambda t, s: losses.mixture(t, s, 0.7, temperature), (totals, scores))
 
 
+def test_balance() -> None:
+    scores = random(4, 6)
+    assert gradcheck(
+        lambda s: losses.balance(losses.mixture_weights(s, 0.7).mean(dim=1)), (scores,)
+    )
+    assert float(losses.balance(torch.full((4,), 0.25))) == 0.0
+
+
 def test_a_mixture_stays_finite_where_prompts_and_gate_are_far_apart() -> None:
     totals = torch.tensor([[0.0], [900.0], [40.0]], dtype=torch.float64, requires_grad=True)
     scores = torch.tensor([[0.3], [1.3], [0.3]], dtype=torch.float64, requires_grad=True)

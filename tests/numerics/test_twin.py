@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spt_ds.batch import Batch
-from tests.helpers.tiny import random_batch
+from tests.helpers.tiny import pick, random_batch
 from tests.helpers.tolerances import Step, assert_steps_close
 from tests.numerics.steps import Case, build, contrast_of, our_step, twin_of
 
@@ -84,6 +84,18 @@ def test_a_mixture_equals_the_twin(
     for count in (2, 3, 5):
         case = Case(arch, dtype, placement=placement, count=count, objective="mixture", keys=keys)
         assert_steps_close(ours(case, random_batch(LENS)), twin(case), dtype)
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix"])
+def test_a_mixture_in_micro_batches_equals_the_twin(placement: str) -> None:
+    case = Case("llama", placement=placement, objective="mixture", keys="learned")
+    backbone, spt = build(case)
+    batch = random_batch(LENS)
+    micro = [pick(batch, [2]), pick(batch, [0, 3]), pick(batch, [1])]
+    ours = our_step(backbone, spt, micro)
+    order = [2, 0, 3, 1]
+    expected = twin_of(case, spt, pick(batch, order), None)
+    assert_steps_close(ours, expected, case.dtype)
 
 
 def test_learned_keys_in_the_paper_objective_equal_the_twin() -> None:

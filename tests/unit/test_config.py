@@ -124,7 +124,10 @@ def test_unknown_recipe_and_missing_file() -> None:
         (["losses.train_top_m=9"], "prompts.count = "),
         (["losses.objective=mixture"], "losses: objective: mixture has a loss of its own; set"),
         (["losses.objective=mixture"], "selection: 0 (got 1.0), fusion: 0 (got 1.0)"),
-        (["losses.temperature=2"], "acts only with objective: mixture; set temperature: 1.0"),
+        (
+            ["losses.temperature=2", "losses.balance=1"],
+            "act only with objective: mixture; set temperature: 1.0 (got 2.0), balance: 0",
+        ),
         (["retriever.keys=learned", "retriever.projections=shared"], "no projection of prompts"),
         (
             [
@@ -217,6 +220,7 @@ def test_the_base_of_a_run_with_every_option_of_the_bank_can_reply_alone() -> No
     mixture = [
         "losses.objective=mixture",
         "losses.temperature=2",
+        "losses.balance=0.1",
         *(f"losses.{name}=0" for name in ("selection", "fusion", "contrastive")),
     ]
     options = [*texts, "prompts.placement=suffix", "losses.train_top_m=2", *mixture]

@@ -17,6 +17,7 @@ CURVES = {
     "nll_selected": "NLL, selected prompt",
     "nll_best": "NLL, best prompt",
     "mixture": "Mixture loss",
+    "balance": "Balance loss",
     "selection": "Selection loss",
     "fusion": "Fusion loss",
     "contrastive": "Contrastive loss",
