@@ -53,7 +53,7 @@ define main_job
 endef
 
 demo: $(VENV)/.installed
-	$(call main_job,$(RUN),--config demo)
+	$(call main_job,$(RUN),--config clients)
 
 demo-real: $(VENV)/.installed
 	$(BIN)/python benchmarks/real_base.py $(REAL_BASE)

@@ -3,6 +3,8 @@ persona names.
 
     python -m benchmarks.selection.kinds OUT [--source embedded] [--clients 8] [--repeats 1]
 
+`--only NAME...` takes clients by name; the shipped `embedded:clients/SPLIT` are made with it.
+
 Each example is one turn of a shipped dialogue (or of FILE.train, FILE.valid, FILE.test with
 `--source FILE`). Its persona is what the speaker says of herself and one line more, the client for
 whom she answers. The reply is the dialogue's own, written in the client's style. Nothing else tells
@@ -77,10 +79,9 @@ def line(example: Example, client: str) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, source: str, clients: int, repeats: int) -> dict[str, int]:
-    """Write all splits; return how many lines each has."""
+def write(folder: Path, source: str, names: Sequence[str], repeats: int) -> dict[str, int]:
+    """Write all splits for the clients of these names; return how many lines each has."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = list(STYLES)[:clients]
     counts = {}
     for split in SPLITS:
         origin = f"embedded:{split}" if source == "embedded" else f"{source}.{split}"
@@ -99,10 +100,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--source", default="embedded", help="embedded, or FILE of FILE.train ...")
     parser.add_argument("--clients", type=int, default=8, choices=range(2, len(STYLES) + 1))
+    parser.add_argument("--only", nargs="+", choices=STYLES, help="these clients, by name")
     parser.add_argument("--repeats", type=int, default=1, help="clients of one reply")
     args = parser.parse_args(argv)
-    counts = write(args.out, args.source, args.clients, min(args.repeats, args.clients))
-    print(json.dumps({"clients": list(STYLES)[: args.clients], "examples": counts}))
+    names = args.only or list(STYLES)[: args.clients]
+    counts = write(args.out, args.source, names, min(args.repeats, len(names)))
+    print(json.dumps({"clients": names, "examples": counts}))
     return 0
 
 

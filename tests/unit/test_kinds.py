@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.selection import table
 from benchmarks.selection.kinds import SPLITS, STYLES, main
-from spt_ds.data.readers import read
+from spt_ds.data.readers import ASSETS, read
 
 TEXT = "I ski. Do you like snow? It's cold!"
 
@@ -104,3 +104,12 @@ def test_the_table_averages_audits(tmp_path: Path, capsys: pytest.CaptureFixture
     assert report["bank"]["minus pt"] == [-0.25, -0.25]
     assert report["bank"]["verdicts"] == ["earns its keep"] * 2
     assert "3.500 ± 0.707" in text
+
+
+def test_the_shipped_clients_are_made_by_this_script(tmp_path: Path) -> None:
+    names = ["Juniper Travel", "Quarry Tools", "Copper Radio", "Tandem Sports"]
+    assert main([str(tmp_path), "--only", *names]) == 0
+    made = sorted(file for file in tmp_path.iterdir())
+    assert len(made) == 2 * len(SPLITS)
+    for file in made:
+        assert file.read_bytes() == (ASSETS / "clients" / file.name).read_bytes()
