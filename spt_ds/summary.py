@@ -21,7 +21,7 @@ from spt_ds.run.folder import RunFolder
 from spt_ds.run.predictions import MEND_LINE, check_same_examples, lines_of, read_rows
 
 LOSSES = (
-    ("validation loss (nll, selection, fusion)", "loss"),
+    ("validation loss", "loss"),
     ("nll, mean of all prompts", "nll"),
     ("nll, selected prompt", "nll_selected"),
 )

@@ -58,8 +58,16 @@ class PromptsConfig(Section):
     """Before the text, or between context and response (the context is then read once for all K).
     """
 
+    warm_start_steps: NonNegativeInt = 0
+    """Steps in which all prompts are one, which trains by its nll alone; then they part."""
+
     @model_validator(mode="after")
     def _texts(self) -> PromptsConfig:
+        if self.warm_start_steps and len(self.init_texts) > 1:
+            raise ValueError(
+                f"warm_start_steps begins with one prompt for all, got {len(self.init_texts)}"
+                " init_texts; give one"
+            )
         if self.init == "text" and len(self.init_texts) not in (1, self.count):
             raise ValueError(
                 f"init: text needs 1 or count={self.count} init_texts, got {len(self.init_texts)}"
@@ -74,11 +82,30 @@ class RetrieverConfig(Section):
 
     projections: Literal["separate", "shared"] = "separate"
     """W_c and W_p apart, or one Linear for both sides (as the reference has it)."""
+    keys: Literal["prompts", "learned"] = "prompts"
+    """What a context is compared with: a projection of each prompt, or a trained vector for each.
+    """
+
+    @model_validator(mode="after")
+    def _sides(self) -> RetrieverConfig:
+        if self.keys == "learned" and self.projections == "shared":
+            raise ValueError(
+                "keys: learned has no projection of prompts to share; set projections: separate"
+            )
+        return self
 
 
 class LossConfig(Section):
-    """Weights and temperatures of the four losses."""
+    """The objective, and weights and temperatures of its losses."""
 
+    objective: Literal["paper", "mixture"] = "paper"
+    """`paper`: nll and the three losses weighted below; `mixture`: the likelihood of a mixture of
+    the prompts, with the softmax of s / tau_sim as its weights."""
+    temperature: PositiveFloat = 1.0
+    """T of the mixture, for losses in nats a reply; above 1 more prompts learn from each reply."""
+    balance: NonNegativeFloat = 0.0
+    """Weight of the mixture's balance loss, which keeps the prompts used equally: without it some
+    never learn."""
     selection: NonNegativeFloat = 1.0
     """Weight of the selection loss."""
     fusion: NonNegativeFloat = 1.0
@@ -100,6 +127,23 @@ class LossConfig(Section):
     """Selective backward: score all K without gradient, then train the m best of each example; 0
     trains all K.
     """
+
+    @model_validator(mode="after")
+    def _of_objective(self) -> LossConfig:
+        if self.objective == "paper":
+            needed: dict[str, float | str] = {"temperature": 1.0, "balance": 0}
+            why = "temperature and balance act only with objective: mixture"
+        else:
+            needed = {"selection": 0, "fusion": 0, "contrastive": 0, "fusion_weights": "scores"}
+            why = "objective: mixture has a loss of its own"
+        wrong = [
+            f"{key}: {want} (got {getattr(self, key)})"
+            for key, want in needed.items()
+            if getattr(self, key) != want
+        ]
+        if wrong:
+            raise ValueError(f"{why}; set {', '.join(wrong)}")
+        return self
 
 
 class ReferenceConfig(Section):

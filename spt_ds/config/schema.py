@@ -86,6 +86,7 @@ class Config(Section):
             "prompts.count": (self.prompts.count, 1),
             "prompts.tokens": (self.prompts.tokens, 0),
             "prompts.placement": (self.prompts.placement, "prefix"),
+            "prompts.warm_start_steps": (self.prompts.warm_start_steps, 0),
             "losses.selection": (self.losses.selection, 0),
             "losses.fusion": (self.losses.fusion, 0),
             "losses.contrastive": (self.losses.contrastive, 0),

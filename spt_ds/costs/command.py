@@ -23,6 +23,7 @@ SUBJECTS = {
     # Its naive twin makes K passes, padded to one length, checkpointed, with all logits in fp32.
     "step": "spt_ds.costs.step",
     "more": "spt_ds.costs.extra_prompt",  # one prompt more in the bank
+    "objectives": "spt_ds.costs.objectives",  # beside the paper's
     "load": "spt_ds.costs.load",  # reading the base, proving it usable, tokenising
     "decode": "spt_ds.costs.decode",  # naive: the whole batch once per distinct prompt
     "head": "spt_ds.costs.head",  # naive: all vocabulary logits at once

@@ -104,6 +104,8 @@ def row(result: dict[str, Any]) -> str:
     parts = [f"{result['cost']:9.3f} {result['cost_unit']}", f"peak {result['peak_mib']:7.0f} MiB"]
     if "share_of_one_more" in result:
         parts.append(f"one prompt more costs {result['share_of_one_more']:.1%} of a step")
+    for objective, share in result.get("share_of_paper", {}).items():
+        parts.append(f"{objective} {share:.3f} of the paper's step")
     if "per_cost" in result:
         parts.append(f"{result['per_cost']:.0f} {result['per_cost_unit']}")
     if "loss" in result:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -77,8 +78,10 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def config_of(case: str, prompts: int, args: argparse.Namespace) -> Config:
-    """The settings of one case with so many prompts."""
+def config_of(
+    case: str, prompts: int, args: argparse.Namespace, more: Sequence[str] = ()
+) -> Config:
+    """The settings of one case with so many prompts, with the overrides `more`."""
     # The reference always computes activations again in the backward pass.
     recompute = "non_reentrant" if case == "naive" else args.checkpointing
     return load_config(
@@ -91,6 +94,7 @@ def config_of(case: str, prompts: int, args: argparse.Namespace) -> Config:
             f"model.attention={args.attention}",
             f"model.activation_checkpointing={recompute}",
             "losses.contrastive=0",
+            *more,
         ],
     )
 
@@ -102,8 +106,16 @@ class Stepper:
     """
 
     def __init__(
-        self, case: str, backbone: Backbone, spt: Spt, batch: Batch, args: argparse.Namespace
+        self,
+        case: str,
+        backbone: Backbone,
+        spt: Spt,
+        batch: Batch,
+        args: argparse.Namespace,
+        shared: bool = False,
     ) -> None:
+        """`shared` takes the steps of a warm start, in which all prompts are one."""
+        self.shared = shared
         self.case, self.backbone, self.spt, self.batch, self.args = case, backbone, spt, batch, args
         self.clock = Clock(spt.trainables.bank.weight.device)
         self.optimizer = torch.optim.AdamW(spt.trainables.parameters(), lr=0.0, foreach=True)
@@ -117,7 +129,8 @@ class Stepper:
             self.loss = naive_loss(self.backbone, self.spt, self.batch, self.args.max_tokens)
         else:
             counts = (len(self.batch), len(self.batch.response_ids))
-            self.loss = self.backbone(self.spt.micro_losses, self.batch, *counts).total
+            losses = self.backbone(self.spt.micro_losses, self.batch, *counts, self.shared)
+            self.loss = losses.total
         marks.append(self.clock.now())
         self.loss.backward()
         marks.append(self.clock.now())

@@ -3,7 +3,8 @@
 Every fault of a file names its `file:line`.
 
 A source is a file (ParlAI text, Synthetic-Persona-Chat CSV, JSONL), `embedded:train|valid|test`
-(the dialogues that are shipped) or `hub:NAME[:CONFIG][:SPLIT]` (anything that
+(the dialogues that are shipped), `embedded:clients/train|valid|test` (single turns of them in the
+house styles of four clients) or `hub:NAME[:CONFIG][:SPLIT]` (anything that
 `datasets.load_dataset` reads).
 """
 
@@ -27,7 +28,12 @@ from spt_ds.json_input import parse_object
 from spt_ds.log import get_logger
 
 Format = Literal["auto", "parlai", "spc_csv", "jsonl"]
-EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "dialogues"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+SHIPPED = {
+    f"embedded:{prefix}{split}": ASSETS / folder / f"{split}.jsonl"
+    for prefix, folder in (("", "dialogues"), ("clients/", "clients"))
+    for split in ("train", "valid", "test")
+}
 SPC_COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
 # Some conversations of the published files set the name in bold: `*User 1:* hi`; their asterisks
 # are dropped.
@@ -55,13 +61,12 @@ def read(source: str, format: Format = "auto") -> Iterator[Example]:
 def resolve(source: str) -> Path:
     """Return the file behind `embedded:SPLIT` or a path; DataError when it does not exist."""
     if source.startswith("embedded:"):
-        split = source.partition(":")[2]
-        if split not in ("train", "valid", "test"):
+        if source not in SHIPPED:
             raise DataError(
                 f"data source {source!r}: no such shipped split; use embedded:train, :valid or"
-                " :test"
+                " :test, or embedded:clients/train, /valid or /test"
             )
-        path = EMBEDDED / f"{split}.jsonl"
+        path = SHIPPED[source]
     else:
         path = Path(os.path.expanduser(source))
     # os.path answers False where a name is too long or holds a NUL; pathlib raises.

@@ -17,9 +17,10 @@ from spt_ds.engine.optimizer import build_optimizer, set_lr
 from spt_ds.engine.session import Session
 from spt_ds.engine.step_sums import StepResult, StepSums
 from spt_ds.errors import NonFiniteError
+from spt_ds.model import losses
 from spt_ds.model.spt import MicroLosses, Trainables
 
-EVALUATED = ("nll", "selection", "fusion", "nll_selected", "nll_best", "tokens", "examples")
+COUNTED = ("nll_selected", "nll_best", "tokens", "examples")
 
 
 class Engine:
@@ -79,8 +80,14 @@ class Engine:
         """
         # Backward passes add into views of the buffer: to zero it is to zero every gradient.
         self.buffer.zero_()
-        outs = [self._forward_backward(batch, window) for batch in window.micro]
-        self._contrast(window, outs)
+        settings = self.config.prompts
+        shared = step < settings.warm_start_steps
+        if settings.warm_start_steps and step == settings.warm_start_steps:
+            self.trainables.part_ways(self.config.train.seed)
+        outs = [self._forward_backward(batch, window, shared) for batch in window.micro]
+        if not shared:
+            self._contrast(window, outs)
+            self._balance(window, outs)
         self.sums.signals.add_(on_device(signals, self.buffer.device, self.buffer.dtype))
         dist.all_reduce_sum(self.buffer)
         norm = self.gradients.norm()
@@ -91,13 +98,16 @@ class Engine:
         if self.config.optim.clip_norm:
             # The norm is that of the whole step over all ranks, so every rank clips alike.
             self.gradients.mul_((self.config.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        if shared:
+            self.trainables.tie_gradients()
         lr = set_lr(self.optimizer, self.config.optim, step, total_steps)
         self.optimizer.step()
-        return StepResult.of(StepSums(totals[1:]), self.config.losses, totals[0].item(), lr)
+        sums = StepSums(totals[1:])
+        return StepResult.of(sums, self.config.losses, totals[0].item(), lr, shared)
 
-    def _forward_backward(self, batch: Batch, window: Window) -> MicroLosses:
+    def _forward_backward(self, batch: Batch, window: Window, shared: bool) -> MicroLosses:
         out: MicroLosses = self.backbone(
-            self.spt.micro_losses, batch, window.examples, window.target_tokens
+            self.spt.micro_losses, batch, window.examples, window.target_tokens, shared
         )
         out.total.backward()
         self.sums.add(out)
@@ -117,7 +127,26 @@ class Engine:
         pooled = torch.cat([out.pooled for out in outs])
         loss, share = self.spt.contrastive(pooled, everyone, window.contrast, self.world.rank)
         (weight * loss).backward()
-        self.sums.losses[3] += share
+        self.sums.losses[len(losses.factors(self.config.losses)) - 1] += share
+
+    def _balance(self, window: Window, outs: list[MicroLosses]) -> None:
+        """Add the balance loss of a mixture, which is a function of a mean over the whole window.
+
+        As the contrastive loss it makes no pass through the base.
+        """
+        weight = self.config.losses.balance
+        if not weight:
+            return
+        pooled = torch.cat([out.pooled for out in outs])
+        weights = torch.cat([out.packed.weights for out in outs])
+        own = self.spt.mean_weights(pooled, weights, window.examples)
+        # The other ranks' part comes without a graph: each rank makes the gradient of its own
+        # contexts, and the reduction adds them.
+        everyone = dist.all_reduce_sum(own.detach().clone())
+        loss = losses.balance(own + (everyone - own.detach()))
+        (weight * loss).backward()
+        last = len(losses.factors(self.config.losses)) - 1
+        self.sums.losses[last] += loss.detach() / self.world.size
 
     def _raise_non_finite(self, step: int, window: Window, outs: list[MicroLosses]) -> NoReturn:
         bad: list[int] = []
@@ -140,9 +169,11 @@ class Engine:
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Mean losses over a data set, each example once.
 
-        `loss` weights them as training does, without the contrastive one.
+        `loss` weights them as training does, without the one that is of a whole window.
         """
-        sums = torch.zeros(len(EVALUATED), dtype=torch.float64, device=self.world.device)
+        settings = self.config.losses
+        names = [*list(losses.factors(settings))[:-1], *COUNTED]
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.world.device)
         for batch in batches:
             out: MicroLosses = self.backbone(self.spt.micro_losses, batch, 1, 1)
             weights = out.packed.weights.to(sums.dtype)  # [B], 0 for a filler
@@ -153,24 +184,17 @@ class Engine:
             best = nll.min(dim=0).values
             means = torch.stack([selected @ tokens, best @ tokens, tokens.sum(), weights.sum()])
             sums += torch.cat([out.parts, means])
-        total = dict(zip(EVALUATED, dist.all_reduce_sum(sums).tolist(), strict=True))
-        tokens_sum, examples = total["tokens"], total["examples"]
+        total = dict(zip(names, dist.all_reduce_sum(sums).tolist(), strict=True))
         values = {
-            "nll": total["nll"] / tokens_sum,
-            "selection": total["selection"] / examples,
-            "fusion": total["fusion"] / examples,
+            name: total[name] / total["tokens" if name in losses.PER_TOKEN else "examples"]
+            for name in names[: -len(COUNTED)]
         }
-        factors = self.config.losses
-        loss = (
-            values["nll"]
-            + factors.selection * values["selection"]
-            + factors.fusion * values["fusion"]
-        )
-        selected_nll = total["nll_selected"] / tokens_sum
+        loss = sum(losses.factors(settings)[name] * value for name, value in values.items())
+        selected_nll = total["nll_selected"] / total["tokens"]
         return {
             "loss": loss,
             **values,
             "nll_selected": selected_nll,
-            "nll_best": total["nll_best"] / tokens_sum,
+            "nll_best": total["nll_best"] / total["tokens"],
             "ppl_selected": math.exp(min(selected_nll, 700.0)),
         }

@@ -141,7 +141,7 @@ def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 def _fusion(spt: Spt, options: GenerateConfig, scores: torch.Tensor) -> list[LogitsProcessor]:
     if options.mode != "fuse":
         return []
-    return [FuseRows(losses.fusion_weights(scores, spt.config.losses.fusion_weights))]
+    return [FuseRows(losses.fusion_weights(scores, spt.config.losses))]
 
 
 def _settings(options: GenerateConfig, special: tuple[int, int]) -> GenerationConfig:

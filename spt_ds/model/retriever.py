@@ -26,7 +26,8 @@ def softplus_scores(cos: torch.Tensor) -> torch.Tensor:
 class Retriever(nn.Module):
     """Scores s_kb = activation(cos(v_k, c_b)) of each prompt for each context.
 
-    `c_b = W_c pooled_b + b_c`, `v_k = W_p mean_p E_kp + b_p`.
+    `c_b = W_c pooled_b + b_c`, `v_k = W_p mean_p E_kp + b_p`, or v_k is trained itself: prompts
+    that begin as one would have one projection, and no context could tell them apart.
     """
 
     def __init__(
@@ -34,18 +35,26 @@ class Retriever(nn.Module):
         size: int,
         *,
         shared: bool,
+        keys: int = 0,
         activation: Activation = softplus_scores,
         generator: torch.Generator | None = None,
     ) -> None:
+        """`keys` is K where the v_k are trained themselves, else 0."""
         super().__init__()
         self.context = _linear(size, generator)
-        self.prompt = self.context if shared else _linear(size, generator)
+        self.prompt: nn.Linear | None = None
+        self.keys: nn.Parameter | None = None
+        if keys:
+            self.keys = nn.Parameter(torch.randn(keys, size, generator=generator) * size**-0.5)
+        else:
+            self.prompt = self.context if shared else _linear(size, generator)
         self.activation = activation
 
     def cosines(self, bank: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         """bank E [K, P, D], pooled contexts [B, D] -> cosines [K, B], as precise as the weights."""
         contexts = self.context(pooled.to(self.context.weight.dtype))
-        prompts = self.prompt(bank.mean(dim=1))
+        prompts = self.keys if self.prompt is None else self.prompt(bank.mean(dim=1))
+        assert prompts is not None
         return F.cosine_similarity(prompts[:, None], contexts[None], dim=-1)
 
     def forward(self, bank: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,10 @@ from spt_ds.model.backbone import Backbone
 from spt_ds.model.prompt_bank import PromptBank, initial_prompts
 from spt_ds.model.retriever import Retriever
 from spt_ds.model.rows import read_context, target_states
+from spt_ds.rng import keyed_generator
+
+# Noise by which equal prompts part, relative to the spread of their numbers.
+PARTING_NOISE = 0.1
 
 
 class Trainables(nn.Module):
@@ -34,13 +38,30 @@ class Trainables(nn.Module):
         self.bank = bank
         self.retriever = retriever
 
+    def tie_gradients(self) -> None:
+        """Give every prompt the gradient of the first: equal prompts stay equal to the last bit."""
+        assert self.bank.weight.grad is not None
+        self.bank.weight.grad.copy_(self.bank.weight.grad[:1].expand_as(self.bank.weight))
+
+    @torch.no_grad()
+    def part_ways(self, seed: int) -> None:
+        """Add noise to prompts that were one until now, so that they can learn different things.
+
+        It is keyed by `seed`: the same on every rank, and where a run resumes at this step.
+        """
+        weight = self.bank.weight
+        noise = torch.randn(weight.shape, generator=keyed_generator(seed, "warm start"))
+        weight.add_(PARTING_NOISE * weight.std() * noise.to(weight.device))
+
 
 @dataclass(frozen=True)
 class MicroLosses:
     """Losses of one micro-batch: `total` carries the gradient, the rest is detached."""
 
     total: torch.Tensor  # [] weighted, divided by the step's counts
-    parts: torch.Tensor  # [3] nll, selection, fusion: each divided by the step's counts, unweighted
+    # [losses] those of losses.factors but the last, which is of a whole window: each divided by the
+    # step's counts, unweighted; nll alone while all prompts are one
+    parts: torch.Tensor
     nll: torch.Tensor  # [K, B] mean loss per prompt and example
     # [B] target tokens whose loss is not finite; a single one makes `nll` of all examples NaN
     bad: torch.Tensor
@@ -69,9 +90,12 @@ def build_trainables(
     else:
         init, vocabulary = config.prompts.init, backbone.vocabulary
         weight = initial_prompts(init, shape, rows, vocabulary, init_ids, generator)
+    if config.prompts.warm_start_steps:
+        weight = weight[:1].repeat(len(weight), 1, 1)
     retriever = Retriever(
         backbone.embed_size,
         shared=config.retriever.projections == "shared",
+        keys=config.prompts.count if config.retriever.keys == "learned" else 0,
         activation=reference.activation_of(config.reference),
         generator=generator,
     )
@@ -111,14 +135,21 @@ class Spt:
         return text, pooled, self.trainables.retriever(self.trainables.bank.weight, pooled)
 
     def micro_losses(
-        self, backbone: Backbone, batch: Batch, examples: int, target_tokens: int
+        self,
+        backbone: Backbone,
+        batch: Batch,
+        examples: int,
+        target_tokens: int,
+        shared: bool = False,
     ) -> MicroLosses:
         """Forward one micro-batch under all K prompts.
 
         `examples` and `target_tokens` are counts over the whole optimizer step, all ranks and
-        micro-batches: the losses are divided by them.
+        micro-batches: the losses are divided by them. `shared`: all prompts are one still, so it
+        is read once and its nll is the loss.
         """
-        settings, bank = self.config.losses, self.trainables.bank.weight
+        settings, every_prompt = self.config.losses, self.trainables.bank.weight
+        bank = every_prompt[:1] if shared else every_prompt
         packed = self.pack(batch)
         text, pooled, scores = self.score(backbone, packed)
         context = read_context(backbone, packed, text, self.config.prompts.placement)
@@ -127,30 +158,33 @@ class Spt:
         else:
             every = bank[:, None].expand(-1, len(batch), -1, -1)
             hidden = target_states(backbone, packed, text, every, context)  # [K, n, head size]
-        # The fused rows go through the head beside those of the prompts: one visit to its weight.
-        mixture = losses.fusion_weights(scores, settings.fusion_weights)  # [K, B]
-        mixture = mixture[:, packed.example]  # [K, n]
-        fused = losses.fuse(hidden, mixture).to(hidden.dtype)  # [n, head size]
-        rows = torch.cat([hidden.flatten(0, 1), fused])
-        # The head is linear but for its bias, and a fused row sums the biases of K rows.
-        biases = torch.cat([mixture.new_ones(hidden.shape[:2]).flatten(), mixture.sum(dim=0)])
-        targets = packed.targets.repeat(len(bank) + 1)
+        rows, biases = hidden.flatten(0, 1), None
+        fuses = settings.objective == "paper" and not shared
+        if fuses:
+            # The fused rows go through the head beside those of the prompts: one visit to its
+            # weight. It is linear but for its bias, and a fused row sums the biases of K rows.
+            mixture = losses.fusion_weights(scores, settings)[:, packed.example]  # [K, n]
+            rows = torch.cat([rows, losses.fuse(hidden, mixture).to(hidden.dtype)])
+            biases = torch.cat([mixture.new_ones(hidden.shape[:2]).flatten(), mixture.sum(dim=0)])
+        targets = packed.targets.repeat(len(bank) + fuses)
         out = backbone.head(rows, targets, biases, settings.head_chunk_mib)
-        token_loss, fused_loss = out.view(len(bank) + 1, -1).split([len(bank), 1])
+        out = out.view(len(bank) + fuses, -1)
+        token_loss = out[: len(bank)]  # [K, n]
         member, weights = packed.of_response.to(out.dtype), packed.weights.to(out.dtype)
         nll = self.mean_per_example(token_loss, member)  # [K, B]
-        fused_nll = self.mean_per_example(fused_loss[0], member)  # [B]
-        chosen = losses.selection(nll, scores, settings.tau_gold, settings.tau_sim)  # [B]
-        parts = torch.stack(
-            [
-                (token_loss @ member @ weights).mean() / target_tokens,
-                chosen @ weights / examples,
-                fused_nll @ weights / examples,
-            ]
-        )
-        total = parts[0] + settings.selection * parts[1] + settings.fusion * parts[2]
+        totals = token_loss @ member  # [K, B]
+        parts = [(totals @ weights).mean() / target_tokens]
+        if fuses:
+            fused_nll = self.mean_per_example(out[-1], member)  # [B]
+            chosen = losses.selection(nll, scores, settings.tau_gold, settings.tau_sim)  # [B]
+            parts += [chosen @ weights / examples, fused_nll @ weights / examples]
+        elif not shared:
+            # `totals` are those of whole replies: a prompt writes all of a reply.
+            mixed = losses.mixture(totals, scores, settings.tau_sim, settings.temperature)  # [B]
+            parts.append(mixed @ weights / target_tokens)
+        total = parts[0] if shared else losses.weighted(settings, parts)
         bad = (~torch.isfinite(token_loss)).any(dim=0).to(member.dtype) @ member
-        detached = (parts.detach(), nll.detach(), bad, scores.detach())
+        detached = (torch.stack(parts).detach(), nll.detach(), bad, scores.detach())
         return MicroLosses(total, *detached, pooled, packed)
 
     def _selective_states(
@@ -172,10 +206,16 @@ class Spt:
         self, backbone: Backbone, packed: Packed, hidden: torch.Tensor
     ) -> torch.Tensor:
         """hidden [M, n, head size] -> mean loss of each reply [M, B]."""
+        token_loss = self.token_losses(backbone, packed, hidden)
+        return losses.mean_per_example(token_loss, packed.of_response.to(token_loss.dtype))
+
+    def token_losses(
+        self, backbone: Backbone, packed: Packed, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden [M, n, head size] -> loss of each target [M, n]."""
         targets = packed.targets.repeat(len(hidden))
         out = backbone.head(hidden.flatten(0, 1), targets, None, self.config.losses.head_chunk_mib)
-        member = packed.of_response.to(out.dtype)
-        return losses.mean_per_example(out.view(len(hidden), -1), member)
+        return out.view(len(hidden), -1)
 
     def contrastive(
         self, pooled: torch.Tensor, everyone: torch.Tensor, contrast: Contrast, rank: int
@@ -200,3 +240,14 @@ class Spt:
         both = ((pairs // slots) == rank).all(dim=1)
         share = (terms.detach() * torch.where(both, 1.0, 0.5)).sum() / contrast.pair_count
         return terms.sum() / contrast.pair_count, share
+
+    def mean_weights(
+        self, pooled: torch.Tensor, weights: torch.Tensor, examples: int
+    ) -> torch.Tensor:
+        """This rank's part of the mixture's mean weights over a window, with a graph: [K].
+
+        Args: pooled [slots, D] and weights [slots] of this rank; examples, over all ranks.
+        """
+        scores = self.trainables.retriever(self.trainables.bank.weight, pooled)  # [K, slots]
+        mixed = losses.mixture_weights(scores, self.config.losses.tau_sim)
+        return mixed @ weights.to(mixed.dtype) / examples

@@ -49,7 +49,15 @@ def _write_page(args: argparse.Namespace) -> None:
 def page(runs: Sequence[Run]) -> str:
     """Return the whole HTML document. Raises SptError when matplotlib is not installed."""
     # They import matplotlib: the command line must start without it.
-    from spt_ds.report.sections import overview, prompts, replies, scores, setup, training
+    from spt_ds.report.sections import (
+        audit,
+        overview,
+        prompts,
+        replies,
+        scores,
+        setup,
+        training,
+    )
 
     parts = {
         "Runs": overview.overview,
@@ -58,6 +66,7 @@ def page(runs: Sequence[Run]) -> str:
         "Throughput": training.throughput,
         "Prompt use": prompts.prompt_use,
         "Scores over the bank": prompts.bank_scores,
+        "Audit": audit.audits,
         "Examples": replies.examples,
         "Configuration": setup.configuration,
         "Hardware and versions": setup.machines,

@@ -111,6 +111,11 @@ class RunFolder:
         return self.path / "DONE.json"
 
     @property
+    def audit(self) -> Path:
+        """What `spt-ds audit` found."""
+        return self.path / "audit.json"
+
+    @property
     def errors(self) -> Path:
         """Folder of the ranks' tracebacks."""
         return self.path / "errors"

@@ -36,6 +36,7 @@ from tests.helpers.tokenizers import byte_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(Path(__file__).with_name("scene.yaml"))
 EXAMPLES = 10  # replies in the training file that `write_dialogues` writes by default
+NO_LOSS = ("grad_norm", "lr", "prompt_usage")  # in the metrics of a step
 RESIDENT = (
     "stage3_param_persistence_threshold",
     "stage3_max_live_parameters",
@@ -185,9 +186,7 @@ def _measure(world: dist.World, setup: Setup) -> Outcome:
     stream = windows(config, session, world).windows(0)
     for step in range(setup.steps):
         found = engine.train_window(next(stream), step, setup.steps, (0.0, 0.0)).metrics()
-        out.losses.append(
-            {key: found[key] for key in ("loss", "nll", "selection", "fusion", "contrastive")}
-        )
+        out.losses.append({key: found[key] for key in found if key not in NO_LOSS})
         out.gradients.append(
             {name: _array(p.grad) for name, p in engine.trainables.named_parameters()}
         )
@@ -246,6 +245,6 @@ def _array(tensor: torch.Tensor | None) -> np.ndarray:
 
 
 def gap(ours: Any, theirs: Any) -> float:
-    """Norm of the difference relative to the norm of `theirs`."""
+    """Norm of the difference relative to the norm of `theirs`, or by itself where that is 0."""
     a, b = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0))

@@ -85,7 +85,7 @@ def train_with_nan(world: dist.World, setup: Setup, where: str) -> dict[str, Any
     if world.rank == 1:
         forward = engine.spt.micro_losses
 
-        def poisoned(backbone: Any, batch: Any, *counts: int) -> MicroLosses:
+        def poisoned(backbone: Any, batch: Any, *counts: Any) -> MicroLosses:
             if where == "gradient":
                 out = forward(backbone, batch, *counts)
                 out.total.register_hook(lambda grad: grad * torch.nan)

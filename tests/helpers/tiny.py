@@ -171,6 +171,7 @@ def tiny_spt(
     retriever = Retriever(
         backbone.embed_size,
         shared=config.retriever.projections == "shared",
+        keys=count if config.retriever.keys == "learned" else 0,
         activation=activation_of(config.reference),
         generator=generator,
     )

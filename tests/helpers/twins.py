@@ -47,14 +47,15 @@ AttentionMaskInterface.register(TWIN, lambda *args, **kwargs: None)
 @dataclass
 class TwinParts:
     """The trainable tensors in float64, each requiring a gradient. `shared` retrievers pass W_c for
-    W_p too.
+    W_p too; those with keys of their own have no W_p.
     """
 
     prompts: Tensor  # [K, P, D]
     w_c: Tensor  # [D, D]
     b_c: Tensor  # [D]
-    w_p: Tensor  # [D, D]
-    b_p: Tensor  # [D]
+    w_p: Tensor | None = None  # [D, D]
+    b_p: Tensor | None = None  # [D]
+    keys: Tensor | None = None  # [K, D]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class TwinSettings:
     tau_gold: float
     tau_sim: float
     normalised: bool = False  # fusion by s_k / sum_k s_k
+    temperature: float | None = None  # of the mixture, which then is the objective
+    balance: float = 0.0  # weight of the mixture's balance loss
 
 
 def cross_entropy(logits: Tensor, target: int) -> Tensor:
@@ -96,6 +99,10 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 def score(parts: TwinParts, k: int, context: Tensor) -> Tensor:
     """s_kb of prompt k for one context's embeddings [C, D]: []."""
     c = parts.w_c @ mean([context[t] for t in range(len(context))]) + parts.b_c
+    if parts.keys is not None:
+        return softplus(cosine(parts.keys[k], c))
+    assert parts.w_p is not None
+    assert parts.b_p is not None
     prompt = parts.prompts[k]
     v = parts.w_p @ mean([prompt[p] for p in range(len(prompt))]) + parts.b_p
     return softplus(cosine(v, c))
@@ -126,6 +133,31 @@ def selection(
     return add([a * torch.log(a / b) for a, b in zip(p, q, strict=True)])
 
 
+def mixture(
+    totals: Sequence[Tensor], scores: Sequence[Tensor], tau_sim: float, temperature: float
+) -> Tensor:
+    """-T log sum_k pi_k exp(-S_k / T) of one example: K losses of its reply, K scores -> []."""
+    weights = [torch.exp(value / tau_sim) for value in scores]
+    likelihood = add(
+        [
+            weight / add(weights) * torch.exp(-total / temperature)
+            for weight, total in zip(weights, totals, strict=True)
+        ]
+    )
+    return -temperature * torch.log(likelihood)
+
+
+def balance(columns: Sequence[Sequence[Tensor]], tau_sim: float) -> Tensor:
+    """KL of the mean mixture weights over the examples from equal ones: K scores each -> []."""
+    count = len(columns[0])
+    shares = []
+    for column in columns:
+        weights = [torch.exp(value / tau_sim) for value in column]
+        shares.append([weight / add(weights) for weight in weights])
+    means = [mean([share[k] for share in shares]) for k in range(count)]
+    return add([value * torch.log(count * value) for value in means])
+
+
 def contrastive(left: Sequence[Tensor], right: Sequence[Tensor], target: float) -> Tensor:
     """CosineEmbeddingLoss, margin 0, of two examples' K scores."""
     cos = cosine(torch.stack(list(left)), torch.stack(list(right)))
@@ -150,6 +182,7 @@ def twin_step(
     embed = lm.get_input_embeddings()
     scores = [[score(parts, k, embed(context)) for context, _ in examples] for k in range(count)]
     nll: list[list[Tensor]] = [[] for _ in range(count)]
+    totals: list[list[Tensor]] = [[] for _ in range(count)]
     every_token: list[Tensor] = []
     fused: list[Tensor] = []
     for b, (context, response) in enumerate(examples):
@@ -165,6 +198,7 @@ def twin_step(
             ]
             every_token += tokens
             nll[k].append(mean(tokens))
+            totals[k].append(add(tokens))
         scale = add([scores[k][b] for k in range(count)]) if settings.normalised else torch.ones(())
         mixed = [
             add([scores[k][b] / scale * rows[k][i] for k in range(count)])
@@ -179,9 +213,28 @@ def twin_step(
             )
         )
     columns = [[scores[k][b] for k in range(count)] for b in range(size)]
+    both = {
+        "nll": torch.stack([torch.stack(row) for row in nll]),
+        "scores": torch.stack([torch.stack(row) for row in scores]),
+        "nll_loss": mean(every_token),
+    }
+    if settings.temperature is not None:
+        likelihoods = [
+            mixture(
+                [totals[k][b] for k in range(count)],
+                columns[b],
+                settings.tau_sim,
+                settings.temperature,
+            )
+            for b in range(size)
+        ]
+        mixture_loss = add(likelihoods) / sum(len(response) for _, response in examples)
+        even = balance(columns, settings.tau_sim)
+        total = mixture_loss + settings.balance * even
+        return {**both, "mixture": mixture_loss, "balance": even, "total": total}
     replies = [[nll[k][b] for k in range(count)] for b in range(size)]
     out = {
-        "nll_loss": mean(every_token),
+        **both,
         "selection": mean(
             [
                 selection(replies[b], columns[b], settings.tau_gold, settings.tau_sim)
@@ -199,6 +252,4 @@ def twin_step(
         "contrastive": settings.contrastive,
     }
     out["total"] = out["nll_loss"] + add([weight * out[name] for name, weight in weights.items()])
-    out["nll"] = torch.stack([torch.stack(row) for row in nll])
-    out["scores"] = torch.stack([torch.stack(row) for row in scores])
     return out

@@ -36,6 +36,14 @@ RUNS: dict[str, Sequence[str]] = {
         "optim.prompts_lr=0.02",
     ),
     "selective": ("losses.train_top_m=1", "prompts.placement=suffix", "generate.num_beams=2"),
+    "mixture": (
+        "losses.objective=mixture",
+        "losses.selection=0",
+        "losses.fusion=0",
+        "losses.contrastive=0",
+        "retriever.keys=learned",
+        "prompts.warm_start_steps=1",
+    ),
     "reference": ("reference.padded_pool=true", "prompts.init=text", 'prompts.init_texts=["tea"]'),
     "quantised": ("model.base_bits=4", "model.quant.double_quant=true"),
     "lora": (

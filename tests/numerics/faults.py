@@ -202,6 +202,68 @@ def softmax_over_examples(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def mixture_over_mean_losses(patch: pytest.MonkeyPatch) -> None:
+    """The posterior of a mean over tokens, as if every reply had one token."""
+    right = losses.mixture
+    patch.setattr(
+        losses, "mixture", lambda totals, scores, *taus: 3 * right(totals / 3, scores, *taus)
+    )
+
+
+def mixture_without_gate(patch: pytest.MonkeyPatch) -> None:
+    right = losses.mixture
+    patch.setattr(
+        losses, "mixture", lambda totals, scores, *taus: right(totals, scores.detach(), *taus)
+    )
+
+
+def mixture_prior_over_examples(patch: pytest.MonkeyPatch) -> None:
+    """The weights of a prompt sum to 1 over the examples, not those of an example over prompts."""
+
+    def broken(totals: Tensor, scores: Tensor, tau_sim: float, temperature: float) -> Tensor:
+        prior = (scores / tau_sim).log_softmax(dim=1)
+        return -temperature * (prior - totals / temperature).logsumexp(dim=0)
+
+    patch.setattr(losses, "mixture", broken)
+
+
+def mixture_temperature_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """The factor T before the logarithm is left out: the gradient of every prompt is too small."""
+    right = losses.mixture
+    patch.setattr(
+        losses, "mixture", lambda totals, scores, tau, t: right(totals, scores, tau, t) / t
+    )
+
+
+def mixture_of_expected_losses(patch: pytest.MonkeyPatch) -> None:
+    """Prompts weighed by the prior, as in an expected loss: none of them specialises."""
+    patch.setattr(
+        losses,
+        "mixture",
+        lambda totals, scores, tau, t: ((scores / tau).softmax(dim=0) * totals).sum(dim=0),
+    )
+
+
+def balance_the_other_way_round(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(losses, "balance", lambda mean: -(mean * len(mean)).log().mean())
+
+
+def balance_over_logits(patch: pytest.MonkeyPatch) -> None:
+    """The mean is taken before the softmax: every context may prefer the same prompt unseen."""
+
+    def broken(self: Spt, pooled: Tensor, weights: Tensor, examples: int) -> Tensor:
+        scores = self.trainables.retriever(self.trainables.bank.weight, pooled)
+        mean = scores @ weights.to(scores.dtype) / examples
+        return (mean / self.config.losses.tau_sim).softmax(dim=0)
+
+    patch.setattr(Spt, "mean_weights", broken)
+
+
+def keys_of_the_neighbour(patch: pytest.MonkeyPatch) -> None:
+    right = Retriever.cosines
+    patch.setattr(Retriever, "cosines", lambda *args: right(*args).roll(1, dims=0))
+
+
 def pad_token_in_pool(patch: pytest.MonkeyPatch) -> None:
     def broken(backbone: Backbone, packed: Packed, text: Tensor) -> Tensor:
         tokens = packed.context_tokens
@@ -293,6 +355,7 @@ def logits_one_precision_lower(patch: pytest.MonkeyPatch) -> None:
 
 
 SUFFIX = {"placement": "suffix"}
+MIXTURE = {"objective": "mixture"}
 FAULTS = [
     Fault("off_by_one_target", off_by_one_target, {}),
     Fault("off_by_one_target_suffix", off_by_one_target, SUFFIX),
@@ -314,6 +377,14 @@ FAULTS = [
     Fault("gold_not_detached", gold_not_detached, {}),
     Fault("swapped_temperatures", swapped_temperatures, {}),
     Fault("softmax_over_examples", softmax_over_examples, {}),
+    Fault("mixture_over_mean_losses", mixture_over_mean_losses, MIXTURE),
+    Fault("mixture_without_gate", mixture_without_gate, MIXTURE),
+    Fault("mixture_prior_over_examples", mixture_prior_over_examples, MIXTURE),
+    Fault("mixture_temperature_forgotten", mixture_temperature_forgotten, MIXTURE),
+    Fault("mixture_of_expected_losses", mixture_of_expected_losses, MIXTURE),
+    Fault("balance_the_other_way_round", balance_the_other_way_round, MIXTURE),
+    Fault("balance_over_logits", balance_over_logits, MIXTURE, ALL[:2]),
+    Fault("keys_of_the_neighbour", keys_of_the_neighbour, {**MIXTURE, "keys": "learned"}),
     Fault("pad_token_in_pool", pad_token_in_pool, {}),
     Fault("mean_of_means", mean_of_means, {}),
     Fault("fusion_by_softmax", fusion_by_softmax, {}),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from spt_ds.batch import Batch, Contrast
+from spt_ds.model import losses
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.spt import Spt
 from tests.helpers.tiny import (
@@ -22,13 +23,24 @@ from tests.helpers.tiny import (
 from tests.helpers.tolerances import Step
 from tests.helpers.twins import TWIN, TwinParts, TwinSettings, twin_step
 
-PARTS = ("nll_loss", "selection", "fusion")
+PARTS = {"paper": ("nll_loss", "selection", "fusion"), "mixture": ("nll_loss", "mixture")}
+# What makes the mixture the objective; T is no power of two, so that a product with it rounds.
+MIXTURE = {
+    "objective": "mixture",
+    "temperature": 1.4,
+    "balance": 0.8,
+    "tau_sim": 0.1,  # sharp: else the weights of random prompts are nearly equal
+    "selection": 0.0,
+    "fusion": 0.0,
+    "contrastive": 0.0,
+}
 TWIN_GRADS = {
     "bank.weight": "prompts",
     "retriever.context.weight": "w_c",
     "retriever.context.bias": "b_c",
     "retriever.prompt.weight": "w_p",
     "retriever.prompt.bias": "b_p",
+    "retriever.keys": "keys",
 }
 
 
@@ -46,6 +58,8 @@ class Case:
     count: int = 3
     tokens: int = 2
     fusion_weights: str = "scores"
+    objective: str = "paper"
+    keys: str = "prompts"
 
     @property
     def precise(self) -> torch.dtype:
@@ -55,10 +69,15 @@ class Case:
 def build(case: Case, **options: float | int) -> tuple[Backbone, Spt]:
     """Backbone and method of a case."""
     backbone = tiny_backbone(case.arch, case.dtype, case.backend, case.checkpointing)
-    prompts = {"placement": case.placement}
-    losses = {"fusion_weights": case.fusion_weights, **options}
+    objective = MIXTURE if case.objective == "mixture" else {}
     return backbone, tiny_spt(
-        backbone, case.count, case.tokens, case.precise, prompts=prompts, losses=losses
+        backbone,
+        case.count,
+        case.tokens,
+        case.precise,
+        prompts={"placement": case.placement},
+        retriever={"keys": case.keys},
+        losses={"fusion_weights": case.fusion_weights, **objective, **options},
     )
 
 
@@ -84,10 +103,21 @@ def our_step(
         out = backbone(spt.micro_losses, batch, examples, target_tokens)
         out.total.backward()
         outs.append(out)
-    values = dict(zip(PARTS, sum(out.parts for out in outs), strict=True))
+    objective = spt.config.losses.objective
+    values = dict(zip(PARTS[objective], sum(out.parts for out in outs), strict=True))
     total = sum(out.total.detach() for out in outs)
-    values["contrastive"] = torch.zeros_like(total)
-    if contrast is not None:
+    if objective == "paper":
+        values["contrastive"] = torch.zeros_like(total)
+    else:
+        pooled, weights = (
+            torch.cat(parts)
+            for parts in zip(*((out.pooled, out.packed.weights) for out in outs), strict=True)
+        )
+        even = losses.balance(spt.mean_weights(pooled, weights, examples))
+        (spt.config.losses.balance * even).backward()
+        total = total + spt.config.losses.balance * even.detach()
+        values["balance"] = even.detach()
+    if objective == "paper" and contrast is not None:
         scores = torch.cat([out.scores for out in outs], dim=1)
         loss, share = spt.contrastive(
             torch.cat([out.pooled for out in outs]), scores[None], contrast, 0
@@ -111,13 +141,16 @@ def grads_of(spt: Spt) -> dict[str, torch.Tensor]:
 
 def twin_parts(spt: Spt) -> TwinParts:
     """The trainables' values as float64 leaves."""
-    retriever: Any = spt.trainables.retriever
-    linears = (retriever.context, retriever.prompt)
-    sources = [
-        spt.trainables.bank.weight,
-        *(p for linear in linears for p in (linear.weight, linear.bias)),
-    ]
-    return TwinParts(*(p.detach().double().clone().requires_grad_() for p in sources))
+    named: dict[str, Any] = dict(spt.trainables.named_parameters())
+    if spt.config.retriever.projections == "shared":
+        named |= {
+            f"retriever.prompt.{name}": named[f"retriever.context.{name}"]
+            for name in ("weight", "bias")
+        }
+    leaves = {
+        TWIN_GRADS[name]: p.detach().double().clone().requires_grad_() for name, p in named.items()
+    }
+    return TwinParts(**leaves)
 
 
 def twin_of(
@@ -131,15 +164,17 @@ def twin_of(
     float64.
     """
     lm = twin_lm(case.arch, case.dtype)
-    losses = spt.config.losses
+    given = spt.config.losses
     settings = TwinSettings(
         case.placement,
-        losses.selection,
-        losses.fusion,
-        losses.contrastive,
-        losses.tau_gold,
-        losses.tau_sim,
-        losses.fusion_weights == "normalised",
+        given.selection,
+        given.fusion,
+        given.contrastive,
+        given.tau_gold,
+        given.tau_sim,
+        given.fusion_weights == "normalised",
+        given.temperature if given.objective == "mixture" else None,
+        given.balance,
     )
     parts = twin_parts(spt)
     pairs: list[tuple[int, int, float]] = []
@@ -149,7 +184,11 @@ def twin_of(
             for (i, j), t in zip(contrast.pairs, contrast.targets, strict=True)
         ]
     out = twin_step(lm, parts, examples_of(batch), pairs, settings, trained)
-    leaves = {name: getattr(parts, field) for name, field in TWIN_GRADS.items()}
+    leaves = {
+        name: leaf
+        for name, field in TWIN_GRADS.items()
+        if (leaf := getattr(parts, field)) is not None
+    }
     grads = torch.autograd.grad(out["total"], list(leaves.values()), allow_unused=True)
     filled: Mapping[str, torch.Tensor] = {
         name: torch.zeros_like(leaf) if grad is None else grad

@@ -81,6 +81,31 @@ def test_selection_gives_nothing_to_the_gold_side() -> None:
     assert float(scores.grad.abs().min()) > 0
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_mixture(temperature: float) -> None:
+    totals, scores = random(4, 3), random(4, 3, seed=1)
+    assert gradcheck(lambda t, s: losses.mixture(t, s, 0.7, temperature), (totals, scores))
+
+
+def test_balance() -> None:
+    scores = random(4, 6)
+    assert gradcheck(
+        lambda s: losses.balance(losses.mixture_weights(s, 0.7).mean(dim=1)), (scores,)
+    )
+    assert float(losses.balance(torch.full((4,), 0.25))) == 0.0
+
+
+def test_a_mixture_stays_finite_where_prompts_and_gate_are_far_apart() -> None:
+    totals = torch.tensor([[0.0], [900.0], [40.0]], dtype=torch.float64, requires_grad=True)
+    scores = torch.tensor([[0.3], [1.3], [0.3]], dtype=torch.float64, requires_grad=True)
+    found = losses.mixture(totals, scores, 0.001, 1.0)
+    found.sum().backward()
+    assert torch.isfinite(found).all()
+    for tensor in (totals, scores):
+        assert tensor.grad is not None
+        assert torch.isfinite(tensor.grad).all()
+
+
 def test_fuse() -> None:
     assert gradcheck(losses.fuse, (random(3, N, D), random(3, N, seed=1)))
 
@@ -119,9 +144,12 @@ def test_a_text_longer_than_the_padding_is_refused() -> None:
         backbone(spt.score, spt.pack(batch))
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_retriever(shared: bool) -> None:
-    retriever = Retriever(D, shared=shared, generator=torch.Generator().manual_seed(0)).double()
+@pytest.mark.parametrize(
+    ("shared", "keys", "tensors"), [(False, 0, 4), (True, 0, 2), (False, 3, 3)]
+)
+def test_retriever(shared: bool, keys: int, tensors: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    retriever = Retriever(D, shared=shared, keys=keys, generator=generator).double()
 
     def scores(bank: torch.Tensor, pooled: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         names = [name for name, _ in retriever.named_parameters()]
@@ -132,7 +160,7 @@ def test_retriever(shared: bool) -> None:
         return out
 
     weights = [p.detach().clone().requires_grad_() for p in retriever.parameters()]
-    assert len(weights) == (2 if shared else 4)
+    assert len(weights) == tensors
     assert gradcheck(scores, (random(3, 2, D), random(4, D, seed=1), *weights))
 
 

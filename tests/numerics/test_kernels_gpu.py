@@ -29,4 +29,4 @@ def test_step_equals_the_twin_on_the_gpu(arch: str, backend: str, placement: str
     spt.trainables.to(GPU)
     batch = random_batch(LENS)
     step = our_step(backbone, spt, [batch], contrast_of(batch, case.precise))
-    assert_steps_close(step, twin(arch, case.dtype, placement, case.count), case.dtype)
+    assert_steps_close(step, twin(case), case.dtype)

@@ -25,7 +25,7 @@ def test_the_comparison_sees(
     fault: Fault, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = case_of(fault, dtype)
-    expected = twin(case.arch, dtype, case.placement, case.count, case.fusion_weights)
+    expected = twin(case)
     fault.break_it(monkeypatch)
     broken = ours(case, random_batch(LENS))
     with pytest.raises(
@@ -67,7 +67,7 @@ def margin(fault: Fault, dtype: torch.dtype) -> float:
     """
     case, row = case_of(fault, dtype), TOLERANCES[dtype]
     with pytest.MonkeyPatch.context() as patch:
-        expected = twin(case.arch, dtype, case.placement, case.count, case.fusion_weights)
+        expected = twin(case)
         fault.break_it(patch)
         found = gaps(ours(case, random_batch(LENS)), expected)
     return max(gap / {"loss": row.loss, "grad": row.grad}[kind] for gap, kind in found.values())

@@ -69,6 +69,13 @@ def test_all_prompts_chosen_is_the_full_step(case: Case) -> None:
     assert max(gap for gap, _ in gaps(every, full).values()) == 0.0
 
 
+def test_a_mixture_trains_the_best_too() -> None:
+    case = Case("llama", placement="suffix", count=COUNT, objective="mixture")
+    ours = step(case, 2)
+    assert_steps_close(Step(ours.values, {}), Step(step(case, 0).values, {}), case.dtype)
+    assert_steps_close(ours, twin(case, best_prompts(ours, 2)), case.dtype)
+
+
 def test_gradients_of_a_part_differ_from_those_of_the_whole() -> None:
     """m = 1 is not secretly m = K."""
     case = CASES[0]

@@ -122,6 +122,21 @@ def test_unknown_recipe_and_missing_file() -> None:
         ),
         (["prompts.init_texts=[a]"], "only read with init: text"),
         (["losses.train_top_m=9"], "prompts.count = "),
+        (["losses.objective=mixture"], "losses: objective: mixture has a loss of its own; set"),
+        (["losses.objective=mixture"], "selection: 0 (got 1.0), fusion: 0 (got 1.0)"),
+        (
+            ["losses.temperature=2", "losses.balance=1"],
+            "act only with objective: mixture; set temperature: 1.0 (got 2.0), balance: 0",
+        ),
+        (["retriever.keys=learned", "retriever.projections=shared"], "no projection of prompts"),
+        (
+            [
+                "prompts.init=text",
+                "prompts.init_texts=[a, b, c, d]",
+                "prompts.warm_start_steps=3",
+            ],
+            "begins with one prompt for all, got 4 init_texts",
+        ),
         (["generate.mode=fixed:9"], "prompts run from 0 to"),
         (["generate.mode=best"], "generate.mode"),
         (
@@ -178,6 +193,7 @@ def test_cli_config(capsys: pytest.CaptureFixture[str]) -> None:
         ("model.base_bits=4", False),
         ("prompts.placement=suffix", False),
         ("losses.fusion_weights=normalised", False),
+        ("prompts.warm_start_steps=3", False),
         ("generate.mode=random", False),
         ("train.seed=1", False),
         ("engine.placement=zero3", True),
@@ -201,6 +217,12 @@ def test_the_base_of_any_recipe_can_reply_alone(name: str) -> None:
 
 def test_the_base_of_a_run_with_every_option_of_the_bank_can_reply_alone() -> None:
     texts = ["prompts.count=2", "prompts.init=text", "prompts.init_texts=[a, b]"]
-    options = [*texts, "prompts.placement=suffix", "losses.train_top_m=2"]
+    mixture = [
+        "losses.objective=mixture",
+        "losses.temperature=2",
+        "losses.balance=0.1",
+        *(f"losses.{name}=0" for name in ("selection", "fusion", "contrastive")),
+    ]
+    options = [*texts, "prompts.placement=suffix", "losses.train_top_m=2", *mixture]
     assert load_config("demo", options).prompts.init_texts == ("a", "b")
     assert load_config("demo", [*options, *BASE_ALONE]).prompts.count == 1

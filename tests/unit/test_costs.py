@@ -185,3 +185,13 @@ def test_one_prompt_more_costs_more(capsys: pytest.CaptureFixture[str]) -> None:
         capsys, "more", "--shape", "tiny", "--batch", "2", "--cases", "prefix", "--prompts", "1"
     )
     assert 0.2 < report["results"][0]["share_of_one_more"] < 2  # a prefix step is linear in K
+
+
+def test_objectives_are_measured_beside_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(
+        capsys, "objectives", "--shape", "tiny", "--batch", "2", "--cases", "suffix", "--steps", "5"
+    )
+    shares = report["results"][0]["share_of_paper"]
+    assert shares["paper"] == 1.0
+    assert shares["mixture"] < 1.1
+    assert shares["warm start"] < shares["mixture"]  # one prompt is read, not four

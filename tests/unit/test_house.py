@@ -36,7 +36,7 @@ LAYERS = [
     {"placement", "run"},
     {"evaluate"},
     {"engine"},
-    {"api", "costs", "report", "sweep"},
+    {"api", "audit", "costs", "report", "sweep"},
     {
         "__init__",
         "chat",
@@ -74,6 +74,7 @@ WITHOUT_TORCH = [
     "spt_ds.data.encode",
     "spt_ds.cli",
     "spt_ds.summary",
+    "spt_ds.audit.command",
 ]
 
 

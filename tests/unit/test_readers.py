@@ -321,16 +321,19 @@ def test_shipped_dialogues(split: str) -> None:
     assert len({e.id for e in got}) == len(got)
 
 
-def test_shipped_splits_share_no_dialogue() -> None:
+@pytest.mark.parametrize("folder", ["", "clients/"])
+def test_shipped_splits_share_no_dialogue(folder: str) -> None:
     ids = [
-        {e.dialogue_id for e in read(f"embedded:{split}")} for split in ("train", "valid", "test")
+        {e.dialogue_id for e in read(f"embedded:{folder}{split}")}
+        for split in ("train", "valid", "test")
     ]
     assert sum(map(len, ids)) == len(set.union(*ids))
 
 
-def test_unknown_shipped_split_is_an_error() -> None:
-    with pytest.raises(DataError, match="use embedded:train, :valid or :test"):
-        list(read("embedded:dev"))
+@pytest.mark.parametrize("name", ["dev", "clients/dev", "dialogues/train", "../train", "/train"])
+def test_unknown_shipped_split_is_an_error(name: str) -> None:
+    with pytest.raises(DataError, match="use embedded:train, :valid or :test, or embedded:clients"):
+        list(read(f"embedded:{name}"))
 
 
 def test_hub_source_reads_what_datasets_reads(

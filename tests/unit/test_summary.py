@@ -39,7 +39,7 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     rows = {name: text.strip() for name, text in lines.items()}
     assert rows["steps"] == "40 on 2 rank(s)"
-    assert rows["validation loss (nll, selection, fusion)"] == "7.0000 before, 5.2500 after"
+    assert rows["validation loss"] == "7.0000 before, 5.2500 after"
     assert rows["F1 (SPT)"] == "12.35"
     assert rows["prompt usage"] == "0: 1, 2: 2"
     assert rows["run folder"] == str(tmp_path)

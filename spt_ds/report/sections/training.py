@@ -16,6 +16,8 @@ CURVES = {
     "nll": "NLL, mean of all prompts",
     "nll_selected": "NLL, selected prompt",
     "nll_best": "NLL, best prompt",
+    "mixture": "Mixture loss",
+    "balance": "Balance loss",
     "selection": "Selection loss",
     "fusion": "Fusion loss",
     "contrastive": "Contrastive loss",
