@@ -22,7 +22,7 @@ LOCK = Path(__file__).resolve().parents[1] / "constraints.txt"
 
 def locked(text: str) -> set[tuple[str, Version]]:
     """Name and version of each line of a lock; a package has several where Pythons differ."""
-    pins = set()
+    pins: set[tuple[str, Version]] = set()
     for line in text.splitlines():
         if line.strip() and not line.lstrip().startswith("#"):
             requirement = Requirement(line)

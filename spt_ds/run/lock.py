@@ -241,10 +241,10 @@ def _slurm_start() -> dict[str, Any]:
 
 def _is_later(start: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether Slurm began `start` after `other`, as the same job."""
-    counts = start.get("restart"), other.get("restart")
+    mine, theirs = start.get("restart"), other.get("restart")
     if start.get("job") is None or start.get("job") != other.get("job"):
         return False
-    return all(type(count) is int for count in counts) and counts[0] > counts[1]
+    return type(mine) is int and type(theirs) is int and mine > theirs
 
 
 def _machine() -> str:

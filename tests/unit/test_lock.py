@@ -139,8 +139,9 @@ def test_an_owner_on_a_file_system_without_shared_locks_is_known_by_its_beat(
         while not ended.wait(0.05):
             number += 1
             text = json.dumps({"host": "far", "pid": 1, "machine": "elsewhere", "beat": number})
-            (tmp_path / NAME).write_text(text, encoding="utf-8")
+            os.pwrite(file, text.encode(), 0)  # as an owner does: the file is never empty
 
+    file = os.open(tmp_path / NAME, os.O_RDWR | os.O_CREAT)
     thread = threading.Thread(target=beat)
     thread.start()
     try:
@@ -149,6 +150,7 @@ def test_an_owner_on_a_file_system_without_shared_locks_is_known_by_its_beat(
     finally:
         ended.set()
         thread.join()
+        os.close(file)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

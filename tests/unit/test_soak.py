@@ -35,10 +35,10 @@ def test_growth_is_seen_and_a_start_is_none() -> None:
     flat = samples([50.0] * 10 + [200.0] * 91, [9] * 101)
     assert parts.growth(flat, steps) == (0.0, 0)
     memory, descriptors = parts.growth(
-        samples([200.0 + n for n in range(101)], [9 + n // 50 for n in range(101)]), steps
+        samples([200.0 + n for n in range(101)], [9 + n // 25 for n in range(101)]), steps
     )
     assert memory == pytest.approx(75, abs=2)
-    assert descriptors == 2
+    assert descriptors == 3
     assert math.isnan(parts.growth(flat[:20], steps)[0])
 
 
