@@ -120,7 +120,7 @@ def persona_gap(
     }
 
 
-def strangers(dialogues: Sequence[Example], number: int) -> list[Sequence[str]]:
+def strangers(dialogues: Sequence[Example], number: int) -> list[tuple[str, ...]]:
     """Return the next few personas that share no sentence with that of dialogue `number`."""
     own = set(dialogues[number].persona)
     after = (dialogues[(number + step) % len(dialogues)] for step in range(1, len(dialogues)))
