@@ -38,8 +38,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 constraints: $(BIN)/python
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile setup.py --constraints constraints.in --universal --python-version 3.10 \
-	    --extra dev --extra tensorboard --upgrade --no-annotate --no-emit-index-url --quiet \
-	    --output-file constraints.txt
+	    --extra dev --upgrade --no-annotate --no-emit-index-url --quiet --output-file constraints.txt
 
 # $(call main_job,RUN,OPTIONS): two ranks under ZeRO-3 train and reply; then scores and a table.
 define main_job

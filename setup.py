@@ -45,12 +45,14 @@ EXTRAS = {
     "evaluate": ["rouge-score>=0.1.2"],
     "report": ["matplotlib>=3.9"],
     "baselines": ["peft>=0.19,<0.22"],
-    "tensorboard": ["tensorboard>=2.16"],
+    # Older ones use names that NumPy 2 dropped; 2.16.0 also asks for a nightly TensorFlow.
+    "tensorboard": ["tensorboard>=2.18"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["evaluate"],
     *EXTRAS["report"],
     *EXTRAS["baselines"],
+    *EXTRAS["tensorboard"],
     "packaging>=24",
     "pytest>=8",
     "pytest-timeout>=2.3",

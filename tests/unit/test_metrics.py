@@ -82,3 +82,17 @@ def test_a_full_disk_costs_lines_and_no_more(
     metrics.close()
     lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == [1, 4]
+
+
+def test_the_event_file_holds_each_number(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = RunFolder(tmp_path)
+    metrics = Metrics(folder, 4, 0, revalidates=True, active=True, tensorboard=True)
+    metrics.record(1, "train", {"loss": 2.5, "prompts": [1, 2]})
+    metrics.record(2, "valid", {"nll": 1.5})
+    metrics.close()
+    events = accumulator.EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    found = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+    values = {name: [(event.step, event.value) for event in found[name]] for name in found}
+    assert values == {"train/loss": [(1, 2.5)], "valid/nll": [(2, 1.5)]}
