@@ -109,8 +109,8 @@ class _Lock:
             raise self._taken(_parsed(os.pread(self.file, BYTES, 0))) from None
         except OSError as error:
             get_logger().warning(
-                f"{self.path}: this file system has no locks ({error.strerror}); a second start is"
-                " told by the owner's beat alone"
+                f"{self.path}: this file system has no locks ({error.strerror}); a second start"
+                " sees this one only by what it writes into the file"
             )
             return False
         return True
