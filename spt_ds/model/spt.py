@@ -50,7 +50,11 @@ class MicroLosses:
 
 
 def build_trainables(
-    config: Config, backbone: Backbone, init_ids: list[list[int]], seed: int
+    config: Config,
+    backbone: Backbone,
+    functions: reference.Functions,
+    init_ids: list[list[int]],
+    seed: int,
 ) -> Trainables:
     """Initialise the bank from the frozen table and the retriever at random, alike on all ranks.
 
@@ -72,7 +76,7 @@ def build_trainables(
     retriever = Retriever(
         backbone.embed_size,
         shared=config.retriever.projections == "shared",
-        activation=reference.activation_of(config.reference),
+        activation=functions.activation,
         generator=generator,
     )
     return Trainables(PromptBank(weight), retriever).to(device)
@@ -81,12 +85,12 @@ def build_trainables(
 class Spt:
     """The forward side of the method; holds settings and trainables, and no weight of the base."""
 
-    def __init__(self, config: Config, trainables: Trainables, pad_id: int) -> None:
+    def __init__(
+        self, config: Config, trainables: Trainables, functions: reference.Functions
+    ) -> None:
         self.config = config
         self.trainables = trainables
-        self.pad_id = pad_id
-        self.pool = reference.pool_of(config.reference, pad_id)
-        self.mean_per_example = reference.mean_of(config.reference)
+        self.functions = functions
 
     def pack(self, batch: Batch) -> Packed:
         """Send a micro-batch to the device of the trainables, as rows of the method's prompts."""
@@ -107,7 +111,7 @@ class Spt:
         # Without a graph, also where the embedding table trains: the contrastive loss needs
         # `pooled` at the end of the step, when the backward pass has freed the graphs.
         with torch.no_grad():
-            pooled = self.pool(backbone, packed, text)
+            pooled = self.functions.pool(backbone, packed, text)
         return text, pooled, self.trainables.retriever(self.trainables.bank.weight, pooled)
 
     def micro_losses(
@@ -138,8 +142,8 @@ class Spt:
         out = backbone.head(rows, targets, biases, settings.head_chunk_mib)
         token_loss, fused_loss = out.view(len(bank) + 1, -1).split([len(bank), 1])
         member, weights = packed.of_response.to(out.dtype), packed.weights.to(out.dtype)
-        nll = self.mean_per_example(token_loss, member)  # [K, B]
-        fused_nll = self.mean_per_example(fused_loss[0], member)  # [B]
+        nll = self.functions.mean(token_loss, member)  # [K, B]
+        fused_nll = self.functions.mean(fused_loss[0], member)  # [B]
         chosen = losses.selection(nll, scores, settings.tau_gold, settings.tau_sim)  # [B]
         parts = torch.stack(
             [
