@@ -30,6 +30,7 @@ from spt_ds.engine.zero import Sharding
 from spt_ds.model.backbone import build_backbone
 from spt_ds.model.loading import load_base_config
 from spt_ds.model.prompt_bank import PromptBank
+from spt_ds.model.reference import functions_of
 from spt_ds.model.spt import Spt, Trainables, build_trainables
 from spt_ds.placement.ds_check import plan_of_kind
 from spt_ds.placement.zero_plan import ZeroPlan
@@ -131,14 +132,15 @@ def _measure_width(
         getattr(p, "ds_numel", p.numel()) * p.element_size() for p in backbone.parameters()
     )
     root = sharding.wrap(backbone)
-    whole: Trainables = root(lambda inner: build_trainables(config, inner, [], 0))
+    functions = functions_of(config.reference, pad_id=0)
+    whole: Trainables = root(lambda inner: build_trainables(config, inner, functions, [], 0))
     examples, rows = batch(), []
 
     def step(first: int, last: int) -> None:
         part = Trainables(
             PromptBank(whole.bank.weight.detach()[first:last].clone()), whole.retriever
         )
-        root(Spt(config, part, 0).micro_losses, examples, 2 * RANKS, 42).total.backward()
+        root(Spt(config, part, functions).micro_losses, examples, 2 * RANKS, 42).total.backward()
 
     for checkpointing in ("off", "non_reentrant"):
         backbone.checkpoint_activations(checkpointing)

@@ -24,7 +24,7 @@ from spt_ds.config.load import load_config
 from spt_ds.model.attention import PACKED
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.prompt_bank import PromptBank
-from spt_ds.model.reference import jumping_softplus
+from spt_ds.model.reference import functions_of, jumping_softplus
 from spt_ds.model.retriever import Retriever
 from spt_ds.model.spt import Spt, Trainables
 
@@ -59,7 +59,7 @@ def load_case(
     config = load_config("reference", [f"reference.pool_length_tokens={length}"])
     return (
         backbone,
-        Spt(config, trainables.to(dtype), base.pad_token_id),
+        Spt(config, trainables.to(dtype), functions_of(config.reference, base.pad_token_id)),
         _batch(golden, base.pad_token_id),
         golden,
     )
@@ -113,7 +113,7 @@ def compute(backbone: Backbone, spt: Spt, batch: Batch, golden: dict[str, Any]) 
         chosen = spt.config.losses.model_copy(
             update={"selection": weights[0], "fusion": weights[1]}
         )
-        one = Spt(spt.config.model_copy(update={"losses": chosen}), spt.trainables, spt.pad_id)
+        one = Spt(spt.config.model_copy(update={"losses": chosen}), spt.trainables, spt.functions)
         return backbone(one.micro_losses, batch, size, len(batch.response_ids))
 
     def contrastive() -> torch.Tensor:

@@ -26,6 +26,7 @@ from spt_ds.model import head
 from spt_ds.model.backbone import Backbone, build_backbone
 from spt_ds.model.base_check import check_base
 from spt_ds.model.loading import load_base_config
+from spt_ds.model.reference import functions_of
 from spt_ds.model.spt import Spt, build_trainables
 
 CPU = torch.device("cpu")
@@ -92,7 +93,8 @@ def main() -> int:
         ],
     )
     backbone = build_backbone(config.model, load_base_config(config.model), CPU, strict=False)
-    spt = Spt(config, build_trainables(config, backbone, [], seed=0), pad_id=0)
+    functions = functions_of(config.reference, pad_id=0)
+    spt = Spt(config, build_trainables(config, backbone, functions, [], seed=0), functions)
     batch = micro_batch(
         "embedded:valid", args.base, args.examples, backbone.vocabulary, args.max_tokens
     )

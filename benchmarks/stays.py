@@ -8,10 +8,11 @@ stays = rooms + returns. Comprehensions belong to their function; special method
 `__init__` and `__call__` (such as `__len__`) are operators and do not count.
 
 The batch: each call from the micro-batch on the host to its losses, on a tiny Llama with K = 3.
-The configuration: `spt-ds train --config demo` from its file to an open session, with and without
-a DeepSpeed file that shards the base. Here a call counts when an argument, or an attribute of one,
-is a section of the configuration, the configuration of the base, or a placement decided from them.
-The last line is JSON.
+The configuration: from the call of the opener with a read recipe `demo` to an open session, with
+and without a DeepSpeed file that shards the base; and all of `spt-ds train --config demo`, from the
+file to the open session. Here a call counts when an argument, or an attribute of one, is a section
+of the configuration, the configuration of the base, or a placement decided from them. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import inspect
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,7 +34,7 @@ from transformers import PretrainedConfig
 import spt_ds
 
 PACKAGE = Path(spt_ds.__file__).resolve().parent
-OPENER = "open_session"
+SESSION = "open_session"  # returns the open session, now and at 0.1.0
 LENS = ((5, 3), (9, 1), (7, 4))  # context and response tokens of the examples
 # Modules whose classes are the configuration or are decided from it, now and at 0.1.0.
 CONFIGURATION = ("spt_ds.config", "spt_ds.placement", "spt_ds.plan", "spt_ds.engine.ds_config")
@@ -99,9 +100,8 @@ def batch_trace(placement: str) -> Trace:
     return trace
 
 
-def config_trace(deepspeed: Sequence[str]) -> Trace:
-    """Calls that see the configuration, from the command line to an open session."""
-    cli = importlib.import_module("spt_ds.cli")
+def config_trace(deepspeed: str | None, *, command: bool = False) -> Trace:
+    """Calls that see the configuration, from the opener or the command line to an open session."""
 
     def holds(value: object) -> bool:
         return type(value).__module__.startswith(CONFIGURATION) or isinstance(
@@ -116,9 +116,17 @@ def config_trace(deepspeed: Sequence[str]) -> Trace:
         inside = [part for value in ours for part in getattr(value, "__dict__", {}).values()]
         return any(map(holds, [*values, *inside]))
 
-    trace = Trace(sees, until=OPENER)
+    trace = Trace(sees, until=SESSION)
     with tempfile.TemporaryDirectory() as folder:
-        trace.run(cli.main, ["train", "--config", "demo", "--run-dir", f"{folder}/run", *deepspeed])
+        if command:
+            cli = importlib.import_module("spt_ds.cli")
+            trace.run(cli.main, ["train", "--config", "demo", "--run-dir", f"{folder}/run"])
+        else:
+            config = importlib.import_module("spt_ds.config.load").load_config("demo")
+            world = importlib.import_module("spt_ds.dist").init(config.engine.collective_timeout_s)
+            session = importlib.import_module("spt_ds.engine.session")
+            opener = getattr(session, "open_untrained", session.open_session)  # now, and at 0.1.0
+            trace.run(opener, config, deepspeed, world)
     return trace
 
 
@@ -131,10 +139,9 @@ def main() -> int:
     traces = {
         "batch, prefix": batch_trace("prefix"),
         "batch, suffix": batch_trace("suffix"),
-        "config": config_trace([]),
-        "config, zero3.json": config_trace(
-            ["--deepspeed_config", str(root / "ds_configs" / "zero3.json")]
-        ),
+        "opener": config_trace(None),
+        "opener, zero3.json": config_trace(str(root / "ds_configs" / "zero3.json")),
+        "command": config_trace(None, command=True),
     }
     for name, trace in traces.items():
         print(f"{name}: {trace.summary()}")

@@ -25,7 +25,7 @@ COMMANDS = {
         "one HTML page of runs: curves, prompt use, scores, examples",
     ),
     "summary": ("spt_ds.summary", "losses, scores and prompt usage of a run"),
-    "bench": ("spt_ds.costs.command", "a training step at a given shape beside a naive twin"),
+    "bench": ("spt_ds.costs.command", "a training step at a given shape, against a naive version"),
     "quantize": ("spt_ds.quantize", "write a base once in 4 or 8 bits"),
     "plan": (
         "spt_ds.plan_command",
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("usage: spt-ds COMMAND ...\n", file=stream)
     for name, (_, help_text) in COMMANDS.items():
         print(f"  {name:<10} {help_text}", file=stream)
-    print("\n`spt-ds COMMAND --help` tells the options of one.", file=stream)
+    print("\n`spt-ds COMMAND --help` lists the options of a command.", file=stream)
     return 0 if stream is sys.stdout else 2
 
 

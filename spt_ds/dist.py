@@ -191,7 +191,7 @@ def explain_loss(error: BaseException) -> str | None:
         who = " and ".join(f"rank {rank} (pid {_processes[rank][1]} on {host})" for rank in gone)
         return (
             f"{who} ended in the middle of a step: killed (out of memory?), or its own message"
-            " stands above"
+            " is printed above"
         )
     elsewhere = sorted({where for where, _ in _processes} - {host})
     suspects = f"a rank on {', '.join(elsewhere)}" if elsewhere else "a rank"

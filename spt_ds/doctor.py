@@ -240,7 +240,7 @@ def _job(args: argparse.Namespace, size: int) -> dict[str, str]:
     from spt_ds.data.readers import digest
     from spt_ds.model.loading import load_base_config, load_tokenizer
     from spt_ds.placement.ds_check import plan_of_file
-    from spt_ds.placement.shape import BaseShape
+    from spt_ds.placement.estimate import BaseShape
     from spt_ds.shipped import ds_config_path
 
     config = load_config(args.config, args.overrides)

@@ -13,12 +13,7 @@ from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
 from spt_ds.log import say_loading
 from spt_ds.placement.choose import choose_placement
-from spt_ds.placement.estimate import (
-    FIXED_BYTES,
-    resident_bytes,
-    step_bytes,
-    trainable_bytes,
-)
+from spt_ds.placement.estimate import FIXED_BYTES, BaseShape, needs_of
 from spt_ds.placement.memory import (
     GIB,
     USABLE,
@@ -26,7 +21,6 @@ from spt_ds.placement.memory import (
     host_memory_per_rank,
     memory_per_rank,
 )
-from spt_ds.placement.shape import BaseShape
 from spt_ds.run.command import add_overrides, run_command
 
 
@@ -55,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--host-gib",
         type=float,
         metavar="G",
-        help="host memory beside each GPU; default this host's, shared by N",
+        help="host memory next to each GPU; default this host's, shared by N",
     )
     return run_command(parser, argv, _plan)
 
@@ -85,7 +79,7 @@ def _memory(gpu_gib: float | None, host_gib: float | None, ranks: int) -> Memory
         gpu = torch.cuda.get_device_properties(0).total_memory
     if gpu is None and host_gib is not None:
         raise ConfigError(
-            "--host-gib is the memory beside a GPU, and this machine has none; give"
+            "--host-gib is the host's memory next to a GPU, and this machine has none; give"
             " --memory-gib too"
         )
     host = host_memory_per_rank(ranks) if host_gib is None else int(host_gib * GIB * USABLE)
@@ -94,21 +88,18 @@ def _memory(gpu_gib: float | None, host_gib: float | None, ranks: int) -> Memory
 
 def sizes(config: Config, shape: BaseShape, ranks: int, memory: Memory) -> list[str]:
     """The terms of the decision, a line each, in GiB for one rank."""
-    bits = config.model.base_bits
-    base = shape.base_bytes(bits)
-    sharded = resident_bytes(shape, bits, "zero3", ranks)
-    gathered = resident_bytes(shape, bits, "zero3_offload", ranks)
+    needs = needs_of(config, shape, ranks)
     terms = {
         f"memory of a rank, {USABLE:.0%} of it": memory.rank_bytes,
-        f"host memory beside it, {USABLE:.0%} of it": memory.host_bytes,
+        f"host memory next to it, {USABLE:.0%} of it": memory.host_bytes,
         "process, kernels, buffers": FIXED_BYTES,
-        "trainables, gradients, Adam": trainable_bytes(config, shape),
-        "activations, recomputed": step_bytes(config, shape, recompute=True),
-        "activations, all kept": step_bytes(config, shape, recompute=False),
-        "base, whole (replicate)": base,
-        f"base, share of 1/{ranks} + gathered (zero3)": sharded,
-        "base, gathered (zero3_offload)": gathered,
-        f"base, share of 1/{ranks} on the host": base // ranks,
+        "trainables, gradients, Adam": needs.trainables,
+        "activations, recomputed": needs.recomputed,
+        "activations, all kept": needs.activations,
+        "base, whole (replicate)": needs.base,
+        f"base, share of 1/{ranks} + gathered (zero3)": needs.resident["zero3"],
+        "base, gathered (zero3_offload)": needs.resident["zero3_offload"],
+        f"base, share of 1/{ranks} on the host": needs.share,
     }
     return [f"{name:<42} {size / GIB:9.2f} GiB" for name, size in terms.items() if size is not None]
 

@@ -26,10 +26,16 @@ from spt_ds.errors import ConfigError
 from spt_ds.files import new_folder
 from spt_ds.log import get_logger
 from spt_ds.model.base_files import base_path
-from spt_ds.model.loading import SECTION, check_weights, load_base_config, load_tokenizer
+from spt_ds.model.loading import (
+    SECTION,
+    check_weights,
+    load_base_config,
+    load_tokenizer,
+    quantisation_section,
+)
 from spt_ds.model.quant import Packing, QuantLinear
 from spt_ds.model.quant_load import finished_modules, report, skeleton
-from spt_ds.model.quant_source import open_source, refuse_foreign_quantisation, section
+from spt_ds.model.quant_source import open_source
 from spt_ds.run.command import run_command
 
 FILE_BYTES = 2**30
@@ -86,14 +92,13 @@ def _config(args: argparse.Namespace) -> ModelConfig:
         )
         raise ConfigError(problems) from error
     if args.out.exists():
-        raise ConfigError(f"{args.out} is already there; give a folder that is not, or delete it")
+        raise ConfigError(f"{args.out} is already there; give another folder, or delete it")
     return config
 
 
 def write_quantised(config: ModelConfig, out: Path) -> None:
     """Quantise the base of `config` into the folder `out`, which appears when it is complete."""
     base, path = load_base_config(config), base_path(config.base)
-    refuse_foreign_quantisation(base, config, path)
     check_weights(config, base)
     try:
         with new_folder(out, to_disk=True) as part:
@@ -117,7 +122,7 @@ def _fill(part: Path, config: ModelConfig, base: PretrainedConfig, path: str) ->
     total = _write_files(part, _files(finished))
     report(lm, errors, Packing.of(config))
     lm.generation_config.save_pretrained(part)
-    setattr(base, SECTION, section(config))
+    setattr(base, SECTION, quantisation_section(config))
     base.architectures, base.dtype = [type(lm).__name__], "bfloat16"
     base.save_pretrained(part)
     for file in part.glob("*.safetensors"):  # written for the owner alone

@@ -14,6 +14,9 @@ from spt_ds.config.section import (
     Section,
 )
 
+# Values of `method.type` that train weights in the base, which then must be whole on each rank.
+TRAIN_THE_BASE = ("lora", "full")
+
 
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021) of `method.type: lora`; unused otherwise."""
@@ -36,11 +39,6 @@ class MethodConfig(Section):
     the base; `full`: all of the base; `none`: nothing, the base is evaluated as it is. The last
     three have no soft prompts."""
     lora: LoraConfig = LoraConfig()
-
-    @property
-    def trains_base(self) -> bool:
-        """Whether weights in the base train, which then must be whole on each rank."""
-        return self.type in ("lora", "full")
 
 
 class PromptsConfig(Section):

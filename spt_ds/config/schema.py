@@ -11,6 +11,7 @@ from pydantic import model_validator
 from spt_ds.config.data import DataConfig
 from spt_ds.config.generation import GenerateConfig
 from spt_ds.config.method import (
+    TRAIN_THE_BASE,
     LossConfig,
     MethodConfig,
     PromptsConfig,
@@ -73,7 +74,7 @@ class Config(Section):
         if self.data.few_shot and kind != "none":
             raise ValueError(
                 f"data.few_shot is {self.data.few_shot} and method.type {kind}: worked examples"
-                " stand in the place of training; set method.type: none, or data.few_shot: 0"
+                " replace training; set method.type: none, or data.few_shot: 0"
             )
         if kind == "spt":
             if not self.prompts.tokens:
@@ -96,7 +97,7 @@ class Config(Section):
             raise ValueError(
                 f"method.type: {kind} has no soft prompts to choose from; set {', '.join(wrong)}"
             )
-        if self.method.trains_base:
+        if kind in TRAIN_THE_BASE:
             self._trainable_base(kind)
         return self
 

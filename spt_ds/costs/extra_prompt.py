@@ -15,6 +15,7 @@ import torch
 from spt_ds.costs.meters import ForwardMeter, peak_bytes, reset_peak
 from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.costs.step import Stepper, config_of
+from spt_ds.model.reference import functions_of
 from spt_ds.model.spt import Spt, build_trainables
 
 CASES = ("prefix", "suffix")
@@ -28,7 +29,9 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone, spt = build(args.shape, config_of(case, prompts, args), device)
     config = config_of(case, prompts + 1, args)
-    larger = Spt(config, build_trainables(config, backbone, [], seed=0), pad_id=0)
+    functions = functions_of(config.reference, pad_id=0)
+    trainables = build_trainables(config, backbone, functions, [], seed=0)
+    larger = Spt(config, trainables, functions)
     batch = micro_batch(args.data, args.tokenizer, args.batch, backbone.vocabulary, args.max_tokens)
     steppers = [Stepper(case, backbone, bank, batch, args) for bank in (spt, larger)]
     meter = ForwardMeter(backbone.lm.base_model, steppers[0].clock)

@@ -34,7 +34,8 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone, spt = build(args.shape, config_of(case, prompts, args), device)
     config = config_of(case, prompts, args, MIXTURE)
-    mixture = Spt(config, build_trainables(config, backbone, [], seed=0), pad_id=0)
+    functions = spt.functions
+    mixture = Spt(config, build_trainables(config, backbone, functions, [], seed=0), functions)
     batch = micro_batch(args.data, args.tokenizer, args.batch, backbone.vocabulary, args.max_tokens)
     steppers = {
         "paper": Stepper(case, backbone, spt, batch, args),

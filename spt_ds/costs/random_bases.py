@@ -20,6 +20,7 @@ from spt_ds.data.readers import read
 from spt_ds.model.attention import choose_backend
 from spt_ds.model.backbone import Backbone, base_dtype
 from spt_ds.model.loading import load_tokenizer, new_lm
+from spt_ds.model.reference import functions_of
 from spt_ds.model.spt import Spt, build_trainables
 
 
@@ -82,8 +83,9 @@ def build(shape: str, config: Config, device: torch.device) -> tuple[Backbone, S
     backend = choose_backend(config.model.attention, device, dtype, strict=False)
     backbone = Backbone(lm, backend)
     backbone.checkpoint_activations(config.model.activation_checkpointing)
-    trainables = build_trainables(config, backbone, [], seed=0)
-    return backbone, Spt(config, trainables, pad_id=0)
+    functions = functions_of(config.reference, pad_id=0)
+    trainables = build_trainables(config, backbone, functions, [], seed=0)
+    return backbone, Spt(config, trainables, functions)
 
 
 def micro_batch(source: str, tokenizer: str, size: int, vocabulary: int, max_tokens: int) -> Batch:

@@ -24,7 +24,7 @@ from spt_ds.costs.naive_step import naive_loss
 from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.model.backbone import Backbone, base_dtype
 from spt_ds.model.spt import Spt
-from spt_ds.placement.shape import BaseShape
+from spt_ds.placement.estimate import BaseShape
 
 # precise is prefix in float64: it shows whose rounding a difference is.
 CASES = ("naive", "prefix", "suffix", "precise")

@@ -51,9 +51,8 @@ def read_parlai(path: Path) -> Iterator[Example]:
             history.append(partner)
         elif history:
             raise DataError(
-                f"{origin}: {SILENCE} inside a dialogue; it may only stand where the persona's"
-                " owner"
-                " opens"
+                f"{origin}: {SILENCE} inside a dialogue; it is allowed only where the persona's"
+                " owner begins it"
             )
         yield Example(
             f"{path.name}:{number}", dialogue, len(history), tuple(persona), tuple(history), reply

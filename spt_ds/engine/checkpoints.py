@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -11,12 +12,40 @@ from spt_ds import dist
 from spt_ds.config.load import dump_config
 from spt_ds.display import shown
 from spt_ds.engine.engine import Engine
-from spt_ds.engine.state import RunState
 from spt_ds.errors import CheckpointError
 from spt_ds.log import get_logger
 from spt_ds.run import checkpoint
 from spt_ds.run.environment import environment
 from spt_ds.run.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run is; a checkpoint holds it as JSON."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    best_nll: float = math.inf
+    """The lowest validation loss of the selected prompt so far."""
+    best_step: int | None = None
+    """The step of that loss."""
+    valid_before: dict[str, float] | None = None
+    """Validation before the first step."""
+    owes_validation: bool = False
+    """Whether the run stopped at a step that is to be validated: it was saved at once, and is
+    validated when the run resumes.
+    """
+
+    def advance(self) -> RunState:
+        """The state one step later."""
+        return replace(self, step=self.step + 1)
+
+    def judge(self, valid: dict[str, float]) -> RunState:
+        """The state after this step's validation: it may be the best step now."""
+        state = replace(self, owes_validation=False)
+        if self.step and valid["nll_selected"] < self.best_nll:
+            return replace(state, best_nll=valid["nll_selected"], best_step=self.step)
+        return state
 
 
 class Checkpoints:
@@ -69,7 +98,9 @@ class Checkpoints:
         except CheckpointError as error:  # raised on every rank together
             if final or settings.on_save_error == "stop":
                 raise
-            get_logger().warning(f"{error}; training goes on (checkpoint.on_save_error: continue)")
+            get_logger().warning(
+                f"{error}; training continues (checkpoint.on_save_error: continue)"
+            )
             return False
         return True
 
@@ -99,7 +130,7 @@ class Checkpoints:
 
 
 def _state_of(saved: checkpoint.Checkpoint, path: Path) -> RunState:
-    mend = "remove the folder to go on from an older checkpoint"
+    mend = "remove the folder to resume from an older checkpoint"
     try:
         state = TypeAdapter(RunState).validate_python(saved.state.get("run"))
     except ValidationError as error:

@@ -159,7 +159,7 @@ class Generator:
     def _refused(self, path: Path, error: OSError) -> EngineError:
         return EngineError(
             f"{path}: cannot be written ({error.strerror or error}); free space, or give another"
-            " --out. The same command goes on from the replies that are there"
+            " --out. The same command resumes after the replies that are there"
         )
 
     def _decode(self, rows: list[int]) -> Decoded:

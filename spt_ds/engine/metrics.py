@@ -75,7 +75,7 @@ class Metrics:
         except OSError as error:
             # A full disk stops a run where checkpoint.on_save_error says so, not here.
             say_once(
-                f"{self._path}: lines are lost ({error.strerror}); training goes on",
+                f"{self._path}: lines are lost ({error.strerror}); training continues",
                 logging.WARNING,
             )
         shown = {key: values[key] for key in ("loss", "nll", "nll_selected") if key in values}

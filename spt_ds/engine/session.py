@@ -21,10 +21,11 @@ from spt_ds.log import get_logger
 from spt_ds.model.backbone import Backbone, build_backbone
 from spt_ds.model.baselines import build_base_trainables
 from spt_ds.model.loading import load_base_config, load_tokenizer
+from spt_ds.model.reference import functions_of
 from spt_ds.model.spt import Spt, Trainables, build_trainables
 from spt_ds.placement.agree import agree_on_placement
 from spt_ds.placement.choose import Placement
-from spt_ds.placement.shape import BaseShape
+from spt_ds.placement.estimate import BaseShape
 from spt_ds.rng import keyed_seed
 from spt_ds.run import checkpoint
 from spt_ds.run.folder import RunFolder
@@ -36,16 +37,18 @@ class Base:
 
     tokenizer: PreTrainedTokenizerBase
     config: PretrainedConfig
-
-    @property
-    def shape(self) -> BaseShape:
-        """The sizes that decide where the base lives."""
-        return BaseShape.from_config(self.config.to_dict())
+    shape: BaseShape
+    """The sizes that decide where the base lives."""
 
 
 def read_base(config: ModelConfig) -> Base:
     """Read the base's tokenizer and configuration; where one rank cannot, all raise its error."""
-    return dist.agreed(lambda: Base(load_tokenizer(config), load_base_config(config)))
+
+    def read() -> Base:
+        tokenizer, base = load_tokenizer(config), load_base_config(config)
+        return Base(tokenizer, base, BaseShape.from_config(base.to_dict()))
+
+    return dist.agreed(read)
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,25 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     wrapped = sharding.wrap(backbone)
     # One call of it, as every use of the base: its hooks gather weights and release them.
     wrapped(lambda inner: inner.check(config.prompts.placement))
-    # What trains is made outside of ZeRO: whole and fp32 on every rank.
-    trainables = _initialise(config, base.tokenizer, wrapped)
-    pad = base.tokenizer.pad_token_id
+    tokenizer, pad = base.tokenizer, base.tokenizer.pad_token_id
     assert isinstance(pad, int)
+    functions = functions_of(config.reference, pad)
+    texts = config.prompts.init_texts
+    init_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    seed = keyed_seed(config.train.seed, "trainables")
+
+    def build(inner: Backbone) -> Trainables:
+        """What trains, with its first values: the same on every rank and in every start."""
+        if config.method.type == "spt":
+            return build_trainables(config, inner, functions, init_ids, seed)
+        return build_base_trainables(config, inner, seed)
+
+    # Made outside of ZeRO: whole and fp32 on every rank.
+    trainables = wrapped(build)
     count = sum(parameter.numel() for parameter in trainables.parameters())
     get_logger().info(f"method: {config.method.type}, {count:,} trained parameters")
     get_logger().info(f"base: {local_bytes(wrapped) / 2**20:.1f} MiB on this rank")
-    return Session(config, world, base, sharding, wrapped, Spt(config, trainables, pad))
+    return Session(config, world, base, sharding, wrapped, Spt(config, trainables, functions))
 
 
 def open_trained(
@@ -114,23 +128,6 @@ def open_untrained(config: Config, deepspeed_config: str | None, world: dist.Wor
     base = read_base(config.model)
     placement = agree_on_placement(config, base.shape, deepspeed_config, world)
     return open_session(config, base, placement, world)
-
-
-def _initialise(
-    config: Config, tokenizer: PreTrainedTokenizerBase, backbone: nn.Module
-) -> Trainables:
-    """What trains, with its first values: the same on every rank and in every start."""
-    texts = config.prompts.init_texts
-    init_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    seed = keyed_seed(config.train.seed, "trainables")
-
-    def build(inner: Backbone) -> Trainables:
-        if config.method.type == "spt":
-            return build_trainables(config, inner, init_ids, seed)
-        return build_base_trainables(config, inner, seed)
-
-    trainables: Trainables = backbone(build)
-    return trainables
 
 
 def open_split(session: Session, split: Literal["train", "valid", "test"]) -> ExampleStore:

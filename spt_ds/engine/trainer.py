@@ -13,11 +13,10 @@ from spt_ds.config.schema import Config
 from spt_ds.data.loader import TrainLoader, eval_batches
 from spt_ds.data.sampler import total_steps
 from spt_ds.data.store import ExampleStore
-from spt_ds.engine.checkpoints import Checkpoints
+from spt_ds.engine.checkpoints import Checkpoints, RunState
 from spt_ds.engine.engine import Engine
 from spt_ds.engine.metrics import Metrics
 from spt_ds.engine.session import open_session, open_split, read_base
-from spt_ds.engine.state import RunState
 from spt_ds.engine.step_sums import StepResult
 from spt_ds.engine.stop import StopRequests
 from spt_ds.files import write_whole
@@ -119,7 +118,7 @@ def train_loader(config: Config, train: ExampleStore, world: dist.World) -> Trai
 
 @dataclass
 class Trainer:
-    """One run in one folder, opened and ready to go on from `state`."""
+    """One run in one folder, opened and ready to continue from `state`."""
 
     config: Config
     folder: RunFolder
@@ -146,13 +145,17 @@ class Trainer:
             self._record(out)
             if out.stop or self.state.step == self.total:
                 break
-            judged = self.state
-            if self._due(self.config.train.eval_every_steps):
-                judged = judged.judge(self._validate())
+            validated = self._due(self.config.train.eval_every_steps)
+            judged = self.state.judge(self._validate()) if validated else self.state
             wanted = out.save or self._due(self.config.checkpoint.every_steps)
-            if (wanted or judged.best_step == judged.step) and self.checkpoints.save(judged):
-                self.state = judged  # after the save: the best step is always one on the disk
+            if wanted or judged.best_step == judged.step:
+                self._save(judged)
         return self._stopped() if self.state.step < self.total else self._done()
+
+    def _save(self, judged: RunState) -> None:
+        """Write a checkpoint and take its state over: the best step is always one on the disk."""
+        if self.checkpoints.save(judged):
+            self.state = judged
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.state.step % every == 0

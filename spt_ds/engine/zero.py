@@ -170,7 +170,7 @@ def check_build_locks() -> None:
             if age_s > STALE_LOCK_S:
                 raise EngineError(
                     f"{lock}: a build lock is {age_s / 60:.0f} minutes old; a killed build left it"
-                    " and every start would wait for it for ever. Delete the file if no compiler"
+                    " and every start would wait for it without end. Delete the file if no compiler"
                     " is running"
                 )
             say_once(

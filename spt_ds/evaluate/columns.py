@@ -18,7 +18,7 @@ class Metric:
 
 
 METRICS = (
-    Metric("f1_spt", "F1", "word overlap with the reference, %, words as they stand"),
+    Metric("f1_spt", "F1", "word overlap with the reference, %, words unchanged"),
     Metric("bleu", "BLEU", "corpus BLEU of sacrebleu"),
     Metric("rouge1", "R-1", "ROUGE-1 F-measure, %"),
     Metric("rouge2", "R-2", "ROUGE-2 F-measure, %"),

@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for scores.json, .csv, .md and .tex; default: beside the predictions",
+        help="folder for scores.json, .csv, .md and .tex; default: the folder of the predictions",
     )
     parser.add_argument(
         "--against",

@@ -218,8 +218,8 @@ def _check_comparable(base: ScoredRun, other: ScoredRun) -> None:
         if got != expected:
             raise DataError(
                 f"{other.folder}: {name} is {shown(got)}, but {shown(expected)} in the baseline"
-                f" {base.folder}; runs are compared on the same examples, scored alike: generate"
-                " from the same data and run `spt-ds evaluate` on both"
+                f" {base.folder}; runs are compared on the same examples, scored the same way:"
+                " generate from the same data and run `spt-ds evaluate` on both"
             )
 
 

@@ -15,7 +15,8 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -33,37 +34,34 @@ AMPERE = (8, 0)  # the compute capability from which on the variable-length kern
 FLASH_4_CARDS = (9, 10, 11)  # Hopper and Blackwell of data centres
 
 
+@dataclass(eq=False)
 class Layout:
-    """R causal rows in one packed sequence. `record=True` keeps every layer's keys and values for
-    `Branches`.
-    """
+    """R causal rows in one packed sequence."""
 
-    def __init__(
-        self,
-        lens: Sequence[int],
-        positions: torch.Tensor,
-        backend: str,
-        device: torch.device,
-        record: bool = False,
-    ) -> None:
-        self.backend = backend
-        self.lens = tuple(lens)
-        self.position_ids = positions.to(device)[None]  # [1, N]; those of a `Packed` are there
-        self.longest = self.reach = max(lens)  # `reach`: most tokens that one token can attend to
-        # [R + 1], where rows begin and end: the variable-length kernels alone read it.
-        self.edges: torch.Tensor | None = None
-        if backend in ("varlen", "flash"):
-            self.edges = on_device([0, *accumulate(lens)], device, torch.int32)
-        self.recorded: dict[int, KeyValue] | None = {} if record else None
+    lens: Sequence[int]  # [R]
+    positions: torch.Tensor  # int64 [N], on the device of the rows
+    backend: str
+    record: bool = False  # keep every layer's keys and values for `Branches`
+    recorded: dict[int, KeyValue] = field(default_factory=dict)  # by the number of the layer
+
+    @cached_property
+    def reach(self) -> int:
+        """Most tokens that one token can attend to."""
+        return max(self.lens)
+
+    @cached_property
+    def edges(self) -> torch.Tensor:
+        """int32 [R + 1], where rows begin and end; the variable-length kernels alone read it."""
+        return on_device([0, *accumulate(self.lens)], self.positions.device, torch.int32)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal within each row."""
-        if self.recorded is not None:
+        if self.record:
             self.recorded[layer] = (k.detach(), v.detach())
-        if self.edges is not None:
-            return _variable_length(self.backend, q, k, v, self.edges, self.longest, scale)
+        if self.backend in ("varlen", "flash"):
+            return _variable_length(self.backend, q, k, v, self.edges, max(self.lens), scale)
         out: torch.Tensor = _RowByRow.apply(q, k, v, self, layer, scale)
         return out
 
@@ -78,6 +76,7 @@ class Layout:
         )
 
 
+@dataclass(eq=False, kw_only=True)
 class Branches(Layout):
     """K short rows per example that read one shared context: each example's context is stored once,
     not K times.
@@ -88,20 +87,20 @@ class Branches(Layout):
     of the context are copied nor pairs of tokens of different branches computed.
     """
 
-    def __init__(
-        self,
-        branch_lens: Sequence[int],
-        count: int,
-        context: Layout,
-        positions: torch.Tensor,
-        device: torch.device,
-    ) -> None:
-        super().__init__([count * n for n in branch_lens], positions, context.backend, device)
-        self.context = context
-        self.count = count
-        self.reach = max(c + n for c, n in zip(context.lens, branch_lens, strict=True))
-        longest = max(branch_lens)
-        self.future = torch.ones(longest, longest, dtype=torch.bool, device=device).triu(1)
+    count: int  # K
+    context: Layout
+
+    @cached_property
+    def reach(self) -> int:
+        """Most tokens that one token can attend to: its context and its own branch."""
+        return max(c + n // self.count for c, n in zip(self.context.lens, self.lens, strict=True))
+
+    @cached_property
+    def future(self) -> torch.Tensor:
+        """bool [n, n], the pairs of a longest branch in which the key comes after the query."""
+        longest = max(self.lens) // self.count
+        square = torch.ones(longest, longest, dtype=torch.bool, device=self.positions.device)
+        return square.triu(1)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
@@ -109,7 +108,7 @@ class Branches(Layout):
         """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal in each branch, all of its
         context visible.
         """
-        if self.context.recorded is None or layer not in self.context.recorded:
+        if layer not in self.context.recorded:
             raise ModelError(
                 f"layer {layer} kept no keys of the context; this base cannot use placement: suffix"
             )
@@ -122,7 +121,6 @@ class Branches(Layout):
         """One example's K branches of n tokens: q [1, H, K n, E], k and v [1, G, K n, E] -> [1, H,
         K n, E].
         """
-        assert self.context.recorded is not None
         # The context's keys [1, G, C, E] meet all queries of their group at once.
         context_k, context_v = (
             tensor.split(self.context.lens, dim=2)[row] for tensor in self.context.recorded[layer]

@@ -23,7 +23,6 @@ from spt_ds.model.base_check import check_base
 from spt_ds.model.base_files import base_path
 from spt_ds.model.head import FrozenHead
 from spt_ds.model.loading import check_weights, first_line, new_lm, stored_lm
-from spt_ds.model.quant_source import refuse_foreign_quantisation
 
 
 class Backbone(nn.Module):
@@ -32,6 +31,11 @@ class Backbone(nn.Module):
     ZeRO-3 starts a new prefetch trace at each call of the root module; one call per micro-batch
     keeps the order of layers the same from step to step, so that gathers overlap with computation.
     """
+
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    """ids [n] -> rows of the table [n, D]; they have a graph only where the table trains."""
+    head: Callable[..., torch.Tensor]
+    """See `FrozenHead.forward`."""
 
     def __init__(self, lm: Any, backend: str, check_quantised: bool = False) -> None:
         super().__init__()
@@ -44,7 +48,10 @@ class Backbone(nn.Module):
                 f"the head of {type(lm).__name__} is {type(head).__name__}; a plain linear head is"
                 " needed"
             )
-        lm.set_output_embeddings(FrozenHead(head.weight, head.bias))
+        frozen = FrozenHead(head.weight, head.bias)
+        lm.set_output_embeddings(frozen)
+        # Calls, not modules: a child of two parents would be hooked twice by ZeRO-3.
+        self.embed, self.head = lm.get_input_embeddings().__call__, frozen.__call__
         lm.requires_grad_(False)
         lm.eval()
         _no_dropout(lm)
@@ -70,28 +77,16 @@ class Backbone(nn.Module):
         size: int = self.lm.get_input_embeddings().num_embeddings
         return size
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [n] -> rows of the table [n, D]; they have a graph only where the table trains."""
-        table = self.lm.get_input_embeddings()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and table.weight.requires_grad):
-            rows: torch.Tensor = table(ids)
-        return rows
-
     def run(self, embeddings: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Packed embeddings [N, D] -> last hidden states [N, head size], row by row of `layout`."""
         out = self.lm.base_model(
             inputs_embeds=embeddings[None],
-            position_ids=layout.position_ids,
+            position_ids=layout.positions[None],
             use_cache=False,
             layout=layout,
         )
         hidden: torch.Tensor = out.last_hidden_state[0]
         return hidden
-
-    def head(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See `FrozenHead.forward`."""
-        out: torch.Tensor = self.lm.get_output_embeddings()(hidden, *args, **kwargs)
-        return out
 
     def checkpoint_activations(self, mode: str) -> None:
         """Recompute layers in the backward pass: `off`, `non_reentrant` or `reentrant`."""
@@ -155,7 +150,6 @@ def load_lm(
     They are sharded as they are read when an HfDeepSpeedConfig is alive or `shard` is given.
     """
     dtype, path = base_dtype(config.base_bits), base_path(config.base)
-    refuse_foreign_quantisation(base, config, path)
     if not config.random_init:
         check_weights(config, base)
     try:

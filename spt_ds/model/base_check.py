@@ -116,7 +116,7 @@ def _positions(starts: Sequence[int], lens: Sequence[int]) -> torch.Tensor:
 def _packed_states(backbone: Backbone, kernel: str) -> list[torch.Tensor]:
     """Hidden states of each row from one packed pass; refuse a base that cannot read them."""
     ids = torch.cat(_rows(backbone))
-    layout = Layout(LENS, _positions([0] * len(LENS), LENS), kernel, ids.device)
+    layout = Layout(LENS, _positions([0] * len(LENS), LENS).to(ids.device), kernel)
     try:
         hidden = backbone.run(backbone.embed(ids), layout)
     except (AttributeError, KeyError, TypeError) as error:
@@ -131,11 +131,12 @@ def _branch_logits(backbone: Backbone, kernel: str) -> Logits:
     """Logits of each branch, read on the recorded keys and values of its context."""
     contexts, branches = _ids(backbone)
     device = contexts[0].device
-    positions = _positions([0] * len(CONTEXT_LENS), CONTEXT_LENS)
-    context = Layout(CONTEXT_LENS, positions, kernel, device, record=True)
+    positions = _positions([0] * len(CONTEXT_LENS), CONTEXT_LENS).to(device)
+    context = Layout(CONTEXT_LENS, positions, kernel, record=True)
     backbone.run(backbone.embed(torch.cat(contexts)), context)
-    positions = _positions([c for c, _ in ROWS], [n for _, n in ROWS])
-    layout = Branches(BRANCH_LENS, COUNT, context, positions, device)
+    positions = _positions([c for c, _ in ROWS], [n for _, n in ROWS]).to(device)
+    lens = [COUNT * n for n in BRANCH_LENS]
+    layout = Branches(lens, positions, kernel, count=COUNT, context=context)
     hidden = backbone.run(backbone.embed(torch.cat(branches)), layout)
     return [backbone.head(row) for row in hidden.split([n for _, n in ROWS])]
 

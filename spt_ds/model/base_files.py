@@ -27,7 +27,6 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_file
 
-from spt_ds.config.model import ModelConfig
 from spt_ds.display import shortened, shown
 from spt_ds.errors import ModelError
 from spt_ds.json_input import read_json
@@ -65,10 +64,9 @@ def base_path(name: str) -> str:
     return name
 
 
-def check_settings(config: ModelConfig, *, needed: bool = True) -> None:
+def check_settings(path: str, revision: str | None, *, needed: bool = True) -> None:
     """Raise ModelError for a config.json that is not to be loaded, or is `needed` and missing."""
-    path = base_path(config.base)
-    settings = _read_settings(path, config.revision, CONFIG)
+    settings = _read_settings(path, revision, CONFIG)
     if settings is None:
         if not needed:
             return
@@ -82,7 +80,7 @@ def check_settings(config: ModelConfig, *, needed: bool = True) -> None:
             f"model.base: {CONFIG} of {path} has {redirects[0]}, which names files outside a base's"
             " own; remove the key and store the weights as model.safetensors"
         )
-    if _file(path, config.revision, "adapter_config.json") is not None:
+    if _file(path, revision, "adapter_config.json") is not None:
         raise ModelError(
             f"model.base: {path} holds an adapter (adapter_config.json), not a base; merge it into"
             " its base and give the result"
@@ -90,14 +88,13 @@ def check_settings(config: ModelConfig, *, needed: bool = True) -> None:
     _check_sizes(path, settings)
 
 
-def check_tokenizer_settings(config: ModelConfig) -> None:
+def check_tokenizer_settings(path: str, revision: str | None) -> None:
     """Raise ModelError for a tokenizer's settings that are no JSON object or name a file elsewhere.
 
     transformers passes them on as arguments, some of which are names of files to be read.
     """
-    path = base_path(config.base)
     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
-        settings = _read_settings(path, config.revision, name)
+        settings = _read_settings(path, revision, name)
         if settings is None:
             continue
         if "auto_map" in settings:
@@ -189,10 +186,10 @@ def _leaves(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def weight_files(path: str, config: ModelConfig) -> list[str]:
+def weight_files(path: str, revision: str | None, *, pickled: bool) -> list[str]:
     """Paths of the weight files of a folder or hub id, downloaded if need be.
 
-    Only safetensors files, which hold nothing but numbers; pickled ones with `model.allow_pickle`.
+    Only safetensors files, which hold nothing but numbers; others where `pickled` ones may be read.
     Raises ModelError for a base without any and for an index that names files elsewhere.
     """
     if os.path.isdir(path) and any(map(_STATE_SHARD.match, os.listdir(path))):
@@ -202,20 +199,20 @@ def weight_files(path: str, config: ModelConfig) -> list[str]:
             " (shard-...); store the weights as model.safetensors"
         )
     names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
-    if config.allow_pickle:
+    if pickled:
         names += [WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
     for name in names:
-        file = _file(path, config.revision, name)
+        file = _file(path, revision, name)
         if file is None:
             continue
         if name not in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
             return [str(file)]
         shards = _index(path, file, name.removesuffix(".index.json").rpartition(".")[2])
-        return [_shard(path, config.revision, shard) for shard in shards]
+        return [_shard(path, revision, shard) for shard in shards]
     problem = f"it has neither {SAFE_WEIGHTS_NAME} nor an index of several such files"
-    if config.allow_pickle:
+    if pickled:
         problem = f"it has neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}, nor an index of several"
-    elif any(_file(path, config.revision, name) for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+    elif any(_file(path, revision, name) for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         problem = (
             f"it has only pickled weights ({WEIGHTS_NAME}); convert them to safetensors, or set"
             " model.allow_pickle: true for a base that you trust"

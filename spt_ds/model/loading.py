@@ -25,7 +25,7 @@ from transformers import (
 from transformers.modeling_utils import set_quantized_state
 
 from spt_ds.config.model import ModelConfig
-from spt_ds.display import shortened
+from spt_ds.display import shortened, shown
 from spt_ds.errors import ModelError, SptError
 from spt_ds.model.attention import PACKED
 from spt_ds.model.base_check import SUPPORTED
@@ -45,7 +45,7 @@ SECTION = "spt_quantization"  # in config.json of a base that `spt-ds quantize` 
 def load_base_config(config: ModelConfig) -> PretrainedConfig:
     """Read the base's configuration."""
     path = base_path(config.base)
-    check_settings(config)
+    check_settings(path, config.revision)
     with _reading(f"no configuration can be read from {path}"):
         base: PretrainedConfig = AutoConfig.from_pretrained(
             path, revision=config.revision, trust_remote_code=False
@@ -57,8 +57,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the base's tokenizer, which must have an end-of-sequence token."""
     path = base_path(config.base)
     # AutoTokenizer reads config.json too, where there is one.
-    check_settings(config, needed=False)
-    check_tokenizer_settings(config)
+    check_settings(path, config.revision, needed=False)
+    check_tokenizer_settings(path, config.revision)
     with _reading(f"no tokenizer can be read from {path}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, revision=config.revision, trust_remote_code=False
@@ -116,11 +116,14 @@ def generation_config(config: ModelConfig, path: str) -> GenerationConfig | None
 def check_weights(config: ModelConfig, base: PretrainedConfig) -> None:
     """Raise ModelError unless the weight files hold what config.json describes, and nothing more.
 
-    Reads their headers alone. A base that is stored quantised is checked layer by layer instead.
+    Reads their headers alone. A base that is stored quantised as `config` asks is checked layer by
+    layer instead.
     """
     path = base_path(config.base)
+    _refuse_other_quantisation(base, config, path)
     generation_config(config, path)
-    shapes = stored_shapes(path, weight_files(path, config))
+    files = weight_files(path, config.revision, pickled=config.allow_pickle)
+    shapes = stored_shapes(path, files)
     with (
         _reading(f"config.json of {path} describes no model that can be built"),
         torch.device("meta"),
@@ -162,6 +165,58 @@ def _modules_of(tensors: int, path: str) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def quantisation_section(config: ModelConfig) -> dict[str, Any]:
+    """What config.json of a stored quantised base says of it."""
+    quant = config.quant
+    return {
+        "format": 1,
+        "bits": config.base_bits,
+        "type": quant.type if config.base_bits == 4 else "int8",
+        "block_size": quant.block_size,
+        "double_quant": quant.double_quant and config.base_bits == 4,
+        "skip_modules": list(quant.skip_modules),
+    }
+
+
+def _refuse_other_quantisation(base: PretrainedConfig, config: ModelConfig, path: str) -> None:
+    """Raise ModelError for a base that is stored quantised by others, or otherwise than `config`
+    asks for.
+    """
+    foreign = getattr(base, "quantization_config", None)
+    if foreign is not None:
+        known = foreign if isinstance(foreign, dict) else {}
+        method = shortened(str(known.get("quant_method", "an unknown method")))
+        raise ModelError(
+            f"{path}: its weights are already quantised ({method}); under ZeRO-3 such layers keep"
+            " scales or whole weights on every rank. Take the 16-bit checkpoint; model.base_bits:"
+            " 4 or 8 quantises it as it is read, `spt-ds quantize` stores the result"
+        )
+    stored = getattr(base, SECTION, None)
+    if stored is None:
+        return
+    if not isinstance(stored, dict):
+        raise ModelError(
+            f"{path}: {SECTION} in its config.json is {shown(stored)}, expected what `spt-ds"
+            " quantize` writes; make the folder again"
+        )
+    asked = quantisation_section(config)
+    different = [key for key in asked if stored.get(key) != asked[key]]
+    if different:
+        keys = {"bits": "model.base_bits"}
+        # At 8 bits there is one code book, `int8`, and scales are plain: they follow from base_bits
+        # alone.
+        implied = ("type", "double_quant") if stored.get("bits") == 8 else ()
+        to_set = [key for key in different if key not in implied]
+        wanted = ", ".join(
+            f"{keys.get(key, f'model.quant.{key}')}: {stored.get(key)}" for key in to_set
+        )
+        got = ", ".join(f"{key} {asked[key]}" for key in different)
+        raise ModelError(
+            f"{path}: this base is stored quantised in another way; set {wanted} (the config has"
+            f" {got})"
+        )
 
 
 @contextmanager

@@ -145,7 +145,7 @@ def _layers_to_quantise(lm: Any, config: ModelConfig) -> set[str]:
     if not names:
         raise ModelError(
             f"model.base_bits: {config.base_bits}: {type(lm).__name__} has no plain linear layer to"
-            f" quantise beside its head and quant.skip_modules {list(skip)}; set"
+            f" quantise apart from its head and quant.skip_modules {list(skip)}; set"
             " model.base_bits: 16"
         )
     return names

@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PretrainedConfig
 
 from spt_ds.config.model import ModelConfig
-from spt_ds.display import shortened, shown
 from spt_ds.errors import ModelError
 from spt_ds.model.base_files import weight_files
 from spt_ds.model.loading import SECTION, generation_config
@@ -40,66 +38,14 @@ def open_source(lm: Any, config: ModelConfig, path: str, device: torch.device) -
     # As from_pretrained does: without the file, the model's own defaults stay.
     lm.generation_config = generation_config(config, path) or lm.generation_config
     try:
-        files = [_open(file) for file in weight_files(path, config)]
+        files = [
+            _open(file) for file in weight_files(path, config.revision, pickled=config.allow_pickle)
+        ]
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"model.base: no weights can be loaded from {path}: {str(error).strip()}"
         ) from error
     return _Checkpoint(lm, path, files)
-
-
-def section(config: ModelConfig) -> dict[str, Any]:
-    """What config.json of a stored quantised base says of it."""
-    quant = config.quant
-    return {
-        "format": 1,
-        "bits": config.base_bits,
-        "type": quant.type if config.base_bits == 4 else "int8",
-        "block_size": quant.block_size,
-        "double_quant": quant.double_quant and config.base_bits == 4,
-        "skip_modules": list(quant.skip_modules),
-    }
-
-
-def refuse_foreign_quantisation(base: PretrainedConfig, config: ModelConfig, path: str) -> None:
-    """Raise ModelError for a base that is stored quantised by others, or otherwise than `config`
-    asks for.
-    """
-    if config.random_init:
-        return
-    foreign = getattr(base, "quantization_config", None)
-    if foreign is not None:
-        known = foreign if isinstance(foreign, dict) else {}
-        method = shortened(str(known.get("quant_method", "an unknown method")))
-        raise ModelError(
-            f"{path}: its weights are already quantised ({method}); under ZeRO-3 such layers keep"
-            " scales or whole weights on every rank. Take the 16-bit checkpoint; model.base_bits:"
-            " 4 or 8 quantises it as it is read, `spt-ds quantize` stores the result"
-        )
-    stored = getattr(base, SECTION, None)
-    if stored is None:
-        return
-    if not isinstance(stored, dict):
-        raise ModelError(
-            f"{path}: {SECTION} in its config.json is {shown(stored)}, expected what `spt-ds"
-            " quantize` writes; make the folder again"
-        )
-    asked = section(config)
-    different = [key for key in asked if stored.get(key) != asked[key]]
-    if different:
-        keys = {"bits": "model.base_bits"}
-        # At 8 bits there is one code book, `int8`, and scales are plain: they follow from base_bits
-        # alone.
-        implied = ("type", "double_quant") if stored.get("bits") == 8 else ()
-        to_set = [key for key in different if key not in implied]
-        wanted = ", ".join(
-            f"{keys.get(key, f'model.quant.{key}')}: {stored.get(key)}" for key in to_set
-        )
-        got = ", ".join(f"{key} {asked[key]}" for key in different)
-        raise ModelError(
-            f"{path}: this base is stored quantised in another way; set {wanted} (the config has"
-            f" {got})"
-        )
 
 
 def _draw(lm: Any, name: str, module: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:

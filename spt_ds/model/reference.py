@@ -2,7 +2,7 @@
 
 The recipe of that name switches all of it on, so that old results can be reproduced. The faults are
 numbered as in docs/explanation/method.md. Everything else of the method is in the other files,
-which choose by the `..._of` functions here once, when the method is built.
+which are handed the functions that `functions_of` chooses once, when the run is opened.
 
 Legend: K prompts, P virtual tokens, B examples, n target tokens, t text tokens, D embedding size.
 """
@@ -25,21 +25,26 @@ from spt_ds.model.retriever import Activation, Pool, mean_of_contexts, softplus_
 Mean = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def activation_of(settings: ReferenceConfig) -> Activation:
-    """Return what makes scores of cosines: [K, B] -> [K, B]."""
-    return jumping_softplus if settings.jumping_activation else softplus_scores
+@dataclass(frozen=True)
+class Functions:
+    """The parts of the method that the reference has in its own way."""
+
+    activation: Activation
+    """Makes scores of cosines: [K, B] -> [K, B]."""
+    pool: Pool
+    """Makes one embedding [B, D] of each context."""
+    mean: Mean
+    """Makes one loss per example of token losses: [..., n], [n, B] -> [..., B]."""
 
 
-def pool_of(settings: ReferenceConfig, pad_id: int) -> Pool:
-    """Return what makes one embedding [B, D] of each context."""
-    if settings.padded_pool:
-        return PaddedPool(settings.pool_length_tokens, pad_id)
-    return mean_of_contexts
-
-
-def mean_of(settings: ReferenceConfig) -> Mean:
-    """Return what makes one loss per example of token losses: [..., n], [n, B] -> [..., B]."""
-    return mean_of_nonzero if settings.nonzero_mask else mean_per_example
+def functions_of(settings: ReferenceConfig, pad_id: int) -> Functions:
+    """Choose the method's own function or the reference's, as `settings` say."""
+    padded = PaddedPool(settings.pool_length_tokens, pad_id)
+    return Functions(
+        jumping_softplus if settings.jumping_activation else softplus_scores,
+        padded if settings.padded_pool else mean_of_contexts,
+        mean_of_nonzero if settings.nonzero_mask else mean_per_example,
+    )
 
 
 def unit_normal_prompts(shape: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:

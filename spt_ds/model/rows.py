@@ -25,7 +25,7 @@ def read_context(
         return None
     # Prompts come behind the context, so nothing that trains reaches it: it needs no gradient.
     lens = packed.batch.context_lens
-    layout = Layout(lens, packed.context_positions, backbone.backend, text.device, record=True)
+    layout = Layout(lens, packed.context_positions, backbone.backend, record=True)
     backbone.run(text[: sum(lens)], layout)
     return layout
 
@@ -48,7 +48,7 @@ def target_states(
     count = len(prompts)
     rows = _pack(packed, text, prompts)
     positions = packed.positions.repeat(count)
-    layout = Layout(packed.row_lens * count, positions, backbone.backend, text.device)
+    layout = Layout(packed.row_lens * count, positions, backbone.backend)
     hidden = backbone.run(rows.flatten(0, 1), layout).view(*rows.shape[:2], -1)
     return hidden[:, packed.reads]
 
@@ -67,7 +67,8 @@ def _branches(
     order = torch.empty_like(moved).flatten()
     order[moved.flatten()] = torch.arange(len(order), device=text.device)
     positions = packed.positions.repeat(count)[order]
-    layout = Branches(packed.row_lens, count, context, positions, text.device)
+    lens = [count * n for n in packed.row_lens]
+    layout = Branches(lens, positions, context.backend, count=count, context=context)
     hidden = backbone.run(rows.flatten(0, 1)[order], layout)
     return hidden[moved[:, packed.reads]]
 

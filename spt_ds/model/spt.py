@@ -71,7 +71,11 @@ class MicroLosses:
 
 
 def build_trainables(
-    config: Config, backbone: Backbone, init_ids: list[list[int]], seed: int
+    config: Config,
+    backbone: Backbone,
+    functions: reference.Functions,
+    init_ids: list[list[int]],
+    seed: int,
 ) -> Trainables:
     """Initialise the bank from the frozen table and the retriever at random, alike on all ranks.
 
@@ -96,7 +100,7 @@ def build_trainables(
         backbone.embed_size,
         shared=config.retriever.projections == "shared",
         keys=config.prompts.count if config.retriever.keys == "learned" else 0,
-        activation=reference.activation_of(config.reference),
+        activation=functions.activation,
         generator=generator,
     )
     return Trainables(PromptBank(weight), retriever).to(device)
@@ -105,12 +109,12 @@ def build_trainables(
 class Spt:
     """The forward side of the method; holds settings and trainables, and no weight of the base."""
 
-    def __init__(self, config: Config, trainables: Trainables, pad_id: int) -> None:
+    def __init__(
+        self, config: Config, trainables: Trainables, functions: reference.Functions
+    ) -> None:
         self.config = config
         self.trainables = trainables
-        self.pad_id = pad_id
-        self.pool = reference.pool_of(config.reference, pad_id)
-        self.mean_per_example = reference.mean_of(config.reference)
+        self.functions = functions
 
     def pack(self, batch: Batch) -> Packed:
         """Send a micro-batch to the device of the trainables, as rows of the method's prompts."""
@@ -131,7 +135,7 @@ class Spt:
         # Without a graph, also where the embedding table trains: the contrastive loss needs
         # `pooled` at the end of the step, when the backward pass has freed the graphs.
         with torch.no_grad():
-            pooled = self.pool(backbone, packed, text)
+            pooled = self.functions.pool(backbone, packed, text)
         return text, pooled, self.trainables.retriever(self.trainables.bank.weight, pooled)
 
     def micro_losses(
@@ -171,11 +175,11 @@ class Spt:
         out = out.view(len(bank) + fuses, -1)
         token_loss = out[: len(bank)]  # [K, n]
         member, weights = packed.of_response.to(out.dtype), packed.weights.to(out.dtype)
-        nll = self.mean_per_example(token_loss, member)  # [K, B]
+        nll = self.functions.mean(token_loss, member)  # [K, B]
         totals = token_loss @ member  # [K, B]
         parts = [(totals @ weights).mean() / target_tokens]
         if fuses:
-            fused_nll = self.mean_per_example(out[-1], member)  # [B]
+            fused_nll = self.functions.mean(out[-1], member)  # [B]
             chosen = losses.selection(nll, scores, settings.tau_gold, settings.tau_sim)  # [B]
             parts += [chosen @ weights / examples, fused_nll @ weights / examples]
         elif not shared:

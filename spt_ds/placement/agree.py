@@ -10,9 +10,8 @@ from spt_ds import dist
 from spt_ds.config.schema import Config
 from spt_ds.log import get_logger
 from spt_ds.placement.choose import Placement, choose_placement
+from spt_ds.placement.estimate import BaseShape
 from spt_ds.placement.memory import Memory, host_memory_per_rank, memory_per_rank
-from spt_ds.placement.shape import BaseShape
-from spt_ds.placement.zero_plan import ZeroPlan
 
 
 def agree_on_placement(
@@ -28,7 +27,10 @@ def agree_on_placement(
         lambda: choose_placement(config, shape, deepspeed_config, world.size, memory)
     )
     if deepspeed_config is not None:
-        _check_same(placement.zero)
+        # Ranks must shard alike; only the swap folder of NVMe offload is each process's own.
+        shared = json.loads(json.dumps(placement.zero.engine_config))
+        shared.get("zero_optimization", {}).get("offload_param", {}).pop("nvme_path", None)
+        dist.same_everywhere("the DeepSpeed configuration", json.dumps(shared, sort_keys=True))
     for line in placement.reasons:
         get_logger().info(line)
     return placement
@@ -41,10 +43,3 @@ def _least_memory(world: dist.World) -> Memory:
     rank_bytes = min(dist.gather_json(memory_per_rank(gpu, world.local_size)))
     host_bytes = min(dist.gather_json(host_memory_per_rank(world.local_size)))
     return Memory(rank_bytes, None if gpu is None else host_bytes)
-
-
-def _check_same(plan: ZeroPlan) -> None:
-    """Ranks must shard alike; only the swap folder of NVMe offload is each process's own."""
-    shared = json.loads(json.dumps(plan.engine_config))
-    shared.get("zero_optimization", {}).get("offload_param", {}).pop("nvme_path", None)
-    dist.same_everywhere("the DeepSpeed configuration", json.dumps(shared, sort_keys=True))

@@ -8,17 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from spt_ds.config.method import TRAIN_THE_BASE
 from spt_ds.config.schema import Config
 from spt_ds.errors import EngineError
 from spt_ds.placement.ds_check import plan_of_file, plan_of_kind
-from spt_ds.placement.estimate import (
-    FIXED_BYTES,
-    resident_bytes,
-    step_bytes,
-    trainable_bytes,
-)
+from spt_ds.placement.estimate import FIXED_BYTES, BaseShape, Needs, needs_of
 from spt_ds.placement.memory import GIB, Memory
-from spt_ds.placement.shape import BaseShape
 from spt_ds.placement.zero_plan import Kind, ZeroPlan
 
 Recompute = Literal["off", "non_reentrant", "reentrant"]
@@ -48,21 +43,18 @@ def choose_placement(
     A DeepSpeed file, where one is given, decides where the base lives; else `engine.placement`.
     Raises ConfigError for a file that cannot be used, EngineError where `auto` finds no place.
     """
+    needs = needs_of(config, shape, world_size)
     if deepspeed_config is not None:
         zero = plan_of_file(deepspeed_config, config, shape, world_size)
-        why = f"placement: {zero.kind} ({deepspeed_config})"
+        kind, why = zero.kind, f"placement: {zero.kind} ({deepspeed_config})"
     else:
-        kind, why = place_base(config, shape, world_size, memory)
+        kind, why = place_base(config, needs, world_size, memory)
         zero = plan_of_kind(kind, config, world_size)
-    recompute, why_recompute = choose_checkpointing(
-        config, shape, zero.kind, world_size, memory.rank_bytes
-    )
+    recompute, why_recompute = choose_checkpointing(config, needs, kind, memory.rank_bytes)
     return Placement(zero, recompute, (why, why_recompute, *zero.notes))
 
 
-def place_base(
-    config: Config, shape: BaseShape, world_size: int, memory: Memory
-) -> tuple[Kind, str]:
+def place_base(config: Config, needs: Needs, world_size: int, memory: Memory) -> tuple[Kind, str]:
     """Pick where the base lives for `engine.placement`, and say why in one line.
 
     Raises EngineError where `auto` finds no place.
@@ -70,35 +62,32 @@ def place_base(
     asked = config.engine.placement
     if asked != "auto":
         return asked, f"placement: {asked} (as configured)"
-    bits, host_bytes = config.model.base_bits, memory.host_bytes
-    base, share = shape.base_bytes(bits), shape.base_bytes(bits) // world_size
-    gathered = resident_bytes(shape, bits, "zero3_offload", world_size)
-    rest = FIXED_BYTES + trainable_bytes(config, shape) + step_bytes(config, shape, recompute=True)
-    room = memory.rank_bytes - rest
+    host_bytes, gathered = memory.host_bytes, needs.resident["zero3_offload"]
+    room = memory.rank_bytes - FIXED_BYTES - needs.trainables - needs.recomputed
     sizes = (
-        f"base {base / GIB:.2f} GiB at {bits} bits, {max(room, 0) / GIB:.2f} GiB left for it on"
-        " each rank"
+        f"base {needs.base / GIB:.2f} GiB at {config.model.base_bits} bits,"
+        f" {max(room, 0) / GIB:.2f} GiB left for it on each rank"
     )
     kind: Kind
-    if config.method.trains_base:
-        if base > room:
+    if config.method.type in TRAIN_THE_BASE:
+        if needs.base > room:
             raise EngineError(_no_room_to_train(config, sizes))
         kind, why = "replicate", f"method.type: {config.method.type} trains weights in it"
-    elif base <= room:
+    elif needs.base <= room:
         kind, why = "replicate", "sharding would only add communication"
-    elif world_size > 1 and resident_bytes(shape, bits, "zero3", world_size) <= room:
+    elif world_size > 1 and needs.resident["zero3"] <= room:
         kind, why = "zero3", f"a share of 1/{world_size} and what is gathered fit"
-    elif host_bytes is not None and gathered <= room and share <= host_bytes - FIXED_BYTES:
+    elif host_bytes is not None and gathered <= room and needs.share <= host_bytes - FIXED_BYTES:
         kind = "zero3_offload"
         why = (
             f"a share of 1/{world_size} and what is gathered do not fit; the share,"
-            f" {share / GIB:.2f} GiB, goes to the host, which has {host_bytes / GIB:.2f} GiB for"
-            " each rank"
+            f" {needs.share / GIB:.2f} GiB, goes to the host, which has"
+            f" {host_bytes / GIB:.2f} GiB for each rank"
         )
     else:
         need = (
-            f"a share of 1/{world_size} is {share / GIB:.2f} GiB, what is gathered at one time"
-            f" {gathered / GIB:.2f} GiB"
+            f"a share of 1/{world_size} is {needs.share / GIB:.2f} GiB, what is gathered at one"
+            f" time {gathered / GIB:.2f} GiB"
         )
         raise EngineError(_no_place(f"{sizes}; {need}", host_bytes))
     return kind, f"placement: {kind} ({sizes}: {why})"
@@ -109,7 +98,7 @@ def _no_room_to_train(config: Config, sizes: str) -> str:
         f"engine.placement: auto finds no place for the base: {sizes}, and method.type:"
         f" {config.method.type}, which trains weights in it, needs a copy on each rank."
         " Take a smaller base, lower train.micro_batch or data.max_tokens, on hosts"
-        " without GPUs fewer ranks; engine.placement: replicate is taken without this"
+        " without GPUs fewer ranks; engine.placement: replicate is used without this"
         " check"
     )
 
@@ -127,27 +116,22 @@ def _no_place(sizes: str, host_bytes: int | None) -> str:
         f"engine.placement: auto finds no place for the base: {sizes}; {host}. Set"
         f" model.base_bits: 4 or 8, take {more}, or keep the shares on a disk:"
         " --deepspeed_config ds_configs/zero3_offload_nvme.json. Another engine.placement is"
-        " taken without this check"
+        " used without this check"
     )
 
 
 def choose_checkpointing(
-    config: Config, shape: BaseShape, kind: Kind, world_size: int, rank_bytes: int
+    config: Config, needs: Needs, kind: Kind, rank_bytes: int
 ) -> tuple[Recompute, str]:
     """Pick how layers are recomputed in the backward pass, and say why in one line."""
     asked = config.model.activation_checkpointing
     if asked != "auto":
         return asked, f"activation checkpointing: {asked} (as configured)"
-    bits = config.model.base_bits
-    base = resident_bytes(shape, bits, kind, world_size)
-    room = rank_bytes - FIXED_BYTES - trainable_bytes(config, shape) - base
-    kept = step_bytes(config, shape, recompute=False)
-    used: Recompute = "off" if kept <= room else "non_reentrant"
+    room = rank_bytes - FIXED_BYTES - needs.trainables - needs.resident[kind]
+    used: Recompute = "off" if needs.activations <= room else "non_reentrant"
     verdict = "fit" if used == "off" else "do not fit"
-    return (
-        used,
-        (
-            f"activation checkpointing: {used} ({kept / GIB:.2f} GiB of activations at most"
-            f" {verdict} into {max(room, 0) / GIB:.2f} GiB)"
-        ),
+    why = (
+        f"activation checkpointing: {used} ({needs.activations / GIB:.2f} GiB of activations at"
+        f" most {verdict} into {max(room, 0) / GIB:.2f} GiB)"
     )
+    return used, why

@@ -1,4 +1,4 @@
-"""Checks every key of a DeepSpeed file against the YAML and the method, and makes the plan of it.
+"""Reads a DeepSpeed file, checks its keys against the YAML and the method, and makes its plan.
 
 DeepSpeed wraps the frozen base alone. Everything else a DeepSpeed file can hold (batch, clipping,
 optimizer, schedule, precision) is owned by the YAML: such a key may be "auto", absent, or equal to
@@ -13,15 +13,16 @@ from dataclasses import replace
 from difflib import SequenceMatcher
 from typing import Any
 
+from spt_ds.config.method import TRAIN_THE_BASE
 from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
+from spt_ds.json_input import load_json
 from spt_ds.placement import ds_machine
-from spt_ds.placement.ds_file import read_deepspeed_file
 from spt_ds.placement.ds_machine import Findings
 from spt_ds.placement.ds_schema import OTHER_NAMES, SECTIONS, Key
-from spt_ds.placement.estimate import trainable_bytes
-from spt_ds.placement.shape import BaseShape
+from spt_ds.placement.estimate import BaseShape, trainable_bytes
 from spt_ds.placement.zero_plan import Kind, ZeroPlan
+from spt_ds.shipped import ds_config_path
 
 
 def plan_of_file(path: str, config: Config, shape: BaseShape, world_size: int) -> ZeroPlan:
@@ -36,6 +37,34 @@ def plan_of_file(path: str, config: Config, shape: BaseShape, world_size: int) -
         return plan
     note = f"engine.placement is {asked}, but {path} is given and decides: {plan.kind}"
     return replace(plan, notes=(note, *plan.notes))
+
+
+def read_deepspeed_file(path: str) -> dict[str, Any]:
+    """Return the sections of a DeepSpeed file, given by its path or by the name of a shipped one.
+
+    Raises ConfigError, with `file:line` where JSON is at fault: also for a key that is given twice
+    and for a number that JSON has not.
+    """
+    try:
+        text = ds_config_path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot read the DeepSpeed file: {error.strerror}; give a JSON file, or the"
+            " name of a shipped one, such as zero3"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
+        ) from error
+    try:
+        tree = load_json(text, finite=True)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}:{error.lineno}: not valid JSON (column {error.colno}): {error.msg}"
+        ) from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}:1: expected an object of sections, got {type(tree).__name__}")
+    return tree
 
 
 def plan_of_kind(kind: Kind, config: Config, world_size: int) -> ZeroPlan:
@@ -78,8 +107,10 @@ class _Checker:
         self.check_stage(stage, zero)
         if offload == "nvme":
             ds_machine.check_nvme(self.found, zero, self.shape, self.world_size)
-        ds_machine.check_quantised(self.found, zero, self.config.model.base_bits)
-        ds_machine.check_second_copy(self.found, zero, self.world_size)
+        if "zero_quantized_weights" in zero:
+            ds_machine.check_quantised(self.found, zero, self.config.model.base_bits)
+        if "zero_hpz_partition_size" in zero:
+            ds_machine.check_second_copy(self.found, zero, self.world_size)
         if self.found.problems:
             self.fail()
         if offload != "nvme" and acting.pop("aio", None):
@@ -188,7 +219,7 @@ class _Checker:
             return
         offload = zero.get("offload_param", {})
         if stage == 3:
-            if self.config.method.trains_base:
+            if self.config.method.type in TRAIN_THE_BASE:
                 self.problem(
                     "zero_optimization.stage: 3 shards the base, but method.type:"
                     f" {self.config.method.type} of the YAML trains weights in it and needs all of"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_ds.display import shortened
-from spt_ds.placement.shape import BaseShape
+from spt_ds.placement.estimate import BaseShape
 
 DEFAULT_NVME_BUFFER = 100_000_000  # elements, as DeepSpeed has it
 
@@ -86,7 +86,7 @@ def _check_buffer(
 
 def check_quantised(found: Findings, zero: dict[str, Any], base_bits: int) -> None:
     """Int8 gathers need DeepSpeed's CUDA quantiser and real numbers, not packed ones."""
-    asked = zero.get("zero_quantized_weights", False)
+    asked = zero["zero_quantized_weights"]
     if not asked:
         return
     why = None
@@ -109,7 +109,7 @@ def check_quantised(found: Findings, zero: dict[str, Any], base_bits: int) -> No
 
 def check_second_copy(found: Findings, zero: dict[str, Any], world_size: int) -> None:
     """Check the ranks among which ZeRO++ (hpZ) keeps a second sharded copy."""
-    size = zero.get("zero_hpz_partition_size", 1)
+    size = zero["zero_hpz_partition_size"]
     if size == "auto":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         size = local if local < world_size and world_size % local == 0 else 1

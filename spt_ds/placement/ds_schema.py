@@ -46,11 +46,11 @@ def _refused(why: str, kind: Kind = "any") -> Key:
 
 
 NO_GRADIENT = (
-    "DeepSpeed holds no gradient here: those of the trainables are reduced in fp32 beside it"
+    "DeepSpeed holds no gradient here: those of the trainables are reduced in fp32 without it"
 )
 NO_STEP = "DeepSpeed's own forward and step are not called"
 NO_OPTIMIZER = "DeepSpeed holds no optimizer here"
-NO_SAVE = "checkpoints hold the trainables only and are written beside DeepSpeed"
+NO_SAVE = "checkpoints hold the trainables only and are written without DeepSpeed"
 _MONITOR = (
     "DeepSpeed's monitors write in its own step, which is not called; use the `log` section of the"
     " YAML"
@@ -217,7 +217,7 @@ TOP: Table = {
     "memory_breakdown": _inert("bool", NO_STEP),
     "timers": _inert("any", NO_STEP),
     "managed_gradient_accumulation": _inert("bool", NO_STEP),
-    "dataloader_drop_last": _inert("bool", "batches are made beside DeepSpeed"),
+    "dataloader_drop_last": _inert("bool", "batches are made without DeepSpeed"),
     "vocabulary_size": _inert("int", "DeepSpeed only warns by it"),
     "communication_data_type": _inert("string", NO_GRADIENT),
     "seq_parallel_communication_data_type": _inert("string", NO_GRADIENT),

@@ -159,7 +159,7 @@ def find(folder: Path, which: str) -> Path:
     if wanted.is_dir():
         return wanted
     get_logger().warning(
-        f"{wanted}: the best checkpoint is missing; taking the last one, {path.name}, in its place"
+        f"{wanted}: the best checkpoint is missing; using the last one, {path.name}, instead"
     )
     return path
 
@@ -182,7 +182,7 @@ def set_aside(folder: Path, step: int) -> None:
     if newer:
         names = ", ".join(path.name for path in newer)
         get_logger().warning(
-            f"{folder}: set aside as damaged-*: {names}; the run goes on from step {step}"
+            f"{folder}: set aside as damaged-*: {names}; the run resumes from step {step}"
         )
 
 

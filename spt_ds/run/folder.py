@@ -203,7 +203,7 @@ class RunFolder:
                 steps = int(read_json(self.done)["step"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
-                    f"{self.done}: cannot be read ({error}); remove it and the run goes on"
+                    f"{self.done}: cannot be read ({error}); remove it and the run continues"
                 ) from error
             return steps >= now.max_steps
         return before.max_steps == 0 and now.epochs <= before.epochs

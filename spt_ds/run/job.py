@@ -88,7 +88,7 @@ def _explained(error: Exception) -> tuple[str, bool]:
         return f"{type(error).__name__}: {error}", False
     return (
         (
-            f"{loss}.\nThe same command goes on from the newest checkpoint. What the transport"
+            f"{loss}.\nThe same command resumes from the newest checkpoint. What the transport"
             f" said: {error}"
         ),
         True,

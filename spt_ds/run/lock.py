@@ -126,8 +126,8 @@ class _Lock:
                 time.sleep(0.5)
             except OSError as error:
                 get_logger().warning(
-                    f"{self.path}: this file system has no locks ({error.strerror}); a second"
-                    " start is told by the owner's beat alone"
+                    f"{self.path}: this file system has no locks ({error.strerror}); a second start"
+                    " sees this one only by what it writes into the file"
                 )
                 return False
 

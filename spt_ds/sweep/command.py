@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.task is None:
         print("written: " + " ".join(map(str, write_table(root, cells, failures))))
     if stopped:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes the sweep", file=sys.stderr)
         return EXIT_STOPPED
     return EXIT_DONE if all(cell.finished for _, cell in numbered) else EXIT_FAILED
 

@@ -25,7 +25,7 @@ from spt_ds.model.backbone import Backbone, load_lm
 from spt_ds.model.loading import load_base_config
 from spt_ds.model.quant import QuantLinear
 from spt_ds.placement.ds_check import plan_of_file, plan_of_kind
-from spt_ds.placement.shape import BaseShape
+from spt_ds.placement.estimate import BaseShape
 from tests.distributed.test_communication import counted
 from tests.distributed.test_equal import skip_without_async_io
 from tests.helpers.ranks import run_ranks

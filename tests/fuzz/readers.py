@@ -19,7 +19,7 @@ from spt_ds.data.readers import read
 from spt_ds.data.store import build_store
 from spt_ds.errors import DataError
 from spt_ds.placement.ds_check import plan_of_file
-from spt_ds.placement.shape import BaseShape
+from spt_ds.placement.estimate import BaseShape
 from spt_ds.shipped import ds_config_path
 from spt_ds.sweep.cells import load_cells
 from tests.fuzz.inputs import documents, json_lines, texts

@@ -14,7 +14,7 @@ from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
 from spt_ds.placement import ds_machine
 from spt_ds.placement.ds_check import plan_of_file
-from spt_ds.placement.shape import BaseShape
+from spt_ds.placement.estimate import BaseShape
 from spt_ds.placement.zero_plan import ZeroPlan
 
 

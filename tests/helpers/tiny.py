@@ -28,7 +28,7 @@ from spt_ds.config.schema import Config
 from spt_ds.model.attention import PACKED
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.prompt_bank import PromptBank
-from spt_ds.model.reference import activation_of
+from spt_ds.model.reference import functions_of
 from spt_ds.model.retriever import Retriever
 from spt_ds.model.spt import Spt, Trainables
 
@@ -168,14 +168,15 @@ def tiny_spt(
     config = tiny_config_of_run(prompts=prompts, **sections)
     generator = torch.Generator().manual_seed(seed)
     bank = PromptBank(0.5 * torch.randn(count, tokens, backbone.embed_size, generator=generator))
+    functions = functions_of(config.reference, pad_id=1)
     retriever = Retriever(
         backbone.embed_size,
         shared=config.retriever.projections == "shared",
         keys=count if config.retriever.keys == "learned" else 0,
-        activation=activation_of(config.reference),
+        activation=functions.activation,
         generator=generator,
     )
-    return Spt(config, Trainables(bank, retriever).to(dtype), pad_id=1)
+    return Spt(config, Trainables(bank, retriever).to(dtype), functions)
 
 
 def make_batch(

@@ -76,7 +76,7 @@ def test_nll_falls(run: RunFolder) -> None:
 def test_replies_before_and_after_are_shown(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.main([str(run), "--bootstrap", "10"]) == 0
+    assert command.main([str(run)]) == 0
     capsys.readouterr()
     assert summary.main([str(run)]) == 0
     shown = capsys.readouterr().out

@@ -84,13 +84,10 @@ def branches_at_position_zero(patch: pytest.MonkeyPatch) -> None:
     """Suffix branches that count from 0 instead of from the end of their context."""
     right = Branches.__init__
 
-    def broken(
-        self: Any, lens: Any, count: int, context: Layout, positions: Tensor, device: Any
-    ) -> None:
-        starts = torch.repeat_interleave(
-            torch.tensor(context.lens), torch.tensor([count * n for n in lens])
-        )
-        right(self, lens, count, context, positions - starts, device)
+    def broken(self: Any, lens: Any, positions: Tensor, *args: Any, **kwargs: Any) -> None:
+        contexts = torch.tensor(kwargs["context"].lens)
+        starts = torch.repeat_interleave(contexts, torch.tensor(lens))
+        right(self, lens, positions - starts, *args, **kwargs)
 
     patch.setattr(Branches, "__init__", broken)
 
@@ -142,8 +139,8 @@ def branches_read_their_neighbour(patch: pytest.MonkeyPatch) -> None:
 def branches_without_a_causal_mask(patch: pytest.MonkeyPatch) -> None:
     right = Branches.__init__
 
-    def broken(self: Any, *args: Any) -> None:
-        right(self, *args)
+    def broken(self: Any, *args: Any, **kwargs: Any) -> None:
+        right(self, *args, **kwargs)
         self.future = torch.zeros_like(self.future)
 
     patch.setattr(Branches, "__init__", broken)

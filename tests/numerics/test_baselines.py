@@ -13,17 +13,20 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from spt_ds.batch import Batch
+from spt_ds.config.method import ReferenceConfig
 from spt_ds.config.schema import Config
 from spt_ds.errors import ModelError
 from spt_ds.model import head as head_module
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.baselines import BaseTrainables, build_base_trainables
 from spt_ds.model.head import FrozenHead
+from spt_ds.model.reference import functions_of
 from spt_ds.model.spt import Spt
 from tests.helpers.tiny import VOCABULARY, examples_of, random_batch, tiny_backbone, tiny_lm
 from tests.helpers.tolerances import TOLERANCES, Step, assert_steps_close, gaps
 
 LENS = [(7, 4), (3, 6), (11, 2)]
+PLAIN = functions_of(ReferenceConfig(), pad_id=1)
 RANK, ALPHA = 3, 5.0
 TARGETS = {
     "opt": ["q_proj", "fc2"],
@@ -57,7 +60,7 @@ def build(kind: str, backbone: Backbone, targets: list[str], dtype: torch.dtype)
     for name, parameter in trainables.named_parameters():
         if "lora_" in name:
             parameter.data = (0.3 * torch.randn(parameter.shape, generator=generator)).to(dtype)
-    return Spt(config, trainables, pad_id=1)
+    return Spt(config, trainables, PLAIN)
 
 
 def ours(backbone: Backbone, spt: Spt, batch: Batch) -> Step:
@@ -179,9 +182,14 @@ def test_a_head_that_keeps_its_gradient_to_itself_is_seen(monkeypatch: pytest.Mo
 def test_a_table_that_is_looked_up_without_gradient_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        Backbone, "embed", lambda self, ids: self.lm.get_input_embeddings()(ids).detach()
-    )
+    right = Backbone.__init__
+
+    def broken(self: Backbone, *args: Any) -> None:
+        right(self, *args)
+        table = self.embed
+        self.embed = lambda ids: table(ids).detach()
+
+    monkeypatch.setattr(Backbone, "__init__", broken)
     assert_seen("full", "model.decoder.embed_tokens.weight")
 
 
@@ -213,14 +221,14 @@ def test_adapters_of_a_bf16_base_stay_fp32() -> None:
 def test_fresh_adapters_change_nothing_and_are_the_same_for_a_seed(arch: str) -> None:
     batch = random_batch(LENS)
     plain = tiny_backbone(arch, torch.float32)
-    base = Spt(config_of("none"), build_base_trainables(config_of("none"), plain, 0), pad_id=1)
+    base = Spt(config_of("none"), build_base_trainables(config_of("none"), plain, 0), PLAIN)
     expected = plain(base.micro_losses, batch, 1, 1)
     drawn: list[list[torch.Tensor]] = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(drawn))  # peft's own draws come from here; ours do not
         backbone = tiny_backbone(arch, torch.float32)
         spt = Spt(
-            config_of("lora"), build_base_trainables(config_of("lora"), backbone, seed), pad_id=1
+            config_of("lora"), build_base_trainables(config_of("lora"), backbone, seed), PLAIN
         )
         assert torch.equal(backbone(spt.micro_losses, batch, 1, 1).nll, expected.nll)
         drawn.append(

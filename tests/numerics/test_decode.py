@@ -59,7 +59,7 @@ def direct(
             text, prompt = backbone.embed(context), spt.trainables.bank.weight[k]
             parts = [text, prompt] if suffix else [prompt, text]
             row = torch.cat([*parts, backbone.embed(torch.tensor(tokens, dtype=torch.long))])
-            layout = Layout([len(row)], torch.arange(len(row)), "sdpa", row.device)
+            layout = Layout([len(row)], torch.arange(len(row)), "sdpa")
             mixed += weight * backbone.head(backbone.run(row, layout)[-1])
         tokens.append(int(mixed.argmax()))
     return tokens
@@ -173,9 +173,7 @@ def likelihood(
     context = examples_of(batch)[place][0]
     ids = torch.cat([context, torch.tensor(tokens)])
     row = torch.cat([spt.trainables.bank.weight[k], backbone.embed(ids)])
-    logits = backbone.head(
-        backbone.run(row, Layout([len(row)], torch.arange(len(row)), "sdpa", row.device))
-    )
+    logits = backbone.head(backbone.run(row, Layout([len(row)], torch.arange(len(row)), "sdpa")))
     told = logits.log_softmax(-1)[-len(tokens) - 1 : -1]
     return float(told[torch.arange(len(tokens)), torch.tensor(tokens)].sum())
 

@@ -18,6 +18,7 @@ from spt_ds.config.generation import GenerateConfig
 from spt_ds.model import decode as decoding
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.decode import decode
+from spt_ds.model.reference import functions_of
 from spt_ds.model.spt import Spt
 from tests.helpers.tiny import examples_of, pick, random_batch, tiny_backbone, tiny_lm, tiny_spt
 
@@ -184,7 +185,7 @@ def test_golden_replies(dtype: torch.dtype) -> None:
     config = spt.config.model_copy(
         update={"reference": spt.config.reference.model_copy(update=width)}
     )
-    spt = Spt(config, spt.trainables, spt.pad_id)
+    spt = Spt(config, spt.trainables, functions_of(config.reference, PAD))
     with torch.no_grad():
         out = backbone(decode, spt, batch, GenerateConfig(max_new_tokens=8), (NEVER, PAD), False)
     assert np.allclose(out.scores.numpy(), arrays["infer_sim_scores"], rtol=0, atol=1e-6)

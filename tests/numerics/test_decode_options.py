@@ -50,7 +50,7 @@ def greedy(backbone: Backbone, spt: Spt, batch: Batch, change: Change) -> list[l
         for _ in range(NEW_TOKENS):
             ids = torch.cat([context, torch.tensor(tokens, dtype=torch.long)])
             row = torch.cat([spt.trainables.bank.weight[1], backbone.embed(ids)])
-            layout = Layout([len(row)], torch.arange(len(row)), "sdpa", row.device)
+            layout = Layout([len(row)], torch.arange(len(row)), "sdpa")
             logits = backbone.head(backbone.run(row, layout)[-1])
             change(logits, tokens)
             tokens.append(int(logits.argmax()))

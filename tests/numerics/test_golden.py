@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import golden
+from spt_ds.model.reference import PaddedPool, functions_of
 from spt_ds.model.retriever import softplus_scores
 from spt_ds.model.spt import Spt
 
@@ -52,7 +53,9 @@ def option(section: str, **values: Any) -> Callable[[Spt], Spt]:
     def change(spt: Spt) -> Spt:
         changed = getattr(spt.config, section).model_copy(update=values)
         config = spt.config.model_copy(update={section: changed})
-        return Spt(config, spt.trainables, spt.pad_id)
+        pool = spt.functions.pool
+        assert isinstance(pool, PaddedPool)
+        return Spt(config, spt.trainables, functions_of(config.reference, pool.pad_id))
 
     return change
 
@@ -75,7 +78,7 @@ def projections(spt: Spt) -> Spt:
 
 
 def pad_row(spt: Spt) -> Spt:
-    return Spt(spt.config, spt.trainables, pad_id=2)
+    return Spt(spt.config, spt.trainables, functions_of(spt.config.reference, pad_id=2))
 
 
 SWITCHES = {

@@ -133,7 +133,7 @@ def test_pool(padded: bool) -> None:
     spt = tiny_spt(backbone, reference=settings)
     packed = spt.pack(random_batch(((2, 1), (3, 2), (1, 4))))
     text = random(len(packed.ids), backbone.embed_size)
-    assert gradcheck(lambda rows: spt.pool(backbone, packed, rows), (text,))
+    assert gradcheck(lambda rows: spt.functions.pool(backbone, packed, rows), (text,))
 
 
 def test_a_text_longer_than_the_padding_is_refused() -> None:
@@ -171,18 +171,17 @@ def test_softplus() -> None:
 def attend_rows(backend: str) -> Callable[..., torch.Tensor]:
     lens = (3, 1, 5)
     positions = torch.cat([torch.arange(n) for n in lens])
-    layout = Layout(lens, positions, backend, torch.device("cpu"))
+    layout = Layout(lens, positions, backend)
     return lambda q, k, v: layout.attend(0, q, k, v, 0.6)
 
 
 def attend_branches(backend: str) -> Callable[..., torch.Tensor]:
     """Two examples with contexts of 4 and 2 tokens, two branches of 2 and 3 tokens each."""
-    cpu = torch.device("cpu")
-    context = Layout((4, 2), torch.arange(6), backend, cpu, record=True)
+    context = Layout((4, 2), torch.arange(6), backend, record=True)
     context.recorded = {
         0: (random(1, 2, 6, 4, seed=8, grad=False), random(1, 2, 6, 4, seed=9, grad=False))
     }
-    branches = Branches([2, 3], 2, context, torch.arange(10), cpu)
+    branches = Branches([4, 6], torch.arange(10), backend, count=2, context=context)
     return lambda q, k, v: branches.attend(0, q, k, v, 0.6)
 
 

@@ -15,7 +15,7 @@ import torch
 from spt_ds.batch import Batch
 from spt_ds.model import losses
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.reference import jumping_softplus, mean_of_nonzero
+from spt_ds.model.reference import functions_of, jumping_softplus, mean_of_nonzero
 from spt_ds.model.retriever import softplus_scores
 from spt_ds.model.spt import MicroLosses, Spt
 from tests.helpers.tiny import (
@@ -181,7 +181,7 @@ def test_fault_07_a_model_that_never_stops_has_a_higher_loss() -> None:
     backbone, spt = build(Case("phi"))
     batch = pick(random_batch(LENS), [1])  # a reply of EOS alone
     before = micro(backbone, spt, batch).nll
-    spt = Spt(spt.config, spt.trainables, pad_id=EOS)
+    spt = Spt(spt.config, spt.trainables, functions_of(spt.config.reference, pad_id=EOS))
     assert torch.equal(before, micro(backbone, spt, batch).nll)
     with torch.no_grad():
         backbone.lm.get_output_embeddings().bias[EOS] -= 5.0

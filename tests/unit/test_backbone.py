@@ -271,10 +271,9 @@ class TestBackend:
         )  # without its cache
         q, k, v = (torch.randn(1, heads, sum(lens), 8) for heads in (4, 2, 2))
         positions = torch.cat([torch.arange(n) for n in lens])
-        layout = Layout(lens, positions, "varlen", CPU)
-        assert layout.edges is not None
+        layout = Layout(lens, positions, "varlen")
         assert layout.edges.tolist() == edges.tolist()
-        right = Layout(lens, positions, "eager", CPU).attend(0, q, k, v, scale)
+        right = Layout(lens, positions, "eager").attend(0, q, k, v, scale)
         torch.testing.assert_close(layout.attend(0, q, k, v, scale), right)
 
     @pytest.mark.parametrize(
@@ -357,7 +356,7 @@ class TestFlashPackages:
             assert attention._flash_package() == package
             assert chosen == ("flash" if package else "sdpa")
             if package:
-                layout = Layout((2, 1), torch.tensor([0, 1, 0]), "flash", CPU)
+                layout = Layout((2, 1), torch.tensor([0, 1, 0]), "flash")
                 q = torch.zeros(1, 2, 3, 4)
                 assert layout.attend(0, q, q, q, 1.0).shape == (1, 3, 2, 4)
                 assert called == ["flash_attn.cute" if package == "flash-attn 4" else "flash_attn"]

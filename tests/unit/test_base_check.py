@@ -317,7 +317,7 @@ def test_families_that_have_been_run(config: PretrainedConfig, dtype: torch.dtyp
 def test_sees_capped_logits_however_small_the_logits_are(dtype: torch.dtype) -> None:
     """Gemma 2 at initialisation: its cap of 30 moves these logits by less than bf16 rounds."""
     backbone = tiny_backbone("gemma2", dtype, final_logit_softcapping=30.0)
-    layout = Layout((5,), torch.arange(5), "sdpa", CPU)
+    layout = Layout((5,), torch.arange(5), "sdpa")
     logits = backbone.lm(input_ids=torch.arange(5)[None], use_cache=False, layout=layout).logits
     assert float(logits.abs().max()) < 15
     with pytest.raises(ModelError, match=r"Gemma2ForCausalLM.*other logits"):

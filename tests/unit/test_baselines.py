@@ -26,9 +26,8 @@ from spt_ds.model.backbone import Backbone
 from spt_ds.model.baselines import build_base_trainables
 from spt_ds.model.rows import target_states
 from spt_ds.placement.choose import place_base
-from spt_ds.placement.estimate import trainable_bytes
+from spt_ds.placement.estimate import BaseShape, needs_of, trainable_bytes
 from spt_ds.placement.memory import GIB, Memory
-from spt_ds.placement.shape import BaseShape
 from tests.helpers.tiny import make_batch
 from tests.helpers.tokenizers import byte_tokenizer
 
@@ -110,15 +109,15 @@ def test_a_base_that_trains_is_copied_to_each_rank_or_refused(kind: str) -> None
     config = Config.model_validate(
         {"method": {"type": kind}, "model": {"base_bits": 32}, **NO_PROMPTS}
     )
-    found, why = place_base(config, shape, 4, Memory(200 * GIB, None))
+    found, why = place_base(config, needs_of(config, shape, 4), 4, Memory(200 * GIB, None))
     assert found == "replicate", why
     assert kind == "none" or f"method.type: {kind} trains weights in it" in why
     scarce = 20 * GIB  # a share fits, the whole of 25 GiB does not
     if kind == "none":
-        assert place_base(config, shape, 4, Memory(scarce, None))[0] == "zero3"
+        assert place_base(config, needs_of(config, shape, 4), 4, Memory(scarce, None))[0] == "zero3"
         return
     with pytest.raises(EngineError) as caught:
-        place_base(config, shape, 4, Memory(scarce, 1000 * GIB))
+        place_base(config, needs_of(config, shape, 4), 4, Memory(scarce, 1000 * GIB))
     for part in (
         "base 25.",
         f"method.type: {kind}",

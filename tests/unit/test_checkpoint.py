@@ -224,7 +224,7 @@ def test_a_missing_best_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert not caplog.records
         assert checkpoint.find(RunFolder(tmp_path).checkpoints, "best") == last
     assert (
-        "step-00000002: the best checkpoint is missing; taking the last one, step-00000003"
+        "step-00000002: the best checkpoint is missing; using the last one, step-00000003"
         in caplog.text
     )
 

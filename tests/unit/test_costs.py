@@ -21,7 +21,7 @@ from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.costs.step import Reads
 from spt_ds.model.attention import PACKED, Layout
 from spt_ds.model.backbone import Backbone
-from spt_ds.placement.shape import BaseShape
+from spt_ds.placement.estimate import BaseShape
 from tests.helpers.tiny import tiny_config
 
 
@@ -79,9 +79,7 @@ def test_forward_passes_of_opt_are_seen(case: str) -> None:
         lm.set_attn_implementation("sdpa")
         lm(input_ids=ids)
     else:
-        Backbone(lm, "sdpa").run(
-            torch.zeros(3, 16), Layout((3,), torch.arange(3), "sdpa", torch.device("cpu"))
-        )
+        Backbone(lm, "sdpa").run(torch.zeros(3, 16), Layout((3,), torch.arange(3), "sdpa"))
     assert meter.take() > 0
     assert meter.take() == 0
 

@@ -67,7 +67,7 @@ def test_reading_imports_neither_torch_nor_deepspeed() -> None:
             "import sys",
             "from spt_ds.config.schema import Config",
             "from spt_ds.placement.ds_check import plan_of_file",
-            "from spt_ds.placement.shape import BaseShape",
+            "from spt_ds.placement.estimate import BaseShape",
             f"plan_of_file({file!r}, Config(), BaseShape.from_config({sizes_of_base!r}), 2)",
             "heavy = {'torch', 'deepspeed', 'transformers'}",
             "print(sorted(heavy & sys.modules.keys()))",
@@ -310,7 +310,7 @@ MISUSES: list[tuple[dict[str, Any], str]] = [
         zero(zero_quantized_gradients=True),
         (
             "zero_optimization.zero_quantized_gradients: DeepSpeed holds no gradient here: those of"
-            " the trainables are reduced in fp32 beside it; remove it"
+            " the trainables are reduced in fp32 without it; remove it"
         ),
     ),
     ({"pipeline": {"stages": 2}}, "pipeline: pipeline parallelism is not used; remove it"),

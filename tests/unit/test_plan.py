@@ -28,7 +28,13 @@ from spt_ds.model.attention import PACKED, Layout
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.rows import read_context, target_states
 from spt_ds.placement.choose import choose_checkpointing, place_base
-from spt_ds.placement.estimate import FIXED_BYTES, step_bytes, trainable_bytes
+from spt_ds.placement.estimate import (
+    FIXED_BYTES,
+    BaseShape,
+    needs_of,
+    step_bytes,
+    trainable_bytes,
+)
 from spt_ds.placement.memory import (
     GIB,
     USABLE,
@@ -36,7 +42,6 @@ from spt_ds.placement.memory import (
     host_memory_per_rank,
     memory_per_rank,
 )
-from spt_ds.placement.shape import BaseShape
 from tests.helpers.tiny import make_batch, tiny_spt
 
 
@@ -210,15 +215,9 @@ def test_a_shared_context_costs_its_keys_and_values(name: str) -> None:
     backbone = Backbone(
         AutoModelForCausalLM.from_config(SMALL[name], attn_implementation=PACKED), "sdpa"
     )
-    context = Layout(
-        (40, 16),
-        torch.cat([torch.arange(40), torch.arange(16)]),
-        "sdpa",
-        torch.device("cpu"),
-        record=True,
-    )
+    positions = torch.cat([torch.arange(40), torch.arange(16)])
+    context = Layout((40, 16), positions, "sdpa", record=True)
     backbone.run(torch.zeros(56, 128), context)
-    assert context.recorded is not None
     counted = sum(t.untyped_storage().nbytes() for pair in context.recorded.values() for t in pair)
     assert BaseShape.from_config(SMALL[name].to_dict()).context_bytes(56, 32) == counted
 
@@ -243,15 +242,18 @@ def test_placement_follows_from_sizes(
     name: str, bits: int, ranks: int, gib: int, placement: str
 ) -> None:
     config = run(model={"base_bits": bits})
-    found, why = place_base(config, shape_of(name), ranks, Memory(gib * GIB, 100 * GIB))
+    found, why = place_base(
+        config, needs_of(config, shape_of(name), ranks), ranks, Memory(gib * GIB, 100 * GIB)
+    )
     assert found == placement, why
     assert why.startswith(f"placement: {placement} (base ")
     assert "GiB" in why
 
 
 def test_a_configured_placement_is_kept() -> None:
+    config = run(engine={"placement": "zero3"})
     found, why = place_base(
-        run(engine={"placement": "zero3"}), shape_of("gpt2"), 2, Memory(80 * GIB, None)
+        config, needs_of(config, shape_of("gpt2"), 2), 2, Memory(80 * GIB, None)
     )
     assert (found, why) == ("zero3", "placement: zero3 (as configured)")
 
@@ -259,13 +261,13 @@ def test_a_configured_placement_is_kept() -> None:
 def test_recomputation_follows_from_sizes() -> None:
     small, large = run(train={"micro_batch": 1}), run(train={"micro_batch": 32})
     shape = shape_of("llama-2-7b")
-    used, why = choose_checkpointing(small, shape, "replicate", 1, 68 * GIB)
+    used, why = choose_checkpointing(small, needs_of(small, shape, 1), "replicate", 68 * GIB)
     assert used == "off", why
-    used, why = choose_checkpointing(large, shape, "replicate", 1, 68 * GIB)
+    used, why = choose_checkpointing(large, needs_of(large, shape, 1), "replicate", 68 * GIB)
     assert used == "non_reentrant", why
     assert "do not fit" in why
     asked = run(model={"activation_checkpointing": "reentrant"})
-    assert choose_checkpointing(asked, shape, "zero3", 2, GIB)[0] == "reentrant"
+    assert choose_checkpointing(asked, needs_of(asked, shape, 2), "zero3", GIB)[0] == "reentrant"
 
 
 def test_shared_contexts_need_less_than_rows_of_their_own() -> None:
@@ -305,7 +307,9 @@ def test_a_base_that_fits_nowhere_is_refused(
 ) -> None:
     host = None if host_gib is None else host_gib * GIB
     with pytest.raises(EngineError) as caught:
-        place_base(run(), shape_of("llama-2-70b"), ranks, Memory(gib * GIB, host))
+        place_base(
+            run(), needs_of(run(), shape_of("llama-2-70b"), ranks), ranks, Memory(gib * GIB, host)
+        )
     for part in (
         reason,
         "base 128.",
@@ -317,12 +321,12 @@ def test_a_base_that_fits_nowhere_is_refused(
 
 def test_offload_takes_the_host_share_and_no_more() -> None:
     shape = shape_of("llama-2-70b")
-    share = shape.base_bytes(16) // 2
-    found, why = place_base(run(), shape, 2, Memory(40 * GIB, share + FIXED_BYTES))
+    share, needs = shape.base_bytes(16) // 2, needs_of(run(), shape, 2)
+    found, why = place_base(run(), needs, 2, Memory(40 * GIB, share + FIXED_BYTES))
     assert found == "zero3_offload"
     assert f"the share, {share / GIB:.2f} GiB, goes to the host" in why
     with pytest.raises(EngineError):
-        place_base(run(), shape, 2, Memory(40 * GIB, share + FIXED_BYTES - 1))
+        place_base(run(), needs, 2, Memory(40 * GIB, share + FIXED_BYTES - 1))
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

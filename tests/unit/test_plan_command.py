@@ -80,7 +80,7 @@ def test_without_a_gpu_the_host_is_the_memory(
     assert main([*arguments, "--ranks", "2"]) == 0
     out = capsys.readouterr().out
     assert "placement: replicate" in out
-    assert "host memory beside it" not in out
+    assert "host memory next to it" not in out
     assert main([*arguments, "--host-gib", "5"]) == 2
     assert main([*arguments, "--ranks", "0"]) == 2
     assert "--ranks 0: give a number above 0" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 
 from spt_ds.config.schema import Config
 from spt_ds.model.prompt_bank import PromptBank, initial_prompts
-from spt_ds.model.reference import unit_normal_prompts
+from spt_ds.model.reference import functions_of, unit_normal_prompts
 from spt_ds.model.spt import Trainables, build_trainables
 from tests.helpers.tiny import VOCABULARY, tiny_backbone
 
@@ -75,7 +75,8 @@ def test_the_reference_draws_the_bank_with_its_seed() -> None:
 def make(seed: int, **sections: dict[str, Any]) -> Trainables:
     backbone = tiny_backbone("opt_project", torch.bfloat16)
     config = Config.model_validate({"prompts": {"count": 2, "tokens": 3}, **sections})
-    out = backbone(lambda base: build_trainables(config, base, [], seed))
+    functions = functions_of(config.reference, pad_id=1)
+    out = backbone(lambda base: build_trainables(config, base, functions, [], seed))
     assert isinstance(out, Trainables)
     return out
 

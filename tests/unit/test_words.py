@@ -6,6 +6,7 @@ read a page aloud before you commit it.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +115,26 @@ def test_words_are_common(path: Path) -> None:
     assert not found, f"{name_of(path)}:\n" + "\n".join(found)
 
 
+def messages(code: str) -> Iterator[str]:
+    """The texts in a file of code that may reach a user: all but docstrings."""
+    tree = ast.parse(code)
+    statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and id(node) not in statements:
+            yield node.value if isinstance(node.value, str) else ""
+
+
+def test_messages_use_common_words() -> None:
+    found = [
+        f"{name_of(path)}: {match.group()!r} in {text!r}: write {better}"
+        for path in sorted((ROOT / "spt_ds").rglob("*.py"))
+        for text in messages(path.read_text(encoding="utf-8"))
+        for phrase, better in BANNED.items()
+        for match in re.finditer(rf"\b(?:{phrase})\b", text, re.I)
+    ]
+    assert not found, "\n".join(found)
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_lines_of_prose_fit(path: Path) -> None:
     text = re.sub(r"^ *```.*?^ *```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -140,3 +161,5 @@ def test_the_rules_see_what_they_forbid() -> None:
     assert sentences(paragraph) == ["One is code long.", "Two is longer, eg this."]
     assert list(paragraphs("* one\n  more\n* two\n| a | b |\n")) == ["one more", "two"]
     assert re.search(next(iter(BANNED)), "the run goes on")
+    code = 'def one(x):\n    """It goes on."""\n    return f"{x} goes on" + "b"\n'
+    assert sorted(messages(code)) == [" goes on", "b"]

@@ -121,7 +121,7 @@ def _scores_of_examples(name: str, replies: Sequence[Reply]) -> Markup:
         f"Scores of {len(sampled)} of {len(replies)} examples, spread evenly; dots: the prompt that"
         " replied"
     )
-    alt = f"{title}. Scores lie between {values.min():.4g} and {values.max():.4g}."
+    alt = f"{title}. Scores are between {values.min():.4g} and {values.max():.4g}."
     indices = [str(reply.row.index) for reply in sampled]
     scores = Heat(values, indices, "example", "score", ".3f", chosen)
     return tag("figure", tag("figcaption", title), plots.heat(name, alt, scores))
