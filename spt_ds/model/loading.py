@@ -134,7 +134,7 @@ def check_weights(config: ModelConfig, base: PretrainedConfig) -> None:
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in empty.buffers())
     if buffers > MAX_BUFFER_BYTES:
         raise ModelError(
-            f"model.base: config.json of {path} asks for {buffers >> 30} GiB beside the weights"
+            f"model.base: config.json of {path} asks for {buffers >> 30} GiB apart from the weights"
             f" (masks, positions), allowed are {MAX_BUFFER_BYTES >> 30}; lower the positions in it"
         )
     if not hasattr(base, SECTION):
