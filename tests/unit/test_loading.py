@@ -186,7 +186,7 @@ def test_memory_is_not_taken_for_what_config_json_alone_sizes(base: Path) -> Non
     tree = {"model_type": "gpt_bigcode", **sizes, "n_positions": 1 << 20}
     (base / "config.json").write_text(json.dumps(tree), encoding="utf-8")
     for bits in (32, 4):
-        assert "asks for 1024 GiB beside the weights" in refused(settings(base, base_bits=bits))
+        assert "asks for 1024 GiB apart from the weights" in refused(settings(base, base_bits=bits))
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
