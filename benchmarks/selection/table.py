@@ -1,9 +1,10 @@
-"""Audits the banks of a finished sweep against its single prompts, and makes one table over seeds.
+"""One table of the runs of a sweep on the task of kinds, over its seeds.
 
-    python -m benchmarks.selection.table runs/kinds --banks mixture spt --kinds FILE
+    python -m benchmarks.selection.table runs/kinds --kinds FILE [--against pt-64]
 
-A folder of the sweep is ROW.seed-N. Every bank is audited against all other rows of its seed, with
-`spt-ds audit`; an audit that is there is not repeated. Prints the table, and JSON as the last line.
+A folder of the sweep is ROW.seed-N. Each run is measured once, on `data.test`, by the code of
+`spt-ds audit`, and what was measured stays in RUN/measured.npz. The differences to the row
+`--against` are paired by reply. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -11,85 +12,113 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from spt_ds import dist
+from spt_ds.audit.judge import (
+    Judge,
+    best_of_kinds,
+    best_single,
+    entropy,
+    kind_accuracy,
+    kind_counts,
+)
+from spt_ds.audit.measure import measure
+from spt_ds.audit.measured import Measured, Text
+from spt_ds.engine.session import open_split, open_trained
 from spt_ds.evaluate.tables import Table
+from spt_ds.run.folder import RunFolder
 
 
-def seeds_of(root: Path, row: str) -> list[Path]:
-    """The finished runs of a row, by seed."""
-    return sorted(path.parent for path in root.glob(f"{row}.seed-*/DONE.json"))
-
-
-def audit(run: Path, opponents: Sequence[Path], kinds: Path) -> dict[str, Any]:
-    """The audit of a run, made where it is not there."""
-    path = run / "audit.json"
+def measured(run: Path) -> Measured:
+    """What the run does on its test examples: read from its folder, or measured now."""
+    path = run / "measured.npz"
     if not path.is_file():
-        command = [sys.executable, "-m", "spt_ds.cli", "audit", str(run), "--kinds", str(kinds)]
-        if opponents:
-            command += ["--against", *map(str, opponents)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+        folder, world = RunFolder(run), dist.init(600)
+        session, _ = open_trained(folder.load_config(), folder, "best", None, world)
+        found = measure(session, open_split(session, "test"))
+        texts = [[list(t.persona), list(t.history), t.response, t.dialogue] for t in found.texts]
+        np.savez(
+            path,
+            losses=found.losses,
+            tokens=found.tokens,
+            ensemble=found.ensemble,
+            scores=found.scores,
+            texts=json.dumps(texts),
+        )
+    saved = np.load(path)
+    texts = [
+        Text(tuple(persona), tuple(history), response, dialogue)
+        for persona, history, response, dialogue in json.loads(str(saved["texts"]))
+    ]
+    arrays = (saved[name] for name in ("losses", "tokens", "ensemble", "scores"))
+    return Measured(*arrays, features={}, texts=texts)
 
 
-def figures(found: dict[str, Any]) -> dict[str, float]:
-    """The numbers of one audit that the table shows."""
-    rows = {row["name"]: row["nll"] for row in found["rows"]}
-    usage = [count / found["examples"] for count in found["usage"]]
-    gates = [row["r2"] for row in found["rows"] if row["r2"] is not None]
-    numbers = {
-        "selected": rows["selected prompt"],
-        "best single": rows["best single prompt"],
-        "random": rows["random prompt"],
-        "oracle": rows["best prompt of each reply"],
-        "kind %": 100 * found["kind_accuracy"],
-        "least used %": 100 * min(usage),
-        "most used %": 100 * max(usage),
-        "entropy": found["usage_entropy"],
-        "R2": max(gates, default=0.0),
+def figures(run: Measured, other: Measured, kinds: Sequence[str]) -> dict[str, float]:
+    """The numbers of one run that the table shows; `other` is the run that it is compared with."""
+    judge = Judge(run)
+
+    def per_token(losses: Any) -> float:
+        return float(losses.sum() / run.tokens.sum())
+
+    pair = judge.compare(run.of(run.selected), other.of(other.selected))
+    numbers = {"nll": per_token(run.of(run.selected)), "minus": pair.difference, "p": pair.p}
+    if run.count == 1:
+        return numbers
+    usage = np.bincount(run.selected, minlength=run.count)
+    return {
+        **numbers,
+        "best single": per_token(run.of(best_single(run))),
+        "random": per_token(run.losses.mean(axis=1)),
+        "by kind": per_token(run.of(best_of_kinds(run, kinds))),
+        "oracle": per_token(judge.oracle),
+        "kind %": 100 * kind_accuracy(kind_counts(run.selected, kinds, run.count)),
+        "least %": 100 * usage.min() / usage.sum(),
+        "most %": 100 * usage.max() / usage.sum(),
+        "entropy": entropy(usage) or 0.0,
     }
-    for name, pair in found["against"].items():
-        numbers[f"minus {name.partition('.seed-')[0]}"] = pair["difference"]
-        numbers[f"p {name.partition('.seed-')[0]}"] = pair["p"]
-    return numbers
 
 
 def main(argv: Sequence[str]) -> int:
-    """Audit, print the table and the JSON line."""
+    """Measure, print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("root", type=Path, help="folder of the sweep")
-    parser.add_argument("--banks", nargs="+", required=True, help="rows that have a bank")
     parser.add_argument("--kinds", type=Path, required=True, help="kinds of data.test")
+    parser.add_argument("--against", default="pt-64", help="row that the others are compared with")
     args = parser.parse_args(argv)
-    names = {path.parent.name.partition(".seed-")[0] for path in args.root.glob("*/DONE.json")}
-    singles = sorted(names - set(args.banks))
-    report: dict[str, Any] = {}
-    lines = []
-    for bank in args.banks:
-        found = []
-        for run in seeds_of(args.root, bank):
-            seed = run.name.partition(".seed-")[2]
-            opponents = [args.root / f"{row}.seed-{seed}" for row in singles]
-            there = [path for path in opponents if (path / "DONE.json").is_file()]
-            found.append(audit(run, there, args.kinds))
-        columns = [figures(each) for each in found]
-        shared = [key for key in columns[0] if all(key in each for each in columns)]
-        report[bank] = {key: [each[key] for each in columns] for key in shared}
-        report[bank]["verdicts"] = [each["verdict"]["word"] for each in found]
-        lines.append([bank, *(_spread(report[bank][key]) for key in shared)])
-    print(Table(["bank", *shared], lines).text())
+    kinds = args.kinds.read_text(encoding="utf-8").splitlines()
+    runs: dict[str, dict[str, Measured]] = {}
+    for done in sorted(args.root.glob("*.seed-*/DONE.json")):
+        row, _, seed = done.parent.name.partition(".seed-")
+        runs.setdefault(row, {})[seed] = measured(done.parent)
+    report: dict[str, dict[str, list[float]]] = {}
+    for row, by_seed in runs.items():
+        columns = [
+            figures(run, runs[args.against][seed], kinds)
+            for seed, run in by_seed.items()
+            if seed in runs[args.against]
+        ]
+        report[row] = {key: [numbers[key] for numbers in columns] for key in columns[0]}
+    names = list(dict.fromkeys(key for numbers in report.values() for key in numbers))
+    lines = [
+        [row, len(numbers["nll"]), *(_spread(numbers.get(key, ())) for key in names)]
+        for row, numbers in sorted(report.items(), key=lambda item: item[1]["nll"][0])
+    ]
+    print(Table(["row", "seeds", *names], lines).text())
     print(json.dumps(report))
+    dist.shutdown()
     return 0
 
 
 def _spread(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
+    if len(values) < 2:
+        return "".join(f"{value:.3f}" for value in values)
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 

@@ -25,7 +25,7 @@ from tests.helpers.twins import TWIN, TwinParts, TwinSettings, twin_step
 
 PARTS = {"paper": ("nll_loss", "selection", "fusion"), "mixture": ("nll_loss", "mixture")}
 # What makes the mixture the objective; T is no power of two, so that a product with it rounds.
-MIXTURE = {
+MIXTURE: dict[str, Any] = {
     "objective": "mixture",
     "temperature": 1.4,
     "balance": 0.8,

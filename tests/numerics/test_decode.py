@@ -18,6 +18,7 @@ from spt_ds.model.decode import Decoded, choose_prompts, decode
 from spt_ds.model.logits import FuseRows
 from spt_ds.model.spt import Spt
 from tests.helpers.tiny import examples_of, pick, random_batch, tiny_backbone, tiny_spt
+from tests.numerics.steps import MIXTURE
 
 ARCHS = ["opt", "llama"]
 PLACEMENTS = ["prefix", "suffix"]
@@ -107,6 +108,9 @@ def test_fuse_mixes_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
     spt = tiny_spt(backbone, losses={"fusion_weights": "normalised"})
     scores = run(backbone, spt, batch, mode="fuse").scores
     torch.testing.assert_close(mixed[0], scores / scores.sum(dim=0))
+    spt = tiny_spt(backbone, losses=MIXTURE)
+    scores = run(backbone, spt, batch, mode="fuse").scores
+    torch.testing.assert_close(mixed[1], (scores / MIXTURE["tau_sim"]).softmax(dim=0))
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.selection import table
@@ -75,35 +76,34 @@ def test_fewer_clients_and_more_repeats(tmp_path: Path) -> None:
         assert first["kind"] != second["kind"]
 
 
-def test_the_table_averages_audits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    choices = (
-        "best single prompt",
-        "random prompt",
-        "selected prompt",
-        "best prompt of each reply",
-    )
+def saved(run: Path, losses: np.ndarray, scores: np.ndarray) -> None:
+    run.mkdir()
+    (run / "DONE.json").write_text("{}")
+    count = len(losses)
+    texts = json.dumps([[[], ["hi"], "yes", f"d{n // 2}"] for n in range(count)])
+    arrays = {"losses": losses, "scores": scores, "tokens": np.full(count, 10.0)}
+    np.savez(run / "measured.npz", ensemble=losses.mean(axis=1), texts=texts, **arrays)
+
+
+def test_the_table_compares_rows_and_averages_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = ["a", "b"] * 10
+    (tmp_path / "kinds").write_text("".join(f"{kind}\n" for kind in kinds))
     for seed in (0, 1):
-        for row in ("pt", "bank"):
-            run = tmp_path / f"{row}.seed-{seed}"
-            run.mkdir()
-            (run / "DONE.json").write_text("{}")
-        found = {
-            "rows": [{"name": name, "nll": 3.0 + seed, "r2": None} for name in choices],
-            "usage": [30, 10],
-            "examples": 40,
-            "kind_accuracy": 0.9,
-            "usage_entropy": 0.8,
-            "against": {f"pt.seed-{seed}": {"difference": -0.25, "p": 0.001}},
-            "verdict": {"word": "earns its keep"},
-        }
-        (tmp_path / f"bank.seed-{seed}" / "audit.json").write_text(json.dumps(found))
-    assert table.main([str(tmp_path), "--banks", "bank", "--kinds", "unused"]) == 0
+        one = np.full((20, 1), 30.0 + 10 * seed)
+        saved(tmp_path / f"pt-64.seed-{seed}", one, np.zeros_like(one))
+        two = np.where(np.eye(2)[[0, 1] * 10] > 0, 20.0, 50.0)  # each prompt is good for its kind
+        saved(tmp_path / f"bank.seed-{seed}", two, -two)
+    assert table.main([str(tmp_path), "--kinds", str(tmp_path / "kinds")]) == 0
     text = capsys.readouterr().out
-    report = json.loads(text.splitlines()[-1])
-    assert report["bank"]["selected"] == [3.0, 4.0]
-    assert report["bank"]["minus pt"] == [-0.25, -0.25]
-    assert report["bank"]["verdicts"] == ["earns its keep"] * 2
-    assert "3.500 ± 0.707" in text
+    bank = json.loads(text.splitlines()[-1])["bank"]
+    assert bank["nll"] == [2.0, 2.0]
+    assert bank["minus"] == pytest.approx([-1.0, -2.0])
+    assert bank["best single"] == bank["random"] == [3.5, 3.5]
+    assert bank["by kind"] == bank["oracle"] == [2.0, 2.0]
+    assert (bank["kind %"], bank["entropy"]) == ([100.0, 100.0], [1.0, 1.0])
+    assert "3.500 ± 0.707" in text  # pt-64 over its seeds
 
 
 def test_the_shipped_clients_are_made_by_this_script(tmp_path: Path) -> None:
