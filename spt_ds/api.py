@@ -19,7 +19,7 @@ import numpy as np
 from spt_ds import dist
 from spt_ds.batch import Batch
 from spt_ds.config.generation import GenerateConfig
-from spt_ds.data.encode import encode_context
+from spt_ds.data.encode import Encoder
 from spt_ds.display import holds_surrogate, shown
 from spt_ds.engine.generator import decode_batch, reply_text
 from spt_ds.engine.session import Session, context_style, open_trained
@@ -93,7 +93,9 @@ class Bot:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._style = context_style(session)  # worked examples are drawn once, not for every reply
+        # Worked examples are drawn once, not for every reply.
+        window, style = session.config.data.max_tokens, context_style(session)
+        self._encoder = Encoder(session.tokenizer, window, style)
         self._context = ContextCache()
         # each reply has noise of its own, where sampling or generate.mode draws any
         self._replies = 0
@@ -197,16 +199,11 @@ class Bot:
         return options.model_copy(update={"mode": f"fixed:{prompt}"})
 
     def _batch(
-        self, persona: Sequence[str], history: Sequence[str], options: GenerateConfig
+        self, persona: tuple[str, ...], history: tuple[str, ...], options: GenerateConfig
     ) -> tuple[Batch, int]:
         window = self._session.config.data.max_tokens
-        encoded = encode_context(
-            persona,
-            history,
-            self._session.tokenizer,
-            window,
-            reserved=options.max_new_tokens,
-            style=self._style,
+        encoded = self._encoder.context(
+            "dialogue", persona, history, reserved=options.max_new_tokens
         )
         if history and encoded.dropped_turns == len(history):
             raise DataError(
@@ -223,6 +220,7 @@ class Bot:
             (0,),
             (self._replies,),
             (1.0,),
+            (encoded.prompt_at,),
         )
         return batch, encoded.dropped_turns
 

@@ -69,7 +69,7 @@ def _decode(
     # The prompt of each example is drawn: random weights would choose the same one for all.
     options = GenerateConfig(mode=mode, max_new_tokens=new_tokens)
     with torch.no_grad():
-        out = backbone(decode, spt, batch, options, (NO_END, 0), False)
+        out = backbone(decode, spt, batch, options, ((NO_END,), 0), False)
     return out.tokens, out.chosen
 
 

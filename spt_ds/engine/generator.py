@@ -50,7 +50,7 @@ def decode_batch(
     session: Session, batch: Batch, options: GenerateConfig, hooks: ReplyHooks | None = None
 ) -> Decoded:
     """Decode one micro-batch; with a sharded base all ranks must come along."""
-    special = session.tokenizer.eos_token_id, session.tokenizer.pad_token_id
+    special = session.ends, session.tokenizer.pad_token_id
     with torch.no_grad():
         out: Decoded = session.backbone(
             decode, session.spt, batch, options, special, session.sharding.on, hooks
@@ -64,7 +64,7 @@ def reply_text(session: Session, tokens: list[int]) -> tuple[str, str]:
     """
     raw = str(session.tokenizer.decode(tokens, skip_special_tokens=True))
     reply = clean(raw)
-    if reply == raw and tokens[-1:] != [session.tokenizer.eos_token_id]:
+    if reply == raw and not (tokens and tokens[-1] in session.ends):
         reply = without_half_marker(reply)
     return raw, reply.strip()
 

@@ -41,13 +41,13 @@ def decode(
     spt: Spt,
     batch: Batch,
     options: GenerateConfig,
-    special: tuple[int, int],
+    special: tuple[tuple[int, ...], int],
     synced: bool,
     hooks: ReplyHooks | None = None,
 ) -> Decoded:
     """Generate replies to the contexts of `batch`; run inside a call of the root module.
 
-    `special` is (end-of-sequence id, pad id); `synced` keeps ranks that share a sharded base in
+    `special` is (ids that end a reply, pad id); `synced` keeps ranks that share a sharded base in
     step until the longest reply of all is done; `hooks` is what a conversation adds.
     """
     # Choose: by contexts alone, since a pool over the whole text (reference.padded_pool) would read
@@ -118,12 +118,12 @@ def _prompts_to_read(spt: Spt, chosen: list[int | None]) -> torch.Tensor:
 
 def _rows(spt: Spt, batch: Batch, text: torch.Tensor, prompts: torch.Tensor) -> list[torch.Tensor]:
     """Embeddings [P + C_b, D] of each row up to its reply, prompt-major, in the base's dtype."""
-    suffix = spt.config.prompts.placement == "suffix"
+    heads = batch.before_prompt(spt.config.prompts.placement == "suffix")
     contexts = text.split(batch.context_lens)
     return [
-        torch.cat([context, virtual] if suffix else [virtual, context])
+        torch.cat([context[:head], virtual, context[head:]])
         for group in prompts.to(text.dtype)
-        for context, virtual in zip(contexts, group, strict=True)
+        for context, virtual, head in zip(contexts, group, heads, strict=True)
     ]
 
 
@@ -144,13 +144,13 @@ def _fusion(spt: Spt, options: GenerateConfig, scores: torch.Tensor) -> list[Log
     return [FuseRows(losses.fusion_weights(scores, spt.config.losses.fusion_weights))]
 
 
-def _settings(options: GenerateConfig, special: tuple[int, int]) -> GenerationConfig:
-    end, pad = special
+def _settings(options: GenerateConfig, special: tuple[tuple[int, ...], int]) -> GenerationConfig:
+    ends, pad = special
     return GenerationConfig(
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
         length_penalty=options.length_penalty,
-        eos_token_id=end,
+        eos_token_id=list(ends),
         pad_token_id=pad,
         do_sample=False,  # sampling is a processor of ours, see GumbelNoise
     )
@@ -167,7 +167,8 @@ def _generate(
     if hooks.context is None:
         return backbone.generate(**inputs)
     # `generate` skips the embeddings whose keys and values the cache holds.
-    with hooks.context.reading(batch.context_ids.tolist()) as cache:
+    head = batch.before_prompt(suffix=True)[0]  # what stands before the prompt of the one row
+    with hooks.context.reading(batch.context_ids[:head].tolist()) as cache:
         return backbone.generate(**inputs, **cache_argument(backbone.lm, cache))
 
 
@@ -182,5 +183,7 @@ def _reply_losses(
     return spt.reply_losses(backbone, packed, hidden)[0]
 
 
-def _until(tokens: list[int], end: int) -> list[int]:
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+def _until(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
+    """The tokens up to the first that ends a reply."""
+    last = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: last + 1]

@@ -42,7 +42,7 @@ def trainable_bytes(config: Config, shape: BaseShape) -> int:
 def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:
     """Most bytes that one micro-batch keeps for its backward pass.
 
-    With `placement: suffix` a response is taken to be at most RESPONSE_TOKENS long.
+    In suffix placement a response is taken to be at most RESPONSE_TOKENS long.
     """
     c, bits = config, config.model.base_bits
     suffix = c.prompts.placement == "suffix"

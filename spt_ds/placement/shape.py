@@ -129,6 +129,6 @@ class BaseShape:
         return tokens * (self.layers * layer + last_norm)
 
     def context_bytes(self, tokens: int, bits: int) -> int:
-        """Keys and values of `tokens` context tokens, which the branches of `placement: suffix`
+        """Keys and values of `tokens` context tokens, which the branches of `suffix` placement
         read until the end of the backward pass."""
         return tokens * self.layers * 2 * self.keys * (4 if bits == 32 else 2)

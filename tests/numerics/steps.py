@@ -148,7 +148,7 @@ def twin_of(
             (int(i), int(j), float(t))
             for (i, j), t in zip(contrast.pairs, contrast.targets, strict=True)
         ]
-    out = twin_step(lm, parts, examples_of(batch), pairs, settings, trained)
+    out = twin_step(lm, parts, examples_of(batch), pairs, settings, trained, batch.prompt_at)
     leaves = {name: getattr(parts, field) for name, field in TWIN_GRADS.items()}
     grads = torch.autograd.grad(out["total"], list(leaves.values()), allow_unused=True)
     filled: Mapping[str, torch.Tensor] = {

@@ -33,7 +33,7 @@ def tiny(arch: str, placement: str, count: int = 3) -> tuple[Backbone, Spt, Batc
 def run(backbone: Backbone, spt: Spt, batch: Batch, end: int = NEVER, **options: Any) -> Decoded:
     settings = GenerateConfig(**{"max_new_tokens": 6, **options})
     with torch.no_grad():
-        out: Decoded = backbone(decode, spt, batch, settings, (end, 0), False)
+        out: Decoded = backbone(decode, spt, batch, settings, ((end,), 0), False)
     return out
 
 

@@ -30,7 +30,9 @@ LENS = [(3 + (5 * row) % 23, 2) for row in range(SIZE)]
 def replies(backbone: Backbone, spt: Spt, batch: Batch, **options: Any) -> list[list[int]]:
     settings = GenerateConfig(**{"max_new_tokens": NEW_TOKENS, **options})
     with torch.no_grad():
-        tokens: list[list[int]] = backbone(decode, spt, batch, settings, (NEVER, 0), False).tokens
+        tokens: list[list[int]] = backbone(
+            decode, spt, batch, settings, ((NEVER,), 0), False
+        ).tokens
     return tokens
 
 
@@ -186,7 +188,7 @@ def test_golden_replies(dtype: torch.dtype) -> None:
     )
     spt = Spt(config, spt.trainables, spt.pad_id)
     with torch.no_grad():
-        out = backbone(decode, spt, batch, GenerateConfig(max_new_tokens=8), (NEVER, PAD), False)
+        out = backbone(decode, spt, batch, GenerateConfig(max_new_tokens=8), ((NEVER,), PAD), False)
     assert np.allclose(out.scores.numpy(), arrays["infer_sim_scores"], rtol=0, atol=1e-6)
     assert out.chosen == arrays["infer_selected"].tolist()
     assert out.tokens == arrays["infer_tokens"].tolist()

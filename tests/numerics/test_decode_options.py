@@ -35,7 +35,7 @@ def run(
 ) -> list[list[int]]:
     settings = GenerateConfig(**{"max_new_tokens": NEW_TOKENS, "mode": "fixed:1", **options})
     with torch.no_grad():
-        tokens: list[list[int]] = backbone(decode, spt, batch, settings, (end, 0), False).tokens
+        tokens: list[list[int]] = backbone(decode, spt, batch, settings, ((end,), 0), False).tokens
     return tokens
 
 
