@@ -123,6 +123,31 @@ def test_a_run_keeps_the_text_of_its_jinja_file(folder: Path) -> None:
     assert train(words) == 2
 
 
+def test_a_stop_text_ends_each_reply_of_a_batch_by_itself(folder: Path) -> None:
+    if not (folder / "before_text").exists():
+        assert train(options(folder, "before_text")) == 0
+    bot = spt_ds.load(folder / "before_text", generate__max_new_tokens=24)
+    plain = bot.reply(["i ski."], ["hi"])
+    assert len(plain.text) > 4
+    stop = plain.text[2:4]
+    out, more = folder / "stopped", ["generate.max_new_tokens=24", f"generate.stop={[stop]!r}"]
+    words = [word for option in more for word in ("--set", option)]
+    assert generate([str(folder / "before_text"), "--out", str(out), *words]) == 0
+    stopped = spt_ds.load(
+        folder / "before_text", generate__max_new_tokens=24, generate__stop=[stop]
+    )
+    lines = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert any(stop in bot.reply(r["persona"], r["history"]).text for r in map(json.loads, lines))
+    for line in map(json.loads, lines):
+        whole = bot.reply(line["persona"], line["history"])
+        reply = stopped.reply(line["persona"], line["history"])
+        assert line["clean"] == "none"
+        assert line["reply"] == reply.text == whole.text.partition(stop)[0].strip()
+        assert tuple(whole.tokens[: line["new_tokens"]]) == reply.tokens
+        pieces = "".join(stopped.stream(line["persona"], line["history"]))
+        assert pieces == reply.text
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
