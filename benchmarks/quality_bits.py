@@ -1,6 +1,6 @@
 """Trains SPT over the base in 16, 8 and 4 bits and compares where the validation losses end.
 
-    python benchmarks/quality_bits.py [--seeds 0,1,2] [--set prompts.placement=suffix]
+    python benchmarks/quality_bits.py [--seeds 0,1,2] [--set prompts.position=before_reply]
 
 One run per seed and width, one after another, with the settings of `--recipe`; only
 `model.base_bits` and `train.seed` differ. Limit: the last validation loss, and the nll of the

@@ -19,12 +19,12 @@ import numpy as np
 from spt_ds import dist
 from spt_ds.batch import Batch
 from spt_ds.config.generation import GenerateConfig
-from spt_ds.data.encode import encode_context
+from spt_ds.data.encode import Encoder
 from spt_ds.display import holds_surrogate, shown
-from spt_ds.engine.generator import decode_batch, reply_text
+from spt_ds.engine.generator import decode_batch
+from spt_ds.engine.reply_text import ReplyText
 from spt_ds.engine.session import Session, context_style, open_trained
 from spt_ds.errors import ConfigError, DataError, EngineError
-from spt_ds.evaluate.text_metrics import clean
 from spt_ds.model.conversation import ContextCache, ReplyHooks, WholeWords
 from spt_ds.run.folder import RunFolder
 
@@ -93,7 +93,10 @@ class Bot:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._style = context_style(session)  # worked examples are drawn once, not for every reply
+        # Worked examples are drawn once, not for every reply.
+        window, style = session.config.data.max_tokens, context_style(session)
+        self._encoder = Encoder(session.tokenizer, window, style)
+        self._text = ReplyText.of(session)
         self._context = ContextCache()
         # each reply has noise of its own, where sampling or generate.mode draws any
         self._replies = 0
@@ -141,7 +144,7 @@ class Bot:
             future = pool.submit(work)
             try:
                 for spoken in streamer:
-                    text = clean(spoken).strip()
+                    text = self._text.so_far(spoken)
                     if len(text) > shown:
                         yield text[shown:]
                         shown = len(text)
@@ -176,7 +179,7 @@ class Bot:
             stopped=stream.stopped,
         )
         out = decode_batch(self._session, batch, options, hooks)
-        text = reply_text(self._session, out.tokens[0])[1]
+        text = self._text.of_tokens(out.tokens[0])[1]
         scores = tuple(float(score) for score in out.scores[:, 0])
         self._answered = (*history, text) if history else ()
         return Reply(text, out.chosen[0], scores, tuple(out.tokens[0]), dropped)
@@ -197,16 +200,11 @@ class Bot:
         return options.model_copy(update={"mode": f"fixed:{prompt}"})
 
     def _batch(
-        self, persona: Sequence[str], history: Sequence[str], options: GenerateConfig
+        self, persona: tuple[str, ...], history: tuple[str, ...], options: GenerateConfig
     ) -> tuple[Batch, int]:
         window = self._session.config.data.max_tokens
-        encoded = encode_context(
-            persona,
-            history,
-            self._session.tokenizer,
-            window,
-            reserved=options.max_new_tokens,
-            style=self._style,
+        encoded = self._encoder.context(
+            "dialogue", persona, history, reserved=options.max_new_tokens
         )
         if history and encoded.dropped_turns == len(history):
             raise DataError(
@@ -223,6 +221,7 @@ class Bot:
             (0,),
             (self._replies,),
             (1.0,),
+            (encoded.prompt_at,),
         )
         return batch, encoded.dropped_turns
 

@@ -20,15 +20,22 @@ import torch
 class Batch:
     """One micro-batch. Its spans are known by construction: nothing is searched, nothing padded."""
 
-    context_ids: np.ndarray  # int64 [sum C_b], the template up to and including "R:"
-    response_ids: np.ndarray  # int64 [n], the reply and EOS: the targets, nothing else is one
+    context_ids: np.ndarray  # int64 [sum C_b], the template up to where the reply begins
+    response_ids: np.ndarray  # int64 [n], the reply and its end: the targets, nothing else is one
     context_lens: tuple[int, ...]  # [B]
     response_lens: tuple[int, ...]  # [B]
     indices: tuple[int, ...]  # [B] rows of the dataset, for messages and for ordering results
     weights: tuple[float, ...]  # [B] 1.0; 0.0 for a filler row that only keeps ranks in step
+    # [B] context tokens before the soft prompt; empty: all of them where contexts are read apart,
+    # else none
+    prompt_at: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.context_lens)
+
+    def before_prompt(self, suffix: bool) -> tuple[int, ...]:
+        """[B] context tokens before the soft prompt; with `suffix` contexts are read apart."""
+        return self.prompt_at or (self.context_lens if suffix else (0,) * len(self))
 
     def contexts(self) -> Batch:
         """Return the same rows without their responses, as they are when the reply is not known."""
@@ -63,9 +70,10 @@ class Window:
 class Packed:
     """A micro-batch on the device: its tokens, and how they form the rows of one prompt.
 
-    Rows lie end to end and nothing is padded. The row of example b is `[E ; context ; response]`,
-    or `[E ; response]` in suffix placement, where the context is read apart. The last response
-    token predicts nothing, so no row holds it.
+    Rows lie end to end and nothing is padded. A context is `head` and `tail`, before and behind the
+    soft prompt E, and either may be empty. The row of example b is `[head ; E ; tail ; response]`.
+    In suffix placement the head is read apart and the row is `[E ; tail ; response]`. The last
+    response token predicts nothing, so no row holds it.
     """
 
     batch: Batch  # the same micro-batch on the host
@@ -77,8 +85,10 @@ class Packed:
     context_tokens: torch.Tensor  # int64 [B], C_b
     response_tokens: torch.Tensor  # int64 [B], R_b
     weights: torch.Tensor  # float32 [B]
-    context_positions: torch.Tensor  # int64 [sum C_b], position in a context that is read apart
-    source: torch.Tensor  # int64 [N1], index of each packed token in [B * P virtual tokens ; text]
+    apart: torch.Tensor  # int64 [sum of heads], index in `ids` of what is read apart
+    apart_positions: torch.Tensor  # int64 [sum of heads], from the beginning of each context
+    inside: torch.Tensor  # int64, index in `ids` of the rows' text; empty: all of it, in order
+    source: torch.Tensor  # int64 [N1], index of each packed token in [B * P virtual ; rows' text]
     positions: (
         torch.Tensor
     )  # int64 [N1], from the row's beginning, or that of the context before it
@@ -86,6 +96,7 @@ class Packed:
     row_tokens: torch.Tensor  # int64 [N1], length of the row of each packed token
     reads: torch.Tensor  # int64 [n], packed tokens whose next token is a target
     row_lens: tuple[int, ...]  # [B], on the host
+    apart_lens: tuple[int, ...]  # [B], on the host
 
     @classmethod
     def from_batch(
@@ -96,19 +107,8 @@ class Packed:
         # device would make the host wait for it.
         size = len(batch)
         contexts, responses = np.array(batch.context_lens), np.array(batch.response_lens)
-        read = np.maximum(responses - 1, 0)  # response tokens in a row; a context alone has none
-        # Each row is a few spans of the table [virtual tokens ; text]: (first index, length) [B].
-        virtual = (np.arange(size) * virtual_tokens, np.full(size, virtual_tokens))
-        text = size * virtual_tokens
-        if suffix:
-            parts = [virtual, (text + _starts(responses), read)]
-            before, offset = virtual[1], contexts
-        else:
-            reply = text + contexts.sum() + _starts(responses)
-            parts = [virtual, (text + _starts(contexts), contexts), (reply, read)]
-            before, offset = virtual[1] + contexts, np.zeros_like(contexts)
-        spans = tuple(zip(*parts, strict=True))  # first indices, lengths: a tuple of [B] each
-        rows = sum(spans[1])
+        spans, apart, inside, before = _row_spans(batch, virtual_tokens, suffix)
+        rows = np.sum(spans[1], axis=0)
         starts = _starts(rows)
         # One array, so that there is one transfer (and one piece of pinned memory) instead of ten.
         arrays = {
@@ -117,9 +117,11 @@ class Packed:
             "context_of": np.repeat(np.arange(size), contexts),
             "context_tokens": contexts,
             "response_tokens": responses,
-            "context_positions": _spans(np.zeros_like(contexts), contexts),
+            "apart": _spans(_starts(contexts), apart),
+            "apart_positions": _spans(np.zeros_like(apart), apart),
+            "inside": inside,
             "source": _spans(*(np.stack(numbers, axis=1).ravel() for numbers in spans)),
-            "positions": _spans(offset, rows),
+            "positions": _spans(apart, rows),
             "row_start": np.repeat(starts, rows),
             "row_tokens": np.repeat(rows, rows),
             # A target is predicted one token earlier: the first one by the token before the reply.
@@ -138,8 +140,40 @@ class Packed:
             of_response=(tensors["example"][:, None] == each).float(),
             weights=on_device(batch.weights, device, torch.float32),
             row_lens=tuple(rows.tolist()),
+            apart_lens=tuple(apart.tolist()),
             **tensors,
         )
+
+
+def _row_spans(
+    batch: Batch, virtual_tokens: int, suffix: bool
+) -> tuple[tuple[tuple[np.ndarray, ...], ...], np.ndarray, np.ndarray, np.ndarray]:
+    """How rows are cut from the table [virtual tokens ; text].
+
+    Returns: first indices and lengths of the spans of each row, a tuple of [B] each; tokens of each
+    context that are read apart [B]; `Packed.inside`; tokens of each row before the reply [B].
+    """
+    size = len(batch)
+    contexts, responses = np.array(batch.context_lens), np.array(batch.response_lens)
+    heads = np.array(batch.before_prompt(suffix))
+    tails = contexts - heads
+    read = np.maximum(responses - 1, 0)  # response tokens in a row; a context alone has none
+    virtual = (np.arange(size) * virtual_tokens, np.full(size, virtual_tokens))
+    start, text = _starts(contexts), size * virtual_tokens
+    reply = contexts.sum() + np.arange(responses.sum())
+    if suffix:
+        # The text is that of the rows alone: tails end to end, then responses end to end.
+        replies = text + tails.sum() + _starts(responses)
+        parts = [virtual, (text + _starts(tails), tails), (replies, read)]
+        inside = np.concatenate([_spans(start + heads, tails), reply])
+        apart, before = heads, virtual[1] + tails
+    else:
+        replies = text + contexts.sum() + _starts(responses)
+        parts = [(text + start, heads), virtual, (text + start + heads, tails), (replies, read)]
+        inside = reply[:0]
+        apart, before = np.zeros_like(heads), virtual[1] + contexts
+    firsts, lens = zip(*parts, strict=True)
+    return (firsts, lens), apart, inside, before
 
 
 def on_device(

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from spt_ds.display import printable, shown
 from spt_ds.errors import DataError
-from spt_ds.evaluate.text_metrics import clean
+from spt_ds.evaluate.text_metrics import cleaned
 from spt_ds.files import sha256
 from spt_ds.json_input import parse_object
 from spt_ds.report.runs import PredictionInDialogue
@@ -109,8 +109,8 @@ def _dialogue(before: PredictionInDialogue, after: PredictionInDialogue) -> list
     return [
         ("persona", " ".join(after.persona)),
         ("partner", after.history[-1] if after.history else ""),
-        ("reply before", clean(before.raw).strip()),
-        ("reply after", f"{clean(after.raw).strip()}  ({prompt})"),
+        ("reply before", cleaned(before.raw, before.clean).strip()),
+        ("reply after", f"{cleaned(after.raw, after.clean).strip()}  ({prompt})"),
         ("reference", after.reference),
     ]
 

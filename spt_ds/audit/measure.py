@@ -77,7 +77,8 @@ def _measure_batch(backbone: Backbone, spt: Spt, batch: Batch) -> torch.Tensor:
 def _context_states(backbone: Backbone, packed: Packed, text: torch.Tensor) -> torch.Tensor:
     """Mean and last of the base's last hidden states of each context: [B, 2 D]."""
     lens = packed.batch.context_lens
-    layout = Layout(lens, packed.context_positions, backbone.backend)
+    positions = torch.cat([torch.arange(length) for length in lens]).to(text.device)
+    layout = Layout(lens, positions, backbone.backend)
     states = backbone.run(text[: sum(lens)], layout)
     mean = span_sums(states, packed.of_context) / packed.context_tokens[:, None]
     last = packed.context_tokens.cumsum(dim=0) - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,6 +42,13 @@ class GenerateConfig(Section):
     """Above 1 makes tokens that the reply has already less likely (CTRL, Keskar et al. 2019)."""
     no_repeat_ngram_size: NonNegativeInt = 0
     """No n tokens come twice in one reply; 0: they may."""
+    clean: Literal["auto", "spt", "none"] = "auto"
+    """How a reply is cut from what was generated: `spt` at the first `R:`, `Q:`, `Summary:`, colon
+    or line end, as the paper's scores do; `none` not at all; `auto` is `spt` with `data.template:
+    spt` and else `none`.
+    """
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a reply, which is cut before the first of them."""
     perplexity: bool = False
     """Also measure the loss of the reference reply under the chosen prompt."""
 

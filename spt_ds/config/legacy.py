@@ -6,7 +6,7 @@ from typing import Any
 
 # Old key, new key, and what each old value became (None: it stays as it is). A value that is not in
 # the table stays where it is: the schema takes it or refuses it there.
-MOVED: tuple[tuple[str, str, dict[str, bool] | None], ...] = (
+MOVED: tuple[tuple[str, str, dict[str, bool | str] | None], ...] = (
     ("prompts.init", "reference.unit_normal_prompts", {"reference": True}),
     (
         "retriever.activation",
@@ -15,6 +15,11 @@ MOVED: tuple[tuple[str, str, dict[str, bool] | None], ...] = (
     ),
     ("retriever.pool", "reference.padded_pool", {"context": False, "padded_text": True}),
     ("retriever.pool_length_tokens", "reference.pool_length_tokens", None),
+    (
+        "prompts.placement",
+        "prompts.position",
+        {"prefix": "before_text", "suffix": "before_reply"},
+    ),
     ("losses.mask", "reference.nonzero_mask", {"target": False, "nonzero": True}),
 )
 

@@ -202,9 +202,13 @@ def options_of(config: BaseModel, mode: Literal["python", "json"] = "python") ->
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings by their dotted path."""
+    """Return the leaves of nested mappings by their dotted path; an option is one leaf."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        leaves |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+        inner = isinstance(value, Mapping) and path not in _OPTIONS
+        leaves |= flatten(value, f"{path}.") if inner else {path: value}
     return leaves
+
+
+_OPTIONS = frozenset(key_paths(Config))

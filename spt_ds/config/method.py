@@ -52,12 +52,19 @@ class PromptsConfig(Section):
     """Rows sampled from the frozen embedding table, given strings, or normal at its deviation."""
     init_texts: tuple[str, ...] = ()
     """With `init: text`, one string per prompt (or one for all); repeated or cut to P tokens."""
-    placement: Literal["prefix", "suffix"] = "prefix"
-    """Before the text, or between context and response (the context is then read once for all K).
+    position: Literal["before_text", "system", "last_turn", "before_reply"] = "before_text"
+    """Where the prompt stands: before the text, at the head of the system message, at the end of
+    the partner's last turn, or directly before the reply. The two in the middle need a chat
+    template. What stands before one of the last two is read once for all K prompts.
     """
 
     warm_start_steps: NonNegativeInt = 0
     """Steps in which all prompts are one, which trains by its nll alone; then they part."""
+
+    @property
+    def placement(self) -> Literal["prefix", "suffix"]:
+        """`suffix` where the prompt follows a context, which is then read once for all K."""
+        return "suffix" if self.position in ("last_turn", "before_reply") else "prefix"
 
     @model_validator(mode="after")
     def _texts(self) -> PromptsConfig:

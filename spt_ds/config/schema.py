@@ -66,6 +66,12 @@ class Config(Section):
                 f"generate.mode is {self.generate.mode}, prompts run from 0 to"
                 f" {self.prompts.count - 1}"
             )
+        if self.data.template == "spt" and self.prompts.position in ("system", "last_turn"):
+            raise ValueError(
+                f"prompts.position is {self.prompts.position}, a place in a chat template, and"
+                " data.template is spt; set data.template: chat, or prompts.position:"
+                " before_text or before_reply"
+            )
         return self
 
     @model_validator(mode="after")
@@ -86,7 +92,7 @@ class Config(Section):
         needed: dict[str, tuple[object, object]] = {
             "prompts.count": (self.prompts.count, 1),
             "prompts.tokens": (self.prompts.tokens, 0),
-            "prompts.placement": (self.prompts.placement, "prefix"),
+            "prompts.position": (self.prompts.position, "before_text"),
             "prompts.warm_start_steps": (self.prompts.warm_start_steps, 0),
             "losses.selection": (self.losses.selection, 0),
             "losses.fusion": (self.losses.fusion, 0),

@@ -17,6 +17,7 @@ from spt_ds.config.load import load_config
 from spt_ds.costs.meters import Clock, peak_bytes, reset_peak, timed
 from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.model.backbone import Backbone
+from spt_ds.model.conversation import Endings
 from spt_ds.model.decode import choose_prompts, decode
 from spt_ds.model.spt import Spt
 
@@ -69,7 +70,7 @@ def _decode(
     # The prompt of each example is drawn: random weights would choose the same one for all.
     options = GenerateConfig(mode=mode, max_new_tokens=new_tokens)
     with torch.no_grad():
-        out = backbone(decode, spt, batch, options, (NO_END, 0), False)
+        out = backbone(decode, spt, batch, options, Endings((NO_END,), 0), False)
     return out.tokens, out.chosen
 
 

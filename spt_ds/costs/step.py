@@ -89,7 +89,7 @@ def config_of(
         [
             f"prompts.count={prompts}",
             f"prompts.tokens={args.tokens}",
-            f"prompts.placement={'suffix' if case == 'suffix' else 'prefix'}",
+            f"prompts.position={'before_reply' if case == 'suffix' else 'before_text'}",
             f"model.base_bits={args.bits}",
             f"model.attention={args.attention}",
             f"model.activation_checkpointing={recompute}",

@@ -147,7 +147,10 @@ def _batch(store: ExampleStore, slots: list[Slot]) -> Batch:
         tuple(lengths[list(indices)].tolist()) for lengths in store.lengths
     )
     weights = tuple(slot.weight for slot in slots)
-    return Batch(context_ids, response_ids, context_lens, response_lens, indices, weights)
+    prompt_at = tuple(store.prompt_at[list(indices)].tolist())
+    return Batch(
+        context_ids, response_ids, context_lens, response_lens, indices, weights, prompt_at
+    )
 
 
 def _same(item: Any) -> Any:

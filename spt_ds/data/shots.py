@@ -22,20 +22,21 @@ def worked_examples(
     count: int,
     max_tokens: int,
     seed: int,
-    *,
-    persona: bool,
+    style: ContextStyle,
 ) -> tuple[int, ...]:
     """Return the ids of `count` examples of as many dialogues, drawn by `seed`.
 
-    They are context, reply and EOS of each, one after the other. Each may take an equal part of
-    SHARE of `max_tokens`: its oldest turns are dropped to fit, and one whose persona and reply
+    They are context and reply of each in `style`, one after the other. Each may take an equal part
+    of SHARE of `max_tokens`: its oldest turns are dropped to fit, and one whose persona and reply
     alone do not fit is passed over. DataError when fewer than `count` fit.
     """
     room = int(max_tokens * SHARE) // count
     ids: list[int] = []
     taken: set[str] = set()
-    bos = tokenizer.bos_token_id is not None  # once at the very beginning, not before each example
-    encoder = Encoder(tokenizer, room + bos, ContextStyle(persona))
+    encoder = Encoder(tokenizer, room, style)
+    # BOS comes once at the very beginning, not before each example.
+    bos = int(encoder.template.begins_with_bos)
+    encoder.max_tokens += bos
     # One example of a dialogue: two would show the same persona and mostly the same turns.
     for index in random.Random(seed).sample(range(len(train)), len(train)):
         row = train[index]
@@ -53,7 +54,7 @@ def worked_examples(
             encoded = encoder.example(example)
         except DataError:  # too long even without its turns
             continue
-        ids += [*encoded.context_ids[bos:], *encoded.response_ids]
+        ids += encoded.context_ids[bos:] + encoded.response_ids + [*encoder.template.closing]
         taken.add(example.dialogue_id)
         if len(taken) == count:
             return tuple(ids)

@@ -27,7 +27,9 @@ from spt_ds.data.encode import (
     encode_many,
     fingerprint,
 )
+from spt_ds.data.frames import template_text
 from spt_ds.data.readers import Format, digest, read
+from spt_ds.data.template import TemplateStyle
 from spt_ds.errors import DataError
 from spt_ds.files import new_folder
 from spt_ds.json_input import read_json
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TABLE, _META = "examples.arrow", "store.json"
-_LAYOUT_VERSION = 4  # part of every cache key: raise it when columns or readers change
+_LAYOUT_VERSION = 5  # part of every cache key: raise it when columns or readers change
 _FEATURES = Features(
     {
         "id": Value("string"),
@@ -51,6 +53,7 @@ _FEATURES = Features(
         "context_len": Value("int32"),
         "response_len": Value("int32"),
         "dropped_turns": Value("int32"),
+        "prompt_at": Value("int32"),
     }
 )
 
@@ -88,6 +91,7 @@ class ExampleStore:
         self.lengths = Lengths(
             *(table.column(name).to_numpy() for name in ("context_len", "response_len"))
         )
+        self.prompt_at = table.column("prompt_at").to_numpy()  # context tokens before the prompt
         dropped = table.column("dropped_turns").to_numpy()
         self.truncated = int((dropped > 0).sum())  # examples that lost turns
         self._ids = self._data.select_columns(["context_ids", "response_ids"]).with_format("arrow")
@@ -145,7 +149,7 @@ def build_store(
         "persona": style.persona,
         "shots": style.shots,
         "reserved": reserved,
-        "template": TEMPLATE_VERSION,
+        "template": [TEMPLATE_VERSION, *_style_parts(style.template, tokenizer)],
         "layout": _LAYOUT_VERSION,
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -170,6 +174,12 @@ def build_store(
             f" data.max_tokens {max_tokens}"
         )
     return store
+
+
+def _style_parts(style: TemplateStyle, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """What of a template the ids depend on."""
+    text = style.source if style.source == "spt" else template_text(tokenizer, style)
+    return [text, style.instructions, style.variables, style.position]
 
 
 def cache_root(cache_dir: str | None) -> Path:

@@ -28,9 +28,9 @@ from spt_ds.batch import Batch
 from spt_ds.config.generation import GenerateConfig
 from spt_ds.data.loader import make_batch
 from spt_ds.data.store import ExampleStore
+from spt_ds.engine.reply_text import ReplyText
 from spt_ds.engine.session import Session
 from spt_ds.errors import DataError, EngineError
-from spt_ds.evaluate.text_metrics import clean, without_half_marker
 from spt_ds.files import append_whole, sha256, write_whole
 from spt_ds.json_input import load_json, read_json
 from spt_ds.log import ErrorStream, get_logger
@@ -50,23 +50,12 @@ def decode_batch(
     session: Session, batch: Batch, options: GenerateConfig, hooks: ReplyHooks | None = None
 ) -> Decoded:
     """Decode one micro-batch; with a sharded base all ranks must come along."""
-    special = session.tokenizer.eos_token_id, session.tokenizer.pad_token_id
+    endings = ReplyText.of(session).endings
     with torch.no_grad():
         out: Decoded = session.backbone(
-            decode, session.spt, batch, options, special, session.sharding.on, hooks
+            decode, session.spt, batch, options, endings, session.sharding.on, hooks
         )
     return out
-
-
-def reply_text(session: Session, tokens: list[int]) -> tuple[str, str]:
-    """The text of a reply as it was generated, and as it is shown: what the scores clean it to,
-    without the half of a marker at which the limit of tokens cut it.
-    """
-    raw = str(session.tokenizer.decode(tokens, skip_special_tokens=True))
-    reply = clean(raw)
-    if reply == raw and tokens[-1:] != [session.tokenizer.eos_token_id]:
-        reply = without_half_marker(reply)
-    return raw, reply.strip()
 
 
 class Generator:
@@ -169,9 +158,10 @@ class Generator:
 
     def _lines(self, rows: list[int], decoded: Decoded) -> Iterator[dict[str, Any]]:
         scores = decoded.scores.T.float().cpu().tolist()
+        replies = ReplyText.of(self.session)
         for place, index in enumerate(rows):
             row, tokens = self.store[index], decoded.tokens[place]
-            raw, reply = reply_text(self.session, tokens)
+            raw, reply = replies.of_tokens(tokens)
             line = {key: row[key] for key in ("id", "dialogue_id", "turn", "persona", "history")}
             line = {
                 "index": index,
@@ -180,6 +170,8 @@ class Generator:
                 "raw": raw,
                 "reply": reply,
             }
+            if replies.rule != "spt":
+                line["clean"] = replies.rule  # for the scores, which cut `raw` again
             line |= {
                 "prompt": decoded.chosen[place],
                 "scores": [round(score, 6) for score in scores[place]],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from spt_ds.config.schema import Config
 from spt_ds.data.encode import ContextStyle
 from spt_ds.data.shots import worked_examples
 from spt_ds.data.store import ExampleStore, build_store
+from spt_ds.data.template import TemplateStyle, make_template
 from spt_ds.engine.zero import Sharding, local_bytes
 from spt_ds.errors import ConfigError
 from spt_ds.log import get_logger
@@ -65,6 +66,8 @@ class Session:
     sharding: Sharding
     backbone: nn.Module
     spt: Spt
+    ends: tuple[int, ...]
+    """Tokens that end a reply."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -106,7 +109,10 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     count = sum(parameter.numel() for parameter in trainables.parameters())
     get_logger().info(f"method: {config.method.type}, {count:,} trained parameters")
     get_logger().info(f"base: {local_bytes(wrapped) / 2**20:.1f} MiB on this rank")
-    return Session(config, world, base, sharding, wrapped, Spt(config, trainables, functions))
+    # A template that does not fit the base is refused here, before anything is tokenised.
+    ends = make_template(base.tokenizer, template_style(config)).ends
+    spt = Spt(config, trainables, functions)
+    return Session(config, world, base, sharding, wrapped, spt, ends)
 
 
 def open_trained(
@@ -139,7 +145,7 @@ def open_split(session: Session, split: Literal["train", "valid", "test"]) -> Ex
     """
     data, world = session.config.data, session.world
     source = getattr(data, split)
-    style = ContextStyle(data.persona) if split == "train" else context_style(session)
+    style = train_style(session.config) if split == "train" else context_style(session)
 
     def build() -> ExampleStore:
         return build_store(
@@ -164,19 +170,26 @@ def open_split(session: Session, split: Literal["train", "valid", "test"]) -> Ex
     return store
 
 
+def template_style(config: Config) -> TemplateStyle:
+    """The template of a run, and where its prompts stand in it."""
+    data = config.data
+    variables = tuple(sorted(data.template_variables.items()))
+    return TemplateStyle(data.template, data.instructions, variables, config.prompts.position)
+
+
+def train_style(config: Config) -> ContextStyle:
+    """What the model sees beside a dialogue in training."""
+    return ContextStyle(config.data.persona, template=template_style(config))
+
+
 def context_style(session: Session) -> ContextStyle:
     """What the model sees beside a dialogue that it answers, the same in every start."""
-    data = session.config.data
-    shots: tuple[int, ...] = ()
-    if data.few_shot:
-        train, seed = (
-            open_split(session, "train"),
-            keyed_seed(session.config.train.seed, "few-shot"),
-        )
-        shots = worked_examples(
-            train, session.tokenizer, data.few_shot, data.max_tokens, seed, persona=data.persona
-        )
-    return ContextStyle(data.persona, shots)
+    data, style = session.config.data, train_style(session.config)
+    if not data.few_shot:
+        return style
+    train, seed = open_split(session, "train"), keyed_seed(session.config.train.seed, "few-shot")
+    shots = worked_examples(train, session.tokenizer, data.few_shot, data.max_tokens, seed, style)
+    return replace(style, shots=shots)
 
 
 def _check_positions(config: Config, base: PretrainedConfig, text_tokens: int, what: str) -> None:

@@ -70,7 +70,7 @@ def corpus_metrics(
 
     A family whose library or field is not there is noted under `skipped`.
     """
-    replies = [text_metrics.clean(row.raw) for row in file.rows]
+    replies = [text_metrics.cleaned(row.raw, row.clean) for row in file.rows]
     references = [row.reference for row in file.rows]
     skipped: dict[str, str] = {}
     of_examples: dict[str, Statistic] = {

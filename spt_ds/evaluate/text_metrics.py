@@ -32,6 +32,11 @@ def clean(prediction: str) -> str:
     return _STOP.split(prediction, maxsplit=1)[0]
 
 
+def cleaned(prediction: str, rule: str) -> str:
+    """Return what is scored of a raw prediction: cut by `spt`, or with `none` all of it."""
+    return clean(prediction) if rule == "spt" else prediction.strip()
+
+
 def without_half_marker(prediction: str) -> str:
     """Drop `Q`, `R` or the beginning of `Summary` at the end of a text that a limit has cut."""
     return _HALF_MARKER.sub("", prediction)

@@ -110,7 +110,8 @@ class Branches(Layout):
         """
         if layer not in self.context.recorded:
             raise ModelError(
-                f"layer {layer} kept no keys of the context; this base cannot use placement: suffix"
+                f"layer {layer} kept no keys of the context; this base needs prompts.position:"
+                " before_text"
             )
         out: torch.Tensor = _RowByRow.apply(q, k, v, self, layer, scale)
         return out

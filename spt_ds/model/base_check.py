@@ -48,7 +48,7 @@ def check_base(backbone: Backbone, placement: str) -> dict[str, float]:
     """Compare packed rows with the base's own forward; return the differences by name.
 
     Raises ModelError for a base that scales embeddings or logits outside its embedding and head,
-    caps its logits, or does not hand positions or the layout on; with `placement: suffix` also for
+    caps its logits, or does not hand positions or the layout on; with placement `suffix` also for
     branches that do not continue their context. Under ZeRO-3 every rank must call it, inside one
     call of the root module.
     """

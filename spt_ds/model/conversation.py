@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -101,6 +102,39 @@ class WholeWords(BaseStreamer):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._texts.get, None)
+
+
+@dataclass(frozen=True)
+class Endings:
+    """What ends a reply."""
+
+    ids: tuple[int, ...]  # tokens
+    pad_id: int  # fills a row whose reply has ended
+    said: Callable[[list[int]], bool] | None = None  # whether new tokens hold a text that ends one
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        """The tokens up to the first that ends the reply, or with which it holds such a text."""
+        last = next((place for place, token in enumerate(tokens) if token in self.ids), None)
+        tokens = tokens if last is None else tokens[: last + 1]
+        if self.said is not None and self.said(tokens):
+            said = self.said
+            more = bisect_left(range(len(tokens)), True, key=lambda n: said(tokens[: n + 1]))
+            tokens = tokens[: more + 1]
+        return tokens
+
+
+class StopAtText(StoppingCriteria):
+    """Ends each row whose new tokens hold a text that ends a reply."""
+
+    def __init__(self, said: Callable[[list[int]], bool]) -> None:
+        self.said = said
+
+    def __call__(
+        self, input_ids: torch.Tensor, logits: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """input_ids [rows, new tokens] -> whether each row is done, [rows]."""
+        done = [self.said(row) for row in input_ids.tolist()]
+        return torch.tensor(done, device=input_ids.device)
 
 
 class StopOn(StoppingCriteria):

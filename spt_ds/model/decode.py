@@ -19,7 +19,7 @@ from spt_ds.batch import Batch
 from spt_ds.config.generation import GenerateConfig
 from spt_ds.model import losses
 from spt_ds.model.backbone import Backbone
-from spt_ds.model.conversation import ReplyHooks, StopOn, cache_argument
+from spt_ds.model.conversation import Endings, ReplyHooks, StopAtText, StopOn, cache_argument
 from spt_ds.model.logits import FuseRows, constraints, sampling
 from spt_ds.model.rows import read_context, target_states
 from spt_ds.model.spt import Spt
@@ -41,13 +41,13 @@ def decode(
     spt: Spt,
     batch: Batch,
     options: GenerateConfig,
-    special: tuple[int, int],
+    endings: Endings,
     synced: bool,
     hooks: ReplyHooks | None = None,
 ) -> Decoded:
     """Generate replies to the contexts of `batch`; run inside a call of the root module.
 
-    `special` is (end-of-sequence id, pad id); `synced` keeps ranks that share a sharded base in
+    `synced` keeps ranks that share a sharded base in
     step until the longest reply of all is done; `hooks` is what a conversation adds.
     """
     # Choose: by contexts alone, since a pool over the whole text (reference.padded_pool) would read
@@ -60,18 +60,21 @@ def decode(
     # Generate: of K fused rows of an example the first is read, the others hold the same tokens.
     processors = [
         *_fusion(spt, options, scores),
-        *constraints(options, special[0], embeddings.device),
+        *constraints(options, endings.ids, embeddings.device),
         *sampling(options, batch.indices * len(prompts), spt.config.train.seed),
     ]
     inputs = {
         "inputs_embeds": embeddings,
         "attention_mask": mask,
-        "generation_config": _settings(options, special),
+        "generation_config": _settings(options, endings),
         "logits_processor": LogitsProcessorList(processors),
         "synced_gpus": synced,
     }
+    # A beam that holds the text need not win: with beams replies are cut afterwards.
+    if endings.said is not None and options.num_beams == 1:
+        inputs["stopping_criteria"] = StoppingCriteriaList([StopAtText(endings.said)])
     out = _generate(backbone, inputs, batch, hooks)
-    tokens = [_until(row, special[0]) for row in out[: len(batch)].tolist()]
+    tokens = [endings.cut(row) for row in out[: len(batch)].tolist()]
     # Measure.
     nll = _reply_losses(backbone, spt, batch, prompts) if options.perplexity else None
     return Decoded(tokens, chosen, scores, nll)
@@ -118,12 +121,12 @@ def _prompts_to_read(spt: Spt, chosen: list[int | None]) -> torch.Tensor:
 
 def _rows(spt: Spt, batch: Batch, text: torch.Tensor, prompts: torch.Tensor) -> list[torch.Tensor]:
     """Embeddings [P + C_b, D] of each row up to its reply, prompt-major, in the base's dtype."""
-    suffix = spt.config.prompts.placement == "suffix"
+    heads = batch.before_prompt(spt.config.prompts.placement == "suffix")
     contexts = text.split(batch.context_lens)
     return [
-        torch.cat([context, virtual] if suffix else [virtual, context])
+        torch.cat([context[:head], virtual, context[head:]])
         for group in prompts.to(text.dtype)
-        for context, virtual in zip(contexts, group, strict=True)
+        for context, virtual, head in zip(contexts, group, heads, strict=True)
     ]
 
 
@@ -144,14 +147,13 @@ def _fusion(spt: Spt, options: GenerateConfig, scores: torch.Tensor) -> list[Log
     return [FuseRows(losses.fusion_weights(scores, spt.config.losses))]
 
 
-def _settings(options: GenerateConfig, special: tuple[int, int]) -> GenerationConfig:
-    end, pad = special
+def _settings(options: GenerateConfig, endings: Endings) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
         length_penalty=options.length_penalty,
-        eos_token_id=end,
-        pad_token_id=pad,
+        eos_token_id=list(endings.ids),
+        pad_token_id=endings.pad_id,
         do_sample=False,  # sampling is a processor of ours, see GumbelNoise
     )
 
@@ -163,11 +165,13 @@ def _generate(
     if hooks is None:
         return backbone.generate(**inputs)
     inputs["streamer"] = hooks.streamer
-    inputs["stopping_criteria"] = StoppingCriteriaList([StopOn(hooks.stopped)])
+    criteria = inputs.setdefault("stopping_criteria", StoppingCriteriaList())
+    criteria.append(StopOn(hooks.stopped))
     if hooks.context is None:
         return backbone.generate(**inputs)
     # `generate` skips the embeddings whose keys and values the cache holds.
-    with hooks.context.reading(batch.context_ids.tolist()) as cache:
+    head = batch.before_prompt(suffix=True)[0]  # what stands before the prompt of the one row
+    with hooks.context.reading(batch.context_ids[:head].tolist()) as cache:
         return backbone.generate(**inputs, **cache_argument(backbone.lm, cache))
 
 
@@ -180,7 +184,3 @@ def _reply_losses(
     context = read_context(backbone, packed, text, spt.config.prompts.placement)
     hidden = target_states(backbone, packed, text, prompts, context)
     return spt.reply_losses(backbone, packed, hidden)[0]
-
-
-def _until(tokens: list[int], end: int) -> list[int]:
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens

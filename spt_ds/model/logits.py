@@ -60,8 +60,10 @@ class GumbelNoise(LogitsProcessor):
         return logits + noise.to(logits.device, logits.dtype)
 
 
-def constraints(options: GenerateConfig, end: int, device: torch.device) -> list[LogitsProcessor]:
-    """Return what keeps a reply to the options; `end` is the end-of-sequence id."""
+def constraints(
+    options: GenerateConfig, ends: tuple[int, ...], device: torch.device
+) -> list[LogitsProcessor]:
+    """Return what keeps a reply to the options; `ends` are the ids that end one."""
     # Not through GenerationConfig: the penalty that `generate` makes itself spares a prompt, and
     # takes the padding of a row of embeddings for one. A reply would depend on its batch.
     steps: list[LogitsProcessor] = []
@@ -70,9 +72,8 @@ def constraints(options: GenerateConfig, end: int, device: torch.device) -> list
     if options.no_repeat_ngram_size:
         steps.append(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
     if options.min_new_tokens:
-        steps.append(
-            MinNewTokensLengthLogitsProcessor(0, options.min_new_tokens, end, device=str(device))
-        )
+        least = options.min_new_tokens
+        steps.append(MinNewTokensLengthLogitsProcessor(0, least, list(ends), device=str(device)))
     return steps
 
 

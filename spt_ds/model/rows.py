@@ -17,16 +17,15 @@ from spt_ds.model.backbone import Backbone
 def read_context(
     backbone: Backbone, packed: Packed, text: torch.Tensor, placement: str
 ) -> Layout | None:
-    """Read each context once and keep its keys and values; None in `prefix` placement.
+    """Read what precedes the prompts once, keep its keys and values; None in `prefix` placement.
 
     Args: text [t, D], the embeddings of `packed.ids`.
     """
     if placement != "suffix":
         return None
     # Prompts come behind the context, so nothing that trains reaches it: it needs no gradient.
-    lens = packed.batch.context_lens
-    layout = Layout(lens, packed.context_positions, backbone.backend, record=True)
-    backbone.run(text[: sum(lens)], layout)
+    layout = Layout(packed.apart_lens, packed.apart_positions, backbone.backend, record=True)
+    backbone.run(text[packed.apart], layout)
     return layout
 
 
@@ -40,8 +39,8 @@ def target_states(
     """Hidden states that predict the targets: [M, n, head size].
 
     Args: text [t, D], the embeddings of `packed.ids`; prompts [M, B, P, D], the virtual tokens of
-    each row; context, what `read_context` gave: None for the rows `[E ; context ; response]`, else
-    the M branches `[E ; response]` are read on its keys and values.
+    each row; context, what `read_context` gave: None for whole rows, else the M branches of each
+    example are read on its keys and values.
     """
     if context is not None:
         return _branches(backbone, packed, text, prompts, context)
@@ -57,7 +56,7 @@ def _branches(
     backbone: Backbone, packed: Packed, text: torch.Tensor, prompts: torch.Tensor, context: Layout
 ) -> torch.Tensor:
     count = len(prompts)
-    rows = _pack(packed, text[sum(context.lens) :], prompts)
+    rows = _pack(packed, text[packed.inside], prompts)
     # The M branches of an example share its context, so they lie side by side. Token i of prompt m,
     # in a row of r tokens that starts at s, moves from m * N1 + i to M * s + m * r + (i - s).
     token = torch.arange(rows.shape[1], device=text.device)

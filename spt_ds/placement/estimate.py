@@ -136,7 +136,7 @@ class BaseShape:
         return tokens * (self.layers * layer + last_norm)
 
     def context_bytes(self, tokens: int, bits: int) -> int:
-        """Keys and values of `tokens` context tokens, which the branches of `placement: suffix`
+        """Keys and values of `tokens` context tokens, which the branches of `suffix` placement
         read until the end of the backward pass."""
         return tokens * self.layers * 2 * self.keys * (4 if bits == 32 else 2)
 
@@ -203,7 +203,7 @@ def trainable_bytes(config: Config, shape: BaseShape) -> int:
 def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:
     """Most bytes that one micro-batch keeps for its backward pass.
 
-    With `placement: suffix` a response is taken to be at most RESPONSE_TOKENS long.
+    In suffix placement a response is taken to be at most RESPONSE_TOKENS long.
     """
     c, bits = config, config.model.base_bits
     suffix = c.prompts.placement == "suffix"

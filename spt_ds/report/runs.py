@@ -19,7 +19,7 @@ from spt_ds.config.schema import Config
 from spt_ds.errors import DataError
 from spt_ds.evaluate import scores_json
 from spt_ds.evaluate.scores_json import Scores
-from spt_ds.evaluate.text_metrics import clean, f1_spt
+from spt_ds.evaluate.text_metrics import cleaned, f1_spt
 from spt_ds.json_input import parse_object
 from spt_ds.run import predictions
 from spt_ds.run.folder import ReplyFolder, RunFolder
@@ -213,7 +213,7 @@ def _generated(file: PredictionFile[PredictionInDialogue]) -> dict[str, Any] | N
 def _replies(file: PredictionFile[PredictionInDialogue]) -> list[Reply]:
     replies = []
     for row in file.rows:
-        text = clean(row.raw)
+        text = cleaned(row.raw, row.clean)
         replies.append(Reply(row, text, f1_spt(text, row.reference)))
     return replies
 

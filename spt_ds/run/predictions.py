@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -60,6 +60,8 @@ class Prediction(BaseModel):
     reference: Words = Field(description="a string with at least one word")
     raw: Text = Field(description="a string")
     """The prediction as decoded, not yet cut."""
+    clean: Annotated[Literal["spt", "none"], Field(description="spt or none")] = "spt"
+    """How the scores cut it; files of other systems are cut as the paper's."""
     prompt: Annotated[Count, Field(lt=MAX_BANK)] | None = Field(
         None, description=f"null or a whole number from 0 on, below {MAX_BANK}"
     )
@@ -270,6 +272,11 @@ def _check_order(source: str, row: Row, earlier: list[Row]) -> None:
         raise DataError(
             f"{source}: field 'scores' has {len(row.scores)} numbers, {len(first.scores)} on line"
             " 1; one file holds the predictions of one bank"
+        )
+    if row.clean != first.clean:
+        raise DataError(
+            f"{source}: field 'clean' is {row.clean}, {first.clean} on line 1; replies that are"
+            " compared are cut by one rule"
         )
     for name in ("nll_sum", "prompt", "new_tokens", "context_tokens"):
         if (getattr(row, name) is None) != (getattr(first, name) is None):

@@ -107,7 +107,7 @@ def test_any_ranks_replicated_or_sharded_write_the_same_bytes(
             scene,
             "llama",
             "sampled",
-            [*options, "prompts.placement=suffix", "generate.do_sample=true"],
+            [*options, "prompts.position=before_reply", "generate.do_sample=true"],
         ),
         *ways(
             scene,

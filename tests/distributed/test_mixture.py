@@ -22,7 +22,7 @@ MIXTURE = (
     "losses.balance=0.3",
     *ALONE,
     "retriever.keys=learned",
-    "prompts.placement=suffix",
+    "prompts.position=before_reply",
 )
 WARM = 2
 # The shares of the prompts are exponentials of losses in nats a reply: 100 here, known to 1e-5.

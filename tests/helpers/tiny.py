@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from spt_ds.batch import Batch, Contrast
+from spt_ds.config.legacy import upgrade
 from spt_ds.config.schema import Config
 from spt_ds.model.attention import PACKED
 from spt_ds.model.backbone import Backbone
@@ -152,6 +153,7 @@ def tiny_config_of_run(**sections: dict[str, Any]) -> Config:
     losses = {"selection": 1.7, "fusion": 1.3, "contrastive": 0.9, "tau_gold": 0.6, "tau_sim": 1.25}
     given = {name: dict(section) for name, section in sections.items()}
     given["losses"] = {**losses, **given.get("losses", {})}
+    upgrade(given, overwrite=False)  # tests speak of `placement`
     return Config.model_validate(given)
 
 

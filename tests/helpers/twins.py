@@ -109,12 +109,16 @@ def score(parts: TwinParts, k: int, context: Tensor) -> Tensor:
 
 
 def target_logits(
-    lm: Any, prompt: Tensor, context: Tensor, response: Tensor, placement: str
+    lm: Any, prompt: Tensor, context: Tensor, response: Tensor, placement: str, at: int | None
 ) -> list[Tensor]:
-    """Logits [V] that predict each response token, from one unpadded forward of the base."""
+    """Logits [V] that predict each response token, from one unpadded forward of the base.
+
+    The prompt stands before context token `at`; None: before the first or behind the last.
+    """
     table = lm.get_input_embeddings()
-    around = [prompt, table(context)] if placement == "prefix" else [table(context), prompt]
-    row = torch.cat([*around, table(response)])
+    if at is None:
+        at = 0 if placement == "prefix" else len(context)
+    row = torch.cat([table(context[:at]), prompt, table(context[at:]), table(response)])
     logits = lm(inputs_embeds=row[None], use_cache=False).logits[0]
     first = len(prompt) + len(context) - 1
     return [logits[first + i] for i in range(len(response))]
@@ -171,12 +175,13 @@ def twin_step(
     pairs: Sequence[tuple[int, int, float]],
     settings: TwinSettings,
     trained: Sequence[Sequence[int]] | None = None,
+    prompt_at: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """Every loss of one step over `examples` (context ids, response ids) and BLEU `pairs` (i, j,
     target).
 
     `trained[b]` lists the prompts of example b whose hidden states, here logits, keep their
-    gradient; None: all.
+    gradient; None: all. `prompt_at[b]` context tokens of example b stand before the prompt.
     """
     count, size = len(parts.prompts), len(examples)
     embed = lm.get_input_embeddings()
@@ -188,7 +193,8 @@ def twin_step(
     for b, (context, response) in enumerate(examples):
         rows = []
         for k in range(count):
-            logits = target_logits(lm, parts.prompts[k], context, response, settings.placement)
+            at = prompt_at[b] if prompt_at else None
+            logits = target_logits(lm, parts.prompts[k], context, response, settings.placement, at)
             if trained is not None and k not in trained[b]:
                 logits = [row.detach() for row in logits]
             rows.append(logits)

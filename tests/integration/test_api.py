@@ -58,11 +58,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             folder / arch
         )
         byte_tokenizer().save_pretrained(folder / arch)
-        for placement in ("prefix", "suffix"):
+        for placement, position in (("prefix", "before_text"), ("suffix", "before_reply")):
             config = Config.model_validate(
                 {
                     "model": {"base": str(folder / arch), "base_bits": 32},
-                    "prompts": {"count": 3, "tokens": PROMPT_TOKENS, "placement": placement},
+                    "prompts": {"count": 3, "tokens": PROMPT_TOKENS, "position": position},
                     "data": {
                         "max_tokens": WINDOW,
                         "test": str(folder / "test.jsonl"),
@@ -317,7 +317,8 @@ def test_pieces_are_whole_words_and_end_where_the_reply_is_cut(
 
     monkeypatch.setattr(api, "decode_batch", scripted)
     config = Config.model_validate({"data": {"max_tokens": 200}})
-    session: Any = SimpleNamespace(config=config, tokenizer=tokenizer)
+    special = (tokenizer.eos_token_id,)
+    session: Any = SimpleNamespace(config=config, tokenizer=tokenizer, ends=special)
     bot = Bot(session)
     assert list(bot.stream([], ["hi"])) == pieces
     assert bot.reply([], ["hi"]).text == "".join(pieces)
@@ -347,7 +348,8 @@ def test_the_limit_of_tokens_leaves_no_half_marker(
 
     monkeypatch.setattr(api, "decode_batch", scripted)
     config = Config.model_validate({"data": {"max_tokens": 200}})
-    session: Any = SimpleNamespace(config=config, tokenizer=tokenizer)
+    special = (tokenizer.eos_token_id,)
+    session: Any = SimpleNamespace(config=config, tokenizer=tokenizer, ends=special)
     assert "".join(Bot(session).stream([], ["hi"])) == text
     assert Bot(session).reply([], ["hi"]).text == text
 

@@ -35,7 +35,7 @@ RUNS: dict[str, Sequence[str]] = {
         "checkpoint.on_save_error=continue",
         "optim.prompts_lr=0.02",
     ),
-    "selective": ("losses.train_top_m=1", "prompts.placement=suffix", "generate.num_beams=2"),
+    "selective": ("losses.train_top_m=1", "prompts.position=before_reply", "generate.num_beams=2"),
     "mixture": (
         "losses.objective=mixture",
         "losses.selection=0",

@@ -183,7 +183,7 @@ def twin_of(
             (int(i), int(j), float(t))
             for (i, j), t in zip(contrast.pairs, contrast.targets, strict=True)
         ]
-    out = twin_step(lm, parts, examples_of(batch), pairs, settings, trained)
+    out = twin_step(lm, parts, examples_of(batch), pairs, settings, trained, batch.prompt_at)
     leaves = {
         name: leaf
         for name, field in TWIN_GRADS.items()

@@ -14,6 +14,7 @@ from spt_ds.batch import Batch
 from spt_ds.config.generation import GenerateConfig
 from spt_ds.model.attention import Layout
 from spt_ds.model.backbone import Backbone
+from spt_ds.model.conversation import Endings
 from spt_ds.model.decode import Decoded, choose_prompts, decode
 from spt_ds.model.logits import FuseRows
 from spt_ds.model.spt import Spt
@@ -34,7 +35,7 @@ def tiny(arch: str, placement: str, count: int = 3) -> tuple[Backbone, Spt, Batc
 def run(backbone: Backbone, spt: Spt, batch: Batch, end: int = NEVER, **options: Any) -> Decoded:
     settings = GenerateConfig(**{"max_new_tokens": 6, **options})
     with torch.no_grad():
-        out: Decoded = backbone(decode, spt, batch, settings, (end, 0), False)
+        out: Decoded = backbone(decode, spt, batch, settings, Endings((end,), 0), False)
     return out
 
 

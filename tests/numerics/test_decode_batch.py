@@ -17,6 +17,7 @@ from spt_ds.batch import Batch
 from spt_ds.config.generation import GenerateConfig
 from spt_ds.model import decode as decoding
 from spt_ds.model.backbone import Backbone
+from spt_ds.model.conversation import Endings
 from spt_ds.model.decode import decode
 from spt_ds.model.reference import functions_of
 from spt_ds.model.spt import Spt
@@ -31,7 +32,9 @@ LENS = [(3 + (5 * row) % 23, 2) for row in range(SIZE)]
 def replies(backbone: Backbone, spt: Spt, batch: Batch, **options: Any) -> list[list[int]]:
     settings = GenerateConfig(**{"max_new_tokens": NEW_TOKENS, **options})
     with torch.no_grad():
-        tokens: list[list[int]] = backbone(decode, spt, batch, settings, (NEVER, 0), False).tokens
+        tokens: list[list[int]] = backbone(
+            decode, spt, batch, settings, Endings((NEVER,), 0), False
+        ).tokens
     return tokens
 
 
@@ -187,7 +190,9 @@ def test_golden_replies(dtype: torch.dtype) -> None:
     )
     spt = Spt(config, spt.trainables, functions_of(config.reference, PAD))
     with torch.no_grad():
-        out = backbone(decode, spt, batch, GenerateConfig(max_new_tokens=8), (NEVER, PAD), False)
+        out = backbone(
+            decode, spt, batch, GenerateConfig(max_new_tokens=8), Endings((NEVER,), PAD), False
+        )
     assert np.allclose(out.scores.numpy(), arrays["infer_sim_scores"], rtol=0, atol=1e-6)
     assert out.chosen == arrays["infer_selected"].tolist()
     assert out.tokens == arrays["infer_tokens"].tolist()

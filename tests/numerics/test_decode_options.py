@@ -14,6 +14,7 @@ from spt_ds.batch import Batch
 from spt_ds.config.generation import GenerateConfig
 from spt_ds.model.attention import Layout
 from spt_ds.model.backbone import Backbone
+from spt_ds.model.conversation import Endings
 from spt_ds.model.decode import decode
 from spt_ds.model.spt import Spt
 from tests.helpers.tiny import examples_of, random_batch, tiny_backbone, tiny_lm, tiny_spt
@@ -35,7 +36,9 @@ def run(
 ) -> list[list[int]]:
     settings = GenerateConfig(**{"max_new_tokens": NEW_TOKENS, "mode": "fixed:1", **options})
     with torch.no_grad():
-        tokens: list[list[int]] = backbone(decode, spt, batch, settings, (end, 0), False).tokens
+        tokens: list[list[int]] = backbone(
+            decode, spt, batch, settings, Endings((end,), 0), False
+        ).tokens
     return tokens
 
 

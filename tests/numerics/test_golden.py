@@ -91,7 +91,7 @@ SWITCHES = {
     "losses.contrastive": option("losses", contrastive=1.0),
     "losses.tau_gold": option("losses", tau_gold=0.9),
     "losses.tau_sim": option("losses", tau_sim=0.9),
-    "prompts.placement": option("prompts", placement="suffix"),
+    "prompts.position": option("prompts", position="before_reply"),
     "pad row": pad_row,
 }
 

@@ -122,6 +122,22 @@ def test_virtual_tokens_of_any_number_equal_the_twin() -> None:
         assert_steps_close(our_step(backbone, spt, [batch], contrast), expected, case.dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("placement", ["prefix", "suffix"])
+@pytest.mark.parametrize("arch", ["opt", "llama"])
+def test_a_prompt_inside_the_context_equals_the_twin(
+    arch: str, placement: str, dtype: torch.dtype
+) -> None:
+    """As in a system message, or before the words with which a template begins a reply."""
+    for prompt_at in [(3, 5, 1, 2), (1, 9, 1, 6)]:
+        case = Case(arch, dtype, placement=placement)
+        batch = replace(random_batch(LENS), prompt_at=prompt_at)
+        backbone, spt = build(case)
+        contrast = contrast_of(batch, case.precise)
+        expected = twin_of(case, spt, batch, contrast)
+        assert_steps_close(our_step(backbone, spt, [batch], contrast), expected, dtype)
+
+
 lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6)), min_size=1, max_size=4)
 
 

@@ -49,11 +49,11 @@ NO_PROMPTS = {
         ),
         (
             "demo",
-            ["method.type=lora", "prompts.placement=suffix"],
+            ["method.type=lora", "prompts.position=before_reply"],
             [
                 "method.type: lora has no soft prompts",
                 "set prompts.count: 1 (got 4), prompts.tokens: 0 (got 8)",
-                "prompts.placement: prefix (got suffix)",
+                "prompts.position: before_text (got before_reply)",
                 "losses.selection: 0 (got 1.0)",
                 "losses.fusion: 0 (got 1.0)",
                 "losses.contrastive: 0 (got 1.0)",
@@ -237,8 +237,8 @@ def test_few_shot_texts_of_a_known_case(tmp_path: Path, persona: bool) -> None:
     train = store_of(write(tmp_path / "train.jsonl", *TWO), tmp_path, persona=persona)
     orders = set()
     for seed in range(8):
-        shots = worked_examples(train, BYTES, 2, 400, seed, persona=persona)
-        assert shots == worked_examples(train, BYTES, 2, 400, seed, persona=persona)
+        shots = worked_examples(train, BYTES, 2, 400, seed, ContextStyle(persona))
+        assert shots == worked_examples(train, BYTES, 2, 400, seed, ContextStyle(persona))
         orders.add(shots)
     assert orders == {(*a, EOS, *b, EOS) for a, b in permutations(SHOWN[persona])}
     source = write(tmp_path / "test.jsonl", ("i run.", ["so?", "ok", "why"]))
@@ -289,7 +289,7 @@ def test_worked_examples_lose_their_oldest_turns_and_come_from_different_dialogu
         tmp_path,
     )
     for seed in range(6):
-        shots = worked_examples(train, BYTES, 2, 200, seed, persona=True)
+        shots = worked_examples(train, BYTES, 2, 200, seed, ContextStyle())
         parts = bytes(256 * (token == EOS) or token for token in shots if token != EOS)
         assert shots.count(EOS) == 2
         assert shots[-1] == EOS
@@ -303,11 +303,11 @@ def test_worked_examples_lose_their_oldest_turns_and_come_from_different_dialogu
 def test_worked_examples_that_do_not_fit_are_named(tmp_path: Path) -> None:
     train = store_of(write(tmp_path / "train.jsonl", *TWO), tmp_path)
     with pytest.raises(DataError) as caught:
-        worked_examples(train, BYTES, 3, 400, 0, persona=True)
+        worked_examples(train, BYTES, 3, 400, 0, ContextStyle())
     assert "2 dialogues have an example that fits into 66 tokens" in str(caught.value)
     assert "3 are needed; raise data.max_tokens or lower data.few_shot" in str(caught.value)
     source = write(tmp_path / "test.jsonl", ("i run.", ["so?", "ok"]))
-    shots = worked_examples(train, BYTES, 2, 400, 0, persona=True)
+    shots = worked_examples(train, BYTES, 2, 400, 0, ContextStyle())
     with pytest.raises(
         DataError, match=r"of it the worked examples of data.few_shot.*lower data.few_shot"
     ):

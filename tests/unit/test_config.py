@@ -191,7 +191,7 @@ def test_cli_config(capsys: pytest.CaptureFixture[str]) -> None:
     ("override", "same"),
     [
         ("model.base_bits=4", False),
-        ("prompts.placement=suffix", False),
+        ("prompts.position=before_reply", False),
         ("losses.fusion_weights=normalised", False),
         ("prompts.warm_start_steps=3", False),
         ("generate.mode=random", False),
@@ -223,6 +223,6 @@ def test_the_base_of_a_run_with_every_option_of_the_bank_can_reply_alone() -> No
         "losses.balance=0.1",
         *(f"losses.{name}=0" for name in ("selection", "fusion", "contrastive")),
     ]
-    options = [*texts, "prompts.placement=suffix", "losses.train_top_m=2", *mixture]
+    options = [*texts, "prompts.position=before_reply", "losses.train_top_m=2", *mixture]
     assert load_config("demo", options).prompts.init_texts == ("a", "b")
     assert load_config("demo", [*options, *BASE_ALONE]).prompts.count == 1

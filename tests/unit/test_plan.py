@@ -272,7 +272,7 @@ def test_recomputation_follows_from_sizes() -> None:
 
 def test_shared_contexts_need_less_than_rows_of_their_own() -> None:
     shape = shape_of("llama-2-7b")
-    prefix, suffix = (run(prompts={"placement": placement}) for placement in ("prefix", "suffix"))
+    prefix, suffix = (run(prompts={"position": at}) for at in ("before_text", "before_reply"))
     for recompute in (False, True):
         ours = step_bytes(suffix, shape, recompute=recompute)
         assert ours < step_bytes(prefix, shape, recompute=recompute) / 2
