@@ -42,22 +42,24 @@ def measured(run: Path) -> Measured:
         folder, world = RunFolder(run), dist.init(600)
         session, _ = open_trained(folder.load_config(), folder, "best", None, world)
         found = measure(session, open_split(session, "test"))
-        texts = [[list(t.persona), list(t.history), t.response, t.dialogue] for t in found.texts]
+        words = [[list(t.persona), list(t.history), t.response, t.dialogue] for t in found.texts]
         np.savez(
             path,
             losses=found.losses,
             tokens=found.tokens,
             ensemble=found.ensemble,
             scores=found.scores,
-            texts=json.dumps(texts),
+            texts=json.dumps(words),
         )
     saved = np.load(path)
     texts = [
         Text(tuple(persona), tuple(history), response, dialogue)
         for persona, history, response, dialogue in json.loads(str(saved["texts"]))
     ]
-    arrays = (saved[name] for name in ("losses", "tokens", "ensemble", "scores"))
-    return Measured(*arrays, features={}, texts=texts)
+    losses, tokens, ensemble, scores = (
+        saved[name] for name in ("losses", "tokens", "ensemble", "scores")
+    )
+    return Measured(losses, tokens, ensemble, scores, features={}, texts=texts)
 
 
 def figures(run: Measured, other: Measured, kinds: Sequence[str]) -> dict[str, float]:
@@ -106,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
         ]
         report[row] = {key: [numbers[key] for numbers in columns] for key in columns[0]}
     names = list(dict.fromkeys(key for numbers in report.values() for key in numbers))
-    lines = [
+    lines: list[list[str | int | float | None]] = [
         [row, len(numbers["nll"]), *(_spread(numbers.get(key, ())) for key in names)]
         for row, numbers in sorted(report.items(), key=lambda item: item[1]["nll"][0])
     ]

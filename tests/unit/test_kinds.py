@@ -81,8 +81,14 @@ def saved(run: Path, losses: np.ndarray, scores: np.ndarray) -> None:
     (run / "DONE.json").write_text("{}")
     count = len(losses)
     texts = json.dumps([[[], ["hi"], "yes", f"d{n // 2}"] for n in range(count)])
-    arrays = {"losses": losses, "scores": scores, "tokens": np.full(count, 10.0)}
-    np.savez(run / "measured.npz", ensemble=losses.mean(axis=1), texts=texts, **arrays)
+    np.savez(
+        run / "measured.npz",
+        losses=losses,
+        scores=scores,
+        tokens=np.full(count, 10.0),
+        ensemble=losses.mean(axis=1),
+        texts=texts,
+    )
 
 
 def test_the_table_compares_rows_and_averages_seeds(
