@@ -21,12 +21,12 @@ from tests.helpers.runs import make_run
 EXAMPLES, PROMPTS = 9, 3
 
 
-@pytest.fixture(scope="module", params=["prefix", "suffix"])
+@pytest.fixture(scope="module", params=["before_text", "before_reply"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("audit")
     made = make_run(folder, arch="llama", prompts=PROMPTS, examples=EXAMPLES)
     text = made.config.read_text(encoding="utf-8")
-    made.config.write_text(text.replace("placement: prefix", f"placement: {request.param}"))
+    made.config.write_text(text.replace("position: before_text", f"position: {request.param}"))
     return made.path
 
 
