@@ -132,7 +132,13 @@ def test_an_owner_on_a_file_system_without_shared_locks_is_known_by_its_beat(
 ) -> None:
     """Its host's kernel holds the lock, which this one's does not know."""
     monkeypatch.setattr(lock, "PATIENCE_S", 5.0)
+    file = os.open(tmp_path / NAME, os.O_RDWR | os.O_CREAT)
     ended = threading.Event()
+
+    def write(beat: int) -> None:
+        """As an owner does: the file is never empty between two beats."""
+        owner = {"host": "far", "pid": 1, "machine": "elsewhere", "beat": beat}
+        os.pwrite(file, json.dumps(owner).encode(), 0)
 
     def beat() -> None:
         number = 0
@@ -145,7 +151,6 @@ def test_an_owner_on_a_file_system_without_shared_locks_is_known_by_its_beat(
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        time.sleep(0.3)
         assert "host 'far', pid 1" in refused(tmp_path)
     finally:
         ended.set()
