@@ -379,9 +379,7 @@ def test_suffix_without_recorded_keys_is_refused() -> None:
         return out
 
     backbone.run = forgets  # type: ignore[method-assign]
-    with pytest.raises(
-        ModelError, match=r"layer 0 kept no keys of the context.*prompts.position: before_text"
-    ):
+    with pytest.raises(ModelError, match=r"layer 0 kept no keys of the context.*before_text"):
         backbone(spt.micro_losses, batch, *counts_of(batch))
 
 

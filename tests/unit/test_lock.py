@@ -144,10 +144,9 @@ def test_an_owner_on_a_file_system_without_shared_locks_is_known_by_its_beat(
         number = 0
         while not ended.wait(0.05):
             number += 1
-            text = json.dumps({"host": "far", "pid": 1, "machine": "elsewhere", "beat": number})
-            os.pwrite(file, text.encode(), 0)  # as an owner does: the file is never empty
+            write(number)
 
-    file = os.open(tmp_path / NAME, os.O_RDWR | os.O_CREAT)
+    write(0)
     thread = threading.Thread(target=beat)
     thread.start()
     try:
