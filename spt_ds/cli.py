@@ -17,7 +17,10 @@ COMMANDS = {
     "generate": ("spt_ds.generate", "generate replies for evaluation"),
     "chat": ("spt_ds.chat", "a conversation in the terminal"),
     "evaluate": ("spt_ds.evaluate.command", "score a predictions file"),
-    "compare": ("spt_ds.evaluate.compare_command", "one table of several runs"),
+    "compare": (
+        "spt_ds.evaluate.compare_command",
+        "runs against the first of them",
+    ),
     "sweep": ("spt_ds.sweep.command", "every cell of a grid through all of these, and one table"),
     "report": (
         "spt_ds.report.command",

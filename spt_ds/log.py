@@ -168,7 +168,7 @@ def _outliving(stream: Any) -> Any:
     stream.flush()
     output = _Output(inner.fileno())
     return io.TextIOWrapper(
-        output if inner is stream.buffer else io.BufferedWriter(output),  # type: ignore[arg-type]
+        output if inner is stream.buffer else io.BufferedWriter(output),
         encoding=stream.encoding,
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,

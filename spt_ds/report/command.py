@@ -49,9 +49,10 @@ def _write_page(args: argparse.Namespace) -> None:
 def page(runs: Sequence[Run]) -> str:
     """Return the whole HTML document. Raises SptError when matplotlib is not installed."""
     # They import matplotlib: the command line must start without it.
-    from spt_ds.report.sections import overview, prompts, replies, scores, setup, training
+    from spt_ds.report.sections import overview, prompts, replies, scores, setup, training, verdict
 
     parts = {
+        "Verdict": verdict.verdict,
         "Runs": overview.overview,
         "Scores": scores.text_scores,
         "Losses": training.losses,
