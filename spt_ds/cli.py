@@ -18,7 +18,10 @@ COMMANDS = {
     "chat": ("spt_ds.chat", "a conversation in the terminal"),
     "evaluate": ("spt_ds.evaluate.command", "score a predictions file"),
     "audit": ("spt_ds.audit.command", "whether the retriever earns its keep on held-out data"),
-    "compare": ("spt_ds.evaluate.compare_command", "one table of several runs"),
+    "compare": (
+        "spt_ds.evaluate.compare_command",
+        "runs against the first of them",
+    ),
     "sweep": ("spt_ds.sweep.command", "every cell of a grid through all of these, and one table"),
     "report": (
         "spt_ds.report.command",

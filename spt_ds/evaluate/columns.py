@@ -15,8 +15,10 @@ class Metric:
     meaning: str
     most: float = 100.0
     """The largest value that there can be."""
+    less_is_better: bool = False
 
 
+_PERPLEXITY = "perplexity of the reference per"
 METRICS = (
     Metric("f1_spt", "F1", "word overlap with the reference, %, words unchanged"),
     Metric("bleu", "BLEU", "corpus BLEU of sacrebleu"),
@@ -32,16 +34,20 @@ METRICS = (
     Metric("dist3", "DIST-3", "distinct over total trigrams of all replies, %"),
     Metric("ead1", "EAD-1", "distinct over expected distinct words, %", math.inf),
     Metric("ead2", "EAD-2", "distinct over expected distinct bigrams, %", math.inf),
-    Metric(
-        "ppl_token", "PPL/token", "perplexity of the reference per token; lower is better", math.inf
-    ),
-    Metric(
-        "ppl_word", "PPL/word", "perplexity of the reference per word; lower is better", math.inf
-    ),
+    Metric("ppl_token", "PPL/token", f"{_PERPLEXITY} token; lower is better", math.inf, True),
+    Metric("ppl_word", "PPL/word", f"{_PERPLEXITY} word; lower is better", math.inf, True),
     Metric("reply_words", "words", "mean words per reply", math.inf),
     Metric("empty_replies", "empty %", "replies without a word, %"),
     Metric("prompt_entropy", "prompt H", "normalised entropy of the prompts' use, 0 to 1", 1.0),
 )
+# What is skipped together where a library, weights or a field are missing.
+FAMILIES = {
+    "ROUGE": ("rouge1", "rouge2", "rougeL"),
+    "BERTScore": ("bert_f1", "bert_p", "bert_r"),
+    "perplexity": ("ppl_token", "ppl_word"),
+    "prompt use": ("prompt_entropy",),
+}
+FAMILY_OF = {key: family for family, keys in FAMILIES.items() for key in keys}
 METRIC_OF = {metric.key: metric for metric in METRICS}
 PAPER_COLUMNS = tuple(metric.key for metric in METRICS[:10])
 WIDE_COLUMNS = (*PAPER_COLUMNS, "ead1", "ead2", "ppl_token")  # of a table with a system in each row

@@ -14,7 +14,7 @@ from spt_ds.evaluate import tables
 from spt_ds.evaluate.columns import METRICS, WIDE_COLUMNS
 from spt_ds.evaluate.corpus_metrics import OPT_VOCABULARY, corpus_metrics
 from spt_ds.evaluate.scores_json import Scores, scores_of
-from spt_ds.evaluate.significance import Paired
+from spt_ds.evaluate.significance import Paired, p_text
 from spt_ds.evaluate.tables import Cell, Table
 from spt_ds.run.command import at_least, run_command
 from spt_ds.run.folder import RunFolder
@@ -42,9 +42,13 @@ def long_table(scores: Scores, against: dict[str, Paired] | None = None) -> Tabl
         row: list[Cell] = [metric.label, scores.values[metric.key], *interval]
         if against is not None:
             pair = against.get(metric.key)
-            row += [None] * 4 if pair is None else [pair.difference, pair.low, pair.high, _p(pair)]
+            row += _tested(pair) if pair else [None] * 4
         rows.append(row)
     return Table(columns, rows)
+
+
+def _tested(pair: Paired) -> list[Cell]:
+    return [pair.difference, pair.low, pair.high, p_text(pair.p)]
 
 
 def wide_table(name: str, scores: Scores, against: dict[str, Paired] | None = None) -> Table:
@@ -65,7 +69,7 @@ def wide_table(name: str, scores: Scores, against: dict[str, Paired] | None = No
         rows.append(
             ["difference", *(None if pair is None else f"{pair.difference:+.2f}" for pair in pairs)]
         )
-        rows.append(["p", *(None if pair is None else _p(pair) for pair in pairs)])
+        rows.append(["p", *(None if pair is None else p_text(pair.p) for pair in pairs)])
     return Table(["system", *(metric.label for metric in columns)], rows)
 
 
@@ -148,8 +152,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     # Printed last: a reader that closes the pipe, such as `head`, must not cost the files.
     print(table.text())
-    print("\n".join([*notes(scores), "written: " + " ".join(map(str, paths))]))
-
-
-def _p(pair: Paired) -> str:
-    return f"{pair.p:.4f}" if pair.p >= 0.0001 else "< 0.0001"
+    told = notes(scores)
+    if pairs is not None and "ppl_token" in scores.values and "ppl_token" not in pairs:
+        told.append("PPL/token is not compared: the other file has other tokens, or none")
+    print("\n".join([*told, "written: " + " ".join(map(str, paths))]))

@@ -1,51 +1,34 @@
-"""Several runs in one table: seeds of a recipe averaged, with the gains over a baseline."""
+"""Several runs in one table: gains over a baseline, tested, and seeds of a recipe averaged."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
-
-from spt_ds.config.legacy import upgrade
-from spt_ds.config.load import flatten
 from spt_ds.display import shown
 from spt_ds.errors import DataError
-from spt_ds.evaluate import scores_json
-from spt_ds.evaluate.columns import METRICS, WIDE_COLUMNS
-from spt_ds.evaluate.scores_json import Scores
+from spt_ds.evaluate.columns import METRIC_OF, METRICS, WIDE_COLUMNS
+from spt_ds.evaluate.corpus_metrics import CorpusMetrics, other_tokens, tested_gains
+from spt_ds.evaluate.scored_runs import ScoredRun, read_run
+from spt_ds.evaluate.significance import Paired, p_text
 from spt_ds.evaluate.tables import Cell, Table
-from spt_ds.files import sha256
-from spt_ds.run import predictions
-from spt_ds.run.folder import ReplyFolder, RunFolder
-from spt_ds.yaml_input import load_yaml
+from spt_ds.run.folder import distinct_names
 
 # What two runs must share for a gain between them to mean anything.
 COMMON = ("data_sha256", "bleu_signature", "ead_vocabulary")
 # Keys of the configuration in which runs of one recipe may differ: they name the repeat or move no
 # number.
 FREE = ("train.seed", "engine.", "checkpoint.", "log.")
-
-
-@dataclass(frozen=True)
-class ScoredRun:
-    """A run folder: recipe name and seed from its configuration, and its scores."""
-
-    folder: Path
-    name: str
-    seed: int | None
-    options: dict[str, Any]
-    """The configuration by key path, that of generation where it is known."""
-    scores: Scores
+GAIN_COLUMNS = ("gain", "gain %", "95 %", "p")
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one recipe, with mean and sample standard deviation of their metrics.
+    """The runs of one row, with mean and sample standard deviation of their metrics.
 
     A metric counts only where all of the runs have it.
     """
@@ -63,6 +46,10 @@ class Comparison:
 
     groups: list[Group]
     notes: list[str]
+    tests: Mapping[str, Mapping[str, Paired]] = field(default_factory=dict)
+    """By group and metric: the gain over the baseline, paired over dialogues."""
+    kind: Literal["run", "recipe"] = "recipe"
+    """What a row is."""
 
     @property
     def baseline(self) -> Group:
@@ -72,10 +59,11 @@ class Comparison:
     def gains(self, group: Group) -> dict[str, tuple[float, float | None]]:
         """Gain over the baseline by metric, absolute and in percent (None over a baseline of 0)."""
         base = self.baseline.mean
+        apart = {"ppl_token"} if other_tokens(_metrics(self.baseline, group)) else set()
         return {
             key: (value - base[key], _percent(value - base[key], base[key]))
             for key, value in group.mean.items()
-            if key in base
+            if key in base and key not in apart
         }
 
     def diversity_gain(self, group: Group) -> float | None:
@@ -89,35 +77,57 @@ class Comparison:
         return sum(known) / 2 if len(known) == 2 else None
 
     def wide(self) -> Table:
-        """Recipes in rows, metrics in the order of the paper's table; gains under each recipe."""
+        """A row per group, metrics in the order of the paper's table; its gains below it."""
         columns = [
-            metric
+            metric.key
             for metric in METRICS
             if metric.key in WIDE_COLUMNS and any(metric.key in g.mean for g in self.groups)
         ]
         rows: list[list[Cell]] = []
         for group in self.groups:
-            spreads = (_spread(group, metric.key) for metric in columns)
+            spreads = (_spread(group, key) for key in columns)
             rows.append([group.name, len(group.runs), *spreads])
             if group is not self.baseline:
-                gains = self.gains(group)
-                for label, part, sign in (("  gain", 0, ""), ("  gain %", 1, " %")):
-                    cells = (gains.get(metric.key, (None, None))[part] for metric in columns)
-                    told = (None if gain is None else f"{gain:+.2f}{sign}" for gain in cells)
-                    rows.append([label, None, *told])
-        return Table(["recipe", "runs", *(metric.label for metric in columns)], rows)
+                rows += self._gain_rows(group, columns)
+        return Table([self.kind, "runs", *(METRIC_OF[key].label for key in columns)], rows)
+
+    def _gain_rows(self, group: Group, columns: Sequence[str]) -> Iterator[list[Cell]]:
+        cells = [self._gain_cells(group, key) for key in columns]
+        for place, label in enumerate(GAIN_COLUMNS):
+            if label in ("gain", "gain %") or self.tests.get(group.name):
+                yield [f"  {label}", None, *(cell[place] for cell in cells)]
+
+    def _gain_cells(self, group: Group, key: str) -> tuple[Cell, Cell, Cell, Cell]:
+        """The GAIN_COLUMNS of one metric; None where there is none."""
+        gain, percent = self.gains(group).get(key, (None, None))
+        pair = self.tests.get(group.name, {}).get(key)
+        return (
+            None if gain is None else f"{gain:+.2f}",
+            None if percent is None else f"{percent:+.1f}",
+            None if pair is None else f"{pair.low:+.2f} to {pair.high:+.2f}",
+            None if pair is None else p_text(pair.p),
+        )
+
+    def against_baseline(self, group: Group) -> Table:
+        """A row per metric: the baseline, the group, and the gain with its test."""
+        rows: list[list[Cell]] = []
+        for key in (metric.key for metric in METRICS if metric.key in group.mean):
+            both = [_spread(self.baseline, key), _spread(group, key)]
+            rows.append([METRIC_OF[key].label, *both, *self._gain_cells(group, key)])
+        return Table(["metric", self.baseline.name, group.name, *GAIN_COLUMNS], rows)
 
     def long(self) -> Table:
-        """A row per recipe and metric, for other programs."""
+        """A row per group and metric, for other programs."""
         rows: list[list[Cell]] = []
         for group in self.groups:
-            gains = self.gains(group)
+            gains, tests = self.gains(group), self.tests.get(group.name, {})
             for key, value in group.mean.items():
-                gain, percent = gains.get(key, (None, None))
-                rows.append(
-                    [group.name, key, len(group.runs), value, group.std.get(key), gain, percent]
-                )
-        return Table(["recipe", "metric", "runs", "mean", "std", "gain", "gain_percent"], rows)
+                row: list[Cell] = [group.name, key, len(group.runs), value, group.std.get(key)]
+                pair = tests.get(key)
+                tested = (pair.low, pair.high, pair.p) if pair else (None, None, None)
+                rows.append([*row, *gains.get(key, (None, None)), *tested])
+        columns = [self.kind, "metric", "runs", "mean", "std", "gain", "gain_percent"]
+        return Table([*columns, "gain_low", "gain_high", "p"], rows)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `compare.json`."""
@@ -134,6 +144,10 @@ class Comparison:
                         key: percent for key, (_, percent) in self.gains(group).items()
                     },
                     "diversity_gain_percent": self.diversity_gain(group),
+                    "tests": {
+                        key: {"low": pair.low, "high": pair.high, "p": pair.p}
+                        for key, pair in self.tests.get(group.name, {}).items()
+                    },
                 }
                 for group in self.groups
             ],
@@ -142,74 +156,34 @@ class Comparison:
         }
 
 
-def compare(runs: Sequence[str | Path], baseline: str | Path) -> Comparison:
-    """Read the runs, average those that share a recipe name, and set them against the baseline's.
+def compare(
+    runs: Sequence[str | Path], baseline: str | Path | None = None, *, average_seeds: bool = False
+) -> Comparison:
+    """Read the runs and set them against the baseline, by default the first of them.
 
-    The baseline need not be among `runs`. Raises DataError for a folder without scores or
-    predictions, and for runs that answered other examples or were scored with other settings than
-    the baseline.
+    Each run is a row, named by its folder. With `average_seeds` a row is the mean of the runs that
+    share a recipe name. The baseline need not be among `runs`. Raises DataError for a folder
+    without scores or predictions, and for runs that answered other examples or were scored with
+    other settings than the baseline.
     """
-    folders = {Path(folder).resolve(): Path(folder) for folder in (baseline, *runs)}
-    scored = [read_run(folder) for folder in folders.values()]
+    given = [*([] if baseline is None else [baseline]), *runs]
+    folders = list({Path(folder).resolve(): Path(folder) for folder in given}.values())
+    scored = [read_run(folder) for folder in folders]
     for run in scored[1:]:
         _check_comparable(scored[0], run)
-    names = dict.fromkeys(run.name for run in scored)
-    groups = [_group(name, [run for run in scored if run.name == name]) for name in names]
-    skipped = dict.fromkeys(
-        f"{family} skipped: {why}" for run in scored for family, why in run.scores.skipped.items()
-    )
-    return Comparison(groups, [*(note for group in groups for note in _notes(group)), *skipped])
-
-
-def read_run(folder: Path) -> ScoredRun:
-    """Read a run folder.
-
-    Its scores.json counts when it belongs to the predictions beside it; else they are scored.
-    """
-    if not folder.is_dir():
-        raise DataError(
-            f"{folder}: no such run folder; give folders that hold predictions.jsonl or scores.json"
-        )
-    config = RunFolder(folder).config
-    options = _read_options(config)
-    name, seed = options.get("name", folder.resolve().name), options.get("train.seed")
-    if not isinstance(name, str):
-        raise DataError(f"{config}: name is {shown(name)}, expected a string")
-    if seed is not None and not isinstance(seed, int):
-        raise DataError(f"{config}: train.seed is {shown(seed)}, expected a whole number")
-    scores = _read_scores(folder)
-    answers = ReplyFolder.of(folder)
-    options |= flatten(predictions.generated_with(answers.path, scores.settings.predictions_sha256))
-    return ScoredRun(folder, name, seed, options, scores)
-
-
-def _read_options(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        tree = load_yaml(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise DataError(f"{path}:{line}: not YAML ({error.problem})") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read as YAML ({shown(error)})") from error
-    if not isinstance(tree, dict):
-        raise DataError(
-            f"{path}: got a {type(tree).__name__}, expected keys such as 'name' and 'train'"
-        )
-    upgrade(tree, overwrite=False)
-    return flatten(tree)
-
-
-def _read_scores(run: Path) -> Scores:
-    folder = ReplyFolder.of(run)
-    if not folder.scores.exists():
-        return scores_json.evaluate(folder.path)
-    scores = scores_json.load_scores(folder.scores)
-    source = folder.predictions
-    if source.exists() and sha256(source) != scores.settings.predictions_sha256:
-        return scores_json.evaluate(folder.path)
-    return scores
+    names = [run.recipe for run in scored] if average_seeds else distinct_names(folders)
+    members: dict[str, list[ScoredRun]] = {name: [] for name in names}
+    for name, run in zip(names, scored, strict=True):
+        members[name].append(run)
+    groups = [_group(name, own) for name, own in members.items()]
+    tests = {group.name: _tests(group, groups[0]) for group in groups[1:]}
+    notes = [note for group in groups for note in _notes(group)]
+    for group in groups[1:]:
+        notes += _notes_of_pair(groups[0], group, bool(tests[group.name]))
+    if any(tests.values()):
+        notes.append(_legend(groups[0]))
+    kind: Literal["run", "recipe"] = "recipe" if average_seeds else "run"
+    return Comparison(groups, [*notes, *_skipped(scored)], tests, kind)
 
 
 def _check_comparable(base: ScoredRun, other: ScoredRun) -> None:
@@ -231,6 +205,18 @@ def _group(name: str, runs: list[ScoredRun]) -> Group:
         {key: statistics.stdev(values) for key, values in columns.items()} if len(runs) > 1 else {}
     )
     return Group(name, runs, mean, std)
+
+
+def _tests(group: Group, baseline: Group) -> dict[str, Paired]:
+    """The group minus the baseline, by metric; empty where predictions or dialogues are missing."""
+    ours, theirs = _metrics(group), _metrics(baseline)
+    if len(ours) < len(group.runs) or len(theirs) < len(baseline.runs):
+        return {}
+    return tested_gains(ours, theirs)
+
+
+def _metrics(*groups: Group) -> list[CorpusMetrics]:
+    return [run.metrics for group in groups for run in group.runs if run.metrics is not None]
 
 
 def _notes(group: Group) -> Iterator[str]:
@@ -256,6 +242,46 @@ def _notes(group: Group) -> Iterator[str]:
 def _percent(gain: float, base: float) -> float | None:
     percent = 100.0 * gain / base if base else math.inf
     return percent if math.isfinite(percent) else None
+
+
+def _notes_of_pair(baseline: Group, group: Group, tested: bool) -> Iterator[str]:
+    """What a reader of a gain must know about it."""
+    bases = [str(each.runs[0].options.get("model.base", "")) for each in (baseline, group)]
+    if all(bases) and bases[0] != bases[1]:
+        yield (
+            f"{group.name}: its base is {shown(bases[1])}, that of {baseline.name}"
+            f" {shown(bases[0])}; the gains are those of the base too"
+        )
+    if "ppl_token" in group.mean and other_tokens(_metrics(baseline, group)):
+        yield (
+            f"{group.name}: its tokens are not those of {baseline.name}, so PPL/token has no gain;"
+            " compare PPL/word"
+        )
+    if not tested:
+        yield (
+            f"{group.name}: its gains are not tested; that needs the predictions of all runs, of"
+            " two dialogues or more"
+        )
+
+
+def _skipped(runs: Sequence[ScoredRun]) -> Iterator[str]:
+    """Which metrics are missing, in which runs and why."""
+    without: dict[tuple[str, str], list[str]] = {}
+    for name, run in zip(distinct_names([run.folder for run in runs]), runs, strict=True):
+        for skipped in run.scores.skipped.items():
+            without.setdefault(skipped, []).append(name)
+    for (family, why), names in without.items():
+        told = "" if len(names) == len(runs) else f" in {', '.join(names)}"
+        yield f"{family} skipped{told}: {why}"
+
+
+def _legend(baseline: Group) -> str:
+    settings = baseline.runs[0].scores.settings
+    bert = " BERTScore is tested by `spt-ds evaluate --against`."
+    return (
+        f"gains are over {baseline.name}; 95 % intervals and p-values are paired over"
+        f" {settings.dialogues} dialogues."
+    ) + (bert if "bert_f1" in baseline.mean else "")
 
 
 def _spread(group: Group, key: str) -> Cell:

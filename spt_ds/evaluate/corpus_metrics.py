@@ -10,7 +10,7 @@ import numpy as np
 
 from spt_ds.errors import DataError
 from spt_ds.evaluate import rouge_bert, significance, text_metrics
-from spt_ds.evaluate.columns import METRIC_OF, METRICS
+from spt_ds.evaluate.columns import FAMILIES, METRIC_OF, METRICS
 from spt_ds.evaluate.significance import Paired
 from spt_ds.evaluate.statistic import Distinct, Statistic, Sums, grouped, mean, ratio
 from spt_ds.evaluate.text_metrics import Floats
@@ -48,25 +48,51 @@ class CorpusMetrics:
 
         Raises DataError when the examples differ or all are of one dialogue.
         """
-        check_same_examples(self.file, other.file)
         if max(self.file.units) == 0:
             raise DataError(
                 f"{self.file.path}: all examples are of one dialogue; a comparison needs two or"
                 " more"
             )
-        # Banks of two sizes have no common table of counts.
-        shared = [
-            key for key in self.statistics if key in other.statistics and key != "prompt_entropy"
-        ]
-        return {
-            key: significance.paired(self.statistics[key], other.statistics[key]) for key in shared
-        }
+        return tested_gains([self], [other])
+
+
+def tested_gains(
+    ours: Sequence[CorpusMetrics], theirs: Sequence[CorpusMetrics]
+) -> dict[str, Paired]:
+    """The mean of each metric over some files minus that over others, paired over dialogues.
+
+    Empty where all examples are of one dialogue. Raises DataError when the examples differ.
+    """
+    files = [*ours, *theirs]
+    for other in files[1:]:
+        check_same_examples(files[0].file, other.file)
+    if max(files[0].file.units) == 0:
+        return {}
+    apart = {"prompt_entropy"}  # banks of two sizes have no common table of counts
+    if other_tokens(files):
+        apart.add("ppl_token")
+    return {
+        key: significance.paired_means(
+            [file.statistics[key] for file in ours], [file.statistics[key] for file in theirs]
+        )
+        for key in files[0].statistics
+        if key not in apart and all(key in file.statistics for file in files)
+    }
+
+
+def other_tokens(files: Sequence[CorpusMetrics]) -> bool:
+    """Whether references are cut into other tokens in some files than in others.
+
+    A perplexity per token then means another thing.
+    """
+    counts = {tuple(row.nll_tokens for row in each.file.rows) for each in files}
+    return len({count for count in counts if count[0] is not None}) > 1
 
 
 def corpus_metrics(
-    file: PredictionFile[Any], ead_vocabulary: int = OPT_VOCABULARY
+    file: PredictionFile[Any], ead_vocabulary: int = OPT_VOCABULARY, *, bert_score: bool = True
 ) -> CorpusMetrics:
-    """Compute the metrics of `file`.
+    """Compute the metrics of `file`, those of BERTScore only with `bert_score`.
 
     A family whose library or field is not there is noted under `skipped`.
     """
@@ -82,17 +108,19 @@ def corpus_metrics(
         (
             "ROUGE",
             rouge_bert.rouge_missing(),
-            lambda: _means(_ROUGE, rouge_bert.rouge_rows(replies, references)),
+            lambda: _means(FAMILIES["ROUGE"], rouge_bert.rouge_rows(replies, references)),
         ),
         (
             "BERTScore",
             rouge_bert.bert_missing(),
-            lambda: _means(_BERT, rouge_bert.bert_rows(replies, references)),
+            lambda: _means(FAMILIES["BERTScore"], rouge_bert.bert_rows(replies, references)),
         ),
         ("perplexity", _no_nll(file), lambda: _perplexity(file)),
         ("prompt use", _no_prompt(file), lambda: _prompt_use(file)),
     )
     for name, missing, compute in families:
+        if name == "BERTScore" and not bert_score:
+            continue
         if missing is None:
             of_examples.update(compute())
         else:
@@ -116,10 +144,6 @@ def prompt_rows(file: PredictionFile[Any]) -> Floats:
     rows = np.zeros((len(chosen), bank))
     rows[np.arange(len(chosen)), chosen] = 1.0
     return rows
-
-
-_ROUGE = ("rouge1", "rouge2", "rougeL")
-_BERT = ("bert_f1", "bert_p", "bert_r")
 
 
 def _means(keys: Sequence[str], rows: Floats) -> dict[str, Statistic]:
@@ -177,4 +201,5 @@ def _no_prompt(file: PredictionFile[Any]) -> str | None:
 
 
 def _prompt_use(file: PredictionFile[Any]) -> dict[str, Statistic]:
-    return {"prompt_entropy": Sums(prompt_rows(file), text_metrics.normalised_entropy)}
+    entropy = Sums(prompt_rows(file), text_metrics.normalised_entropy, is_biased=True)
+    return {"prompt_entropy": entropy}

@@ -7,6 +7,9 @@ is drawn at random. docs/metrics.md shows how often the intervals hold the truth
 
 * The interval of one metric is made for its logarithm, or for the logarithm of its odds where it
   has an upper bound: small and large shares, BLEU and perplexity are skewed, these hardly.
+* A mean that is 0 in all of U units has no spread, and yet it may be more: what 1 - 0.05^(1/U) of
+  all units have, U units miss once in twenty times. An entropy of few units is too small: by U - 1
+  times as much as it shrinks when one is left out.
 * For `Distinct` the plain jackknife errs to the wide side, by 10 to 25 % here. `_excess` removes
   what it counts too often.
 """
@@ -19,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spt_ds.evaluate.statistic import Distinct, Statistic
+from spt_ds.evaluate.statistic import Distinct, Statistic, Sums
 from spt_ds.evaluate.student_t import quantile_95, two_sided_p
 
 METHOD = "jackknife over dialogues, Student's t"
@@ -43,27 +46,54 @@ def interval(statistic: Statistic, most: float = math.inf) -> tuple[float, float
     """Return the 95 % interval of a metric of at most `most`. There must be two units or more."""
     value = statistic.value()
     reach = quantile_95(statistic.units - 1) * standard_error([(statistic, 1.0)])
-    if not 0.0 < value < most:  # no logarithm; 0 or `most` in all units has no error either
+    if not 0.0 < value < most:  # there is no logarithm
+        if reach == 0.0 and isinstance(statistic, Sums) and statistic.is_mean and most < math.inf:
+            reach = most * (1.0 - 0.05 ** (1.0 / statistic.units))
+            return (0.0, reach) if value <= 0.0 else (most - reach, most)
         return value - reach, value + reach
+    bias = 0.0
+    if isinstance(statistic, Sums) and statistic.is_biased:
+        bias = (statistic.units - 1) * (float(statistic.leave_one_out().mean()) - value)
+    low, high = _moved(value, most, -bias - reach), _moved(value, most, -bias + reach)
+    return min(low, value), max(high, value)
+
+
+def _moved(value: float, most: float, by: float) -> float:
+    """Move a value as far on the scale of the logarithm of its odds as `by` is on its own scale.
+
+    Without a bound that is the scale of its logarithm.
+    """
     share = value / most
-    # In logarithms of the odds: `share` is 0 without a bound, and they are those of the value. A
-    # factor beyond e^100 says no more than one below.
-    factor = math.exp(min(reach / value / (1.0 - share), 100.0))
-    return value / (share + (1.0 - share) * factor), value / (share + (1.0 - share) / factor)
+    # A factor beyond e^100 says no more than one below.
+    factor = math.exp(max(-100.0, min(100.0, by / value / (1.0 - share))))
+    return value / (share + (1.0 - share) / factor)
 
 
 def paired(first: Statistic, second: Statistic) -> Paired:
     """Compare one metric on two files of the same units in the same order."""
-    if type(first) is not type(second):
-        raise TypeError("the two statistics are of different forms")
-    difference = first.value() - second.value()
-    error = standard_error([(first, 1.0), (second, -1.0)])
-    reach = quantile_95(first.units - 1) * error
+    return paired_means([first], [second])
+
+
+def paired_means(firsts: Sequence[Statistic], seconds: Sequence[Statistic]) -> Paired:
+    """Compare the mean of a metric over some files with that over others, all of the same units."""
+    if len({type(statistic) for statistic in (*firsts, *seconds)}) > 1:
+        raise TypeError("the statistics are of different forms")
+    terms = [(statistic, 1.0 / len(firsts)) for statistic in firsts]
+    terms += [(statistic, -1.0 / len(seconds)) for statistic in seconds]
+    difference = math.fsum(factor * statistic.value() for statistic, factor in terms)
+    error = standard_error(terms)
+    degrees = firsts[0].units - 1
+    reach = quantile_95(degrees) * error
     if error > 0.0:
-        p = two_sided_p(difference / error, first.units - 1)
+        p = two_sided_p(difference / error, degrees)
     else:  # the same difference in every unit
         p = 1.0 if difference == 0.0 else 0.0
     return Paired(difference, difference - reach, difference + reach, p)
+
+
+def p_text(p: float) -> str:
+    """A p-value as tables show it."""
+    return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
 
 
 def standard_error(terms: Sequence[tuple[Statistic, float]]) -> float:

@@ -11,7 +11,7 @@ Shape letters: U units, C columns, R rows of sums, G n-grams.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,6 +28,10 @@ class Sums:
 
     rows: Floats
     finish: Callable[[Floats], Floats]
+    is_mean: bool = False
+    """Whether it is the mean of a number of each turn: at the end of its scale it is so in all."""
+    is_biased: bool = False
+    """Whether few units shift it to one side, as they make an entropy too small."""
 
     @property
     def units(self) -> int:
@@ -44,7 +48,7 @@ class Sums:
 
     def of(self, units: Sequence[int]) -> Sums:
         """The same metric of these units, which may repeat."""
-        return Sums(self.rows[units], self.finish)
+        return replace(self, rows=self.rows[units])
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ Statistic = Sums | Distinct
 
 def mean(values: Floats, scale: float = 1.0) -> Sums:
     """The mean of `values` `[U]` times `scale`."""
-    return ratio(values, np.ones_like(values), lambda quotient: scale * quotient)
+    sums = ratio(values, np.ones_like(values), lambda quotient: scale * quotient)
+    return replace(sums, is_mean=True)
 
 
 def ratio(above: Floats, below: Floats, finish: Callable[[Floats], Floats]) -> Sums:
@@ -131,7 +136,7 @@ def grouped(statistic: Statistic, groups: Sequence[int]) -> Statistic:
     if isinstance(statistic, Sums):
         rows = np.zeros((count, statistic.rows.shape[1]))
         np.add.at(rows, np.asarray(groups), statistic.rows)
-        return Sums(rows, statistic.finish)
+        return replace(statistic, rows=rows)
     grams: list[list[str]] = [[] for _ in range(count)]
     for group, own in zip(groups, statistic.grams, strict=True):
         grams[group].extend(own)

@@ -57,9 +57,11 @@ def page(runs: Sequence[Run]) -> str:
         scores,
         setup,
         training,
+        verdict,
     )
 
     parts = {
+        "Verdict": verdict.verdict,
         "Runs": overview.overview,
         "Scores": scores.text_scores,
         "Losses": training.losses,

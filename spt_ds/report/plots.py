@@ -7,6 +7,7 @@ the page around it. Shape letters: K prompts, C columns, P points.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +58,10 @@ STYLE = {
 }
 PX_PER_INCH = 110  # a little over CSS's 96: brings 9 pt near the page's small text
 MOST_POINTS = 400  # of a line; more are averaged in groups
+MOST_PROMPTS = 12  # labels on the vertical axis of a heat map
+LEAST_RANGE = 0.01  # of a scale of colours
 MOST_LABELS = 14  # on the horizontal axis of a heat map
+ROUND = (1, 2, 5, 10)  # times a power of ten: what the ticks of a scale are apart
 MOST_NUMBERS = (12, 16)  # rows and columns of a heat map up to which each cell holds its number
 
 
@@ -83,6 +87,9 @@ class Heat:
     marked: Sequence[int | None] = ()
     """The prompt that gets a dot, for each column."""
     limits: tuple[float, float] | None = None
+    """Of the scale of colours; by default round numbers around the values."""
+    ends: bool = False
+    """Whether a column's label is where it ends, and not where it begins."""
 
 
 def colour(number: int) -> str:
@@ -110,8 +117,8 @@ def curves(name: str, alt: str, lines: Sequence[Line]) -> Markup:
                 marker="o" if few else None,
                 markersize=3,
             )
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=sorted((*ROUND, 2.5)), min_n_ticks=3))
         axes.set_xlabel("step")
         return _svg(figure, name, alt, "max-width")
 
@@ -127,15 +134,16 @@ def heat(name: str, alt: str, data: Heat) -> Markup:
             layout="constrained",
         )
         axes = figure.add_subplot()
-        low, high = data.limits or (None, None)
+        low, high = data.limits or round_limits(data.values)
         # Without interpolation the cells stay sharp in SVG at any size.
         image = axes.imshow(
             data.values, aspect="auto", interpolation="none", cmap="cividis", vmin=low, vmax=high
         )
-        every = -(-count // MOST_LABELS)
-        ticks = [*range(0, count - every, every), count - 1]  # the last column always has its label
+        every = stride(count, MOST_LABELS)
+        first = every - 1 if data.ends else 0
+        ticks = [*range(first, count - every, every), count - 1]  # the last one has its label
         axes.set_xticks(ticks, [data.columns[tick] for tick in ticks])
-        axes.yaxis.set_major_locator(MaxNLocator(min(prompts, 12), integer=True))
+        axes.set_yticks(range(0, prompts, stride(prompts, MOST_PROMPTS)))
         axes.set_ylim(prompts - 0.5, -0.5)
         axes.set_xlabel(data.across)
         axes.set_ylabel("prompt")
@@ -152,7 +160,7 @@ def heat(name: str, alt: str, data: Heat) -> Markup:
             )
         elif prompts <= MOST_NUMBERS[0] and count <= MOST_NUMBERS[1]:
             _write_numbers(axes, image, data)
-        bar = figure.colorbar(image, ax=axes, pad=0.02)
+        bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=MaxNLocator(5, steps=ROUND))
         bar.outline.set_visible(False)
         bar.set_label(data.scale)
         return _svg(figure, name, alt, "width")
@@ -167,6 +175,32 @@ def thinned(points: Sequence[tuple[float, float]]) -> tuple[Floats, Floats]:
     if len(table) > MOST_POINTS:
         table = np.stack([group.mean(axis=0) for group in np.array_split(table, MOST_POINTS)])
     return table[:, 0], table[:, 1]
+
+
+def stride(count: int, most: int) -> int:
+    """How many of `count` things make one, so that there are up to `most`: 1, 2, 5, 10 ..."""
+    return max(1, round(_round_step(count / most)))
+
+
+def round_limits(values: Floats) -> tuple[float, float]:
+    """Round numbers around the values, at least LEAST_RANGE apart.
+
+    Scores that differ by less are nearly the same, and their colours have to say so.
+    """
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    middle, half = (low + high) / 2, max(high - low, LEAST_RANGE) / 2
+    step = _round_step(half / 4)
+    # The tolerance keeps a limit that is round already where it is.
+    return (
+        math.floor((middle - half) / step + 1e-6) * step,
+        math.ceil((middle + half) / step - 1e-6) * step,
+    )
+
+
+def _round_step(number: float) -> float:
+    """The smallest of 1, 2, 5 and 10 times a power of ten that is not below `number`."""
+    power = 10.0 ** math.floor(math.log10(number))
+    return next(step * power for step in ROUND if step * power >= number * (1 - 1e-9))
 
 
 def _write_numbers(axes: Any, image: Any, data: Heat) -> None:

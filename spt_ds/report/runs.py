@@ -22,7 +22,7 @@ from spt_ds.evaluate.scores_json import Scores
 from spt_ds.evaluate.text_metrics import cleaned, f1_spt
 from spt_ds.json_input import parse_object
 from spt_ds.run import predictions
-from spt_ds.run.folder import ReplyFolder, RunFolder
+from spt_ds.run.folder import ReplyFolder, RunFolder, distinct_names
 from spt_ds.run.predictions import Count, Prediction, PredictionFile, Text, read_rows
 
 MEND_LINE = "remove the line"
@@ -58,6 +58,8 @@ class Run:
 
     folder: Path
     label: str
+    number: int
+    """In the order of the page; it gives the run its colour."""
     options: dict[str, Any]
     """The configuration by key path."""
     generated: dict[str, Any]
@@ -72,10 +74,17 @@ class Run:
     done: dict[str, Any] | None
     """The summary at the end of training, or None."""
     deepspeed: str | None
+    file: PredictionFile[PredictionInDialogue] | None
     replies: list[Reply]
     scores: Scores | None
     missing: list[str]
     """What is not there and how to get it."""
+
+    @property
+    def base(self) -> str:
+        """The base, as a reader names it: losses over two bases are not comparable."""
+        revision = self.options["model.revision"]
+        return self.options["model.base"] + (f" at {revision}" if revision else "")
 
     def series(self, kind: str, key: str) -> list[tuple[int, float]]:
         """(step, value) of each line of `kind` that has a number under `key`."""
@@ -102,20 +111,28 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders, each once, named by their last part or, where that repeats, in full.
+    """Read run folders, each once, named by their last part, or more where that repeats.
 
     Raises DataError or ConfigError for a folder that is no run and for a file in it that cannot be
     read.
     """
     unique = list({folder.resolve(): folder for folder in folders}.values())
-    names = [folder.resolve().name for folder in unique]
+    names = distinct_names(unique)
     return [
-        read_run(folder, name if names.count(name) == 1 else str(folder))
-        for folder, name in zip(unique, names, strict=True)
+        read_run(folder, name, number)
+        for number, (folder, name) in enumerate(zip(unique, names, strict=True))
     ]
 
 
-def read_run(folder: Path, label: str) -> Run:
+def by_base(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs over each base, in the order of the first of them."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.base, []).append(run)
+    return groups
+
+
+def read_run(folder: Path, label: str, number: int = 0) -> Run:
     """Read one run folder."""
     run = RunFolder(folder)
     if not run.config.is_file():
@@ -137,6 +154,7 @@ def read_run(folder: Path, label: str) -> Run:
     return Run(
         folder=folder,
         label=label,
+        number=number,
         options=options,
         generated=(_generated(file) if file else None) or options,
         environment=flatten(_object(run.environment)) if has_environment else {},
@@ -145,6 +163,7 @@ def read_run(folder: Path, label: str) -> Run:
         deepspeed=(
             _content(run.deepspeed).decode("utf-8", "replace") if run.deepspeed.is_file() else None
         ),
+        file=file,
         replies=_replies(file) if file else [],
         scores=scores,
         missing=missing,

@@ -6,6 +6,7 @@ The configuration is written first and DONE.json last; rank 0 alone writes.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +208,20 @@ class RunFolder:
                 ) from error
             return steps >= now.max_steps
         return before.max_steps == 0 and now.epochs <= before.epochs
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Name each folder by the last part of its path; those that end the same by more parts."""
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    names = []
+    for own in parts:
+        count = 1
+        while count < len(own) and any(
+            other != own and other[-count:] == own[-count:] for other in parts
+        ):
+            count += 1
+        names.append(str(Path(*own[-count:])))
+    return names
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -122,7 +122,7 @@ def write_table(root: Path, cells: Sequence[Cell], failures: dict[str, str]) -> 
         rows: list[list[TableCell]] = [[f"{name}: {why}"] for name, why in missing.items()]
         table = Table(["recipe"], rows)
         return tables.write_files(root, "table", {"recipes": [], "failed": missing}, table, table)
-    result = compare([cell.folder for cell in finished], finished[0].folder)
+    result = compare([cell.folder for cell in finished], average_seeds=True)
     told = {}
     if finished[0].row != cells[0].row:
         told = {cells[0].row: f"the baseline is not finished; gains are over {finished[0].row}"}

@@ -92,6 +92,23 @@ def test_the_doctor_says_by_its_exit_code_what_nobody_read() -> None:
     assert start(["plan", "--config", "demo"], unbuffered=False).returncode == 0
 
 
+def test_a_training_outlives_the_reader_of_its_log(tmp_path: Path) -> None:
+    """`spt-ds train ... 2>&1 | head`: hours of work are worth more than a log."""
+    short = {
+        "train.max_steps": 1,
+        "train.global_batch": 2,
+        "data.max_train_examples": 4,
+        "data.max_valid_examples": 2,
+        "data.workers": 0,
+        "data.cache_dir": tmp_path / "cache",
+    }
+    options = [f"--set={key}={value}" for key, value in short.items()]
+    run = tmp_path / "run"
+    done = start(["train", "--config", "demo", "--run-dir", str(run), *options], False, both=True)
+    assert done.returncode == 0
+    assert (run / "DONE.json").is_file()
+
+
 def test_a_shell_with_pipefail_sees_success(run: Path) -> None:
     command = f"set -o pipefail; '{sys.executable}' -m spt_ds.cli evaluate '{run}' | head -n 1"
     done = subprocess.run(

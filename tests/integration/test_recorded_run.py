@@ -16,7 +16,7 @@ from spt_ds import dist
 from spt_ds.cli import main as spt_ds_main
 from spt_ds.config.load import options_of
 from spt_ds.config.schema import Config
-from spt_ds.evaluate.comparison import read_run
+from spt_ds.evaluate.scored_runs import read_run
 from spt_ds.generate import main as generate_main
 from spt_ds.train import main as train_main
 from tests.helpers.ranks import run_ranks
@@ -86,7 +86,8 @@ def test_it_is_told_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "4 on 1 rank(s)" in shown
     assert "0: 5, 2: 1" in shown
-    assert spt_ds_main(["compare", run, "--baseline", run, "--out", str(folder / "table")]) == 0
+    same = str(folder / "run" / "generate")
+    assert spt_ds_main(["compare", run, same, "--out", str(folder / "table")]) == 0
     options = read_run(folder / "run").options  # keys of 0.1.0 have their names of today
     assert options.keys() <= options_of(Config()).keys()
     assert spt_ds_main(["report", run, "--out", str(folder / "report.html")]) == 0

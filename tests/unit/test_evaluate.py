@@ -198,6 +198,20 @@ def test_systems_with_banks_of_two_sizes_can_be_compared(tmp_path: Path) -> None
     assert found.keys() == four.statistics.keys() - {"prompt_entropy"}
 
 
+def test_perplexities_over_other_tokens_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, tokens in (("a.jsonl", 3), ("b.jsonl", 4)):
+        rows = [{**row, "nll_sum": 6.0 + row["index"], "nll_tokens": tokens} for row in lines()]
+        write(tmp_path / name, rows)
+    arguments = [str(tmp_path / "a.jsonl"), "--against", str(tmp_path / "b.jsonl")]
+    assert command.main(arguments) == 0
+    assert "PPL/token is not compared: the other file has other tokens" in capsys.readouterr().out
+    compared = json.loads((tmp_path / "scores.json").read_text())["against"]["metrics"]
+    assert "ppl_word" in compared
+    assert "ppl_token" not in compared
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -355,11 +369,11 @@ def test_the_commands_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.Monke
         for line in guide.splitlines()
         if line.startswith("spt-ds ")
     ]
-    assert [arguments[0] for arguments in commands] == ["evaluate", "evaluate", "compare"]
+    assert [words[0] for words in commands] == ["evaluate"] * 2 + ["compare"] * 2
     monkeypatch.chdir(tmp_path)
     for name in ("demo", "pt", "spt-seed0", "spt-seed1"):
         write(tmp_path / "runs" / name / "generate" / "predictions.jsonl", lines())
-    assert [cli.main(arguments) for arguments in commands] == [0, 0, 0]
+    assert [cli.main(arguments) for arguments in commands] == [0, 0, 0, 0]
     assert (tmp_path / "runs" / "demo" / "generate" / "scores.json").is_file()
     assert (tmp_path / "tables" / "compare.tex").is_file()
 

@@ -31,7 +31,8 @@ from spt_ds.report.sections.prompts import bank_scores, prompt_use
 from spt_ds.report.sections.replies import examples
 from spt_ds.report.sections.scores import text_scores
 from spt_ds.report.sections.setup import configuration
-from spt_ds.report.sections.training import throughput
+from spt_ds.report.sections.training import losses, throughput
+from spt_ds.report.sections.verdict import verdict
 
 MALICE = (
     '<script>document.title="owned"</script><img src="http://evil.example/x"'
@@ -272,6 +273,41 @@ def test_scores_have_their_intervals(page: Page, runs: dict[str, Path]) -> None:
     assert "BLEU nrefs:1" in page.text()
 
 
+def test_skipped_metrics_are_marked_with_their_reason(
+    runs: dict[str, Path],
+) -> None:
+    shown = Page(text_scores(read_runs([runs["full"]])))
+    assert (
+        "PPL/token perplexity of the reference per token; lower is better skipped [" in shown.text()
+    )
+    assert re.search(r"\[\d\] perplexity was skipped: the file has no 'nll_sum'", shown.text())
+    marks = [value for value in shown.values("href") if value.startswith("#skipped-")]
+    assert {mark.removeprefix("#") for mark in marks} == set(shown.values("id"))
+
+
+def with_base(folder: Path, base: str, **options: Any) -> Path:
+    run = make_run(folder, config=f"model: {{base: {base}}}\n", **options)
+    assert evaluate([str(run)]) == 0
+    return run
+
+
+def test_runs_over_different_bases_are_kept_apart(tmp_path: Path) -> None:
+    """Losses and perplexities of two bases mean two things: no plot and no table has both."""
+    found = read_runs([with_base(tmp_path / n, f"base-{n[0]}") for n in ("a1", "b1", "a2")])
+    for section in (text_scores(found), losses(found)):
+        first = section.partition("<h3>Base: base-b</h3>")[0]
+        assert "<h3>Base: base-a</h3>" in first
+        assert "a1" in first
+        assert "a2" in first
+        assert "b1" not in first
+    told = Page(verdict(found)).text()
+    assert "a2 against a1" in told
+    assert "b1 against" not in told
+    assert "Runs over different bases are not compared with each other." in told
+    Page(losses(found))  # ids are unique
+    assert "Base:" not in losses(found[:1])
+
+
 def test_scores_of_other_predictions_are_left_out(runs: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "stale"
     shutil.copytree(runs["full"], folder)
@@ -293,6 +329,60 @@ def test_runs_that_answered_different_examples_are_told_apart(
     said = "answered different examples"
     assert said in text_scores(read_runs([runs["full"], folder]))
     assert said not in text_scores(read_runs([runs["full"]]))
+
+
+def test_the_verdict_says_in_words_how_a_run_went(page: Page, runs: dict[str, Path]) -> None:
+    headings = [part for part in page.values("id") if part.endswith("-heading")]
+    assert headings[0] == "verdict-heading"
+    told = Page(verdict(read_runs([runs["full"]]))).text()
+    assert "full came to its end after 30 steps." in told
+    assert "fell from 5.000 to 4.250 nats per token and was lowest at step 20." in told
+    assert re.search(r"Its 6 replies have F1 \d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\), BLEU ", told)
+    assert "2 of 3 prompts replied, prompt 0 most often (50 %)." in told
+    assert "hardly tells" not in told
+    assert "against" not in told
+    bare = Page(verdict(read_runs([runs["bare"]]))).text()
+    assert bare == "bare has not begun. It has no replies yet."
+
+
+def test_a_verdict_names_what_differs_and_what_does_not(tmp_path: Path) -> None:
+    """Twelve dialogues of one turn: the second run answers better in nearly all of them."""
+    folders: list[Path] = []
+    for name, good in (("first", 2), ("second", 11)):
+        folder = make_run(tmp_path / name, replies=False)
+        (folder / "generate").mkdir()
+        rows = [
+            {
+                **prediction(index, "i like my two dogs" if index < good else "well , i do", 0),
+                "dialogue_id": str(index),
+                "id": str(index),
+                "scores": [0.3135, 0.3136],
+                "nll_sum": 5.0 + index + 2 * len(folders),
+                "nll_tokens": 5,
+            }
+            for index in range(12)
+        ]
+        write_lines(folder / "generate" / "predictions.jsonl", rows)
+        folders.append(folder)
+    told = Page(verdict(read_runs(folders))).text()
+    sentence = re.search(r"second against first ?, paired over 12 dialogues: (.*?)\. One", told)
+    assert sentence is not None
+    better, worse, unsure = sentence[1].split("; ")
+    assert better.startswith("better in F1 by 58.33 (")
+    assert "BLEU by " in better
+    assert worse.startswith("worse in PPL/token by ")
+    assert unsure.startswith("no sure difference in ")
+    assert "Their scores are 0.0001 apart on average: the retriever hardly tells them" in told
+
+
+def test_a_verdict_without_a_comparison_says_why(runs: dict[str, Path], tmp_path: Path) -> None:
+    told = Page(verdict(read_runs([runs["full"], runs["other"]]))).text()
+    assert "other against full : not compared, because other has no replies." in told
+    folder = make_run(tmp_path / "different")
+    path = folder / "generate" / "predictions.jsonl"
+    path.write_text(path.read_text().replace("i like my two dogs", "we all like cats"))
+    told = Page(verdict(read_runs([runs["full"], folder]))).text()
+    assert "not compared, because the two answered different examples." in told
 
 
 def test_pace_leaves_out_validation_and_warm_up(runs: dict[str, Path]) -> None:
@@ -334,6 +424,17 @@ def test_best_and_worst(runs: dict[str, Path]) -> None:
     assert [len(part) for part in extremes(replies[:1], 4)] == [1, 0]
 
 
+def test_long_turns_are_folded(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "long", replies=False)
+    (folder / "generate").mkdir()
+    row = {**prediction(0, "yes " * 200, 0), "history": ["short", "word " * 300]}
+    write_lines(folder / "generate" / "predictions.jsonl", [row])
+    shown = examples(read_runs([folder]))
+    assert shown.count('<details class="long">') == 2  # the turn and the reply
+    assert "1,500 characters</summary>word word" in shown
+    assert '<li><span class="who">self: </span>short</li>' in shown
+
+
 def test_cards_tell_who_spoke(page: Page) -> None:
     assert f"self: hello {MALICE}" in page.text()
     assert "partner: hi" in page.text()
@@ -353,12 +454,14 @@ def test_replies_of_no_single_prompt(tmp_path: Path) -> None:
     assert "prompt" not in "".join(re.findall(r"<h4>(.*?)</h4>", examples(found)))
 
 
-def test_runs_are_named_by_their_folder_or_whole_path(
+def test_runs_are_named_by_their_folder_and_more_where_that_repeats(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
     twin = make_run(tmp_path / "full")
     found = read_runs([runs["full"], twin, runs["other"], runs["other"] / ".." / "other"])
-    assert [run.label for run in found] == [str(runs["full"]), str(twin), "other"]
+    labels = [f"{folder.parent.name}/full" for folder in (runs["full"], twin)]
+    assert [run.label for run in found] == [*labels, "other"]
+    assert [run.number for run in found] == [0, 1, 2]
 
 
 def test_shares_of_prompts_over_time(
@@ -384,6 +487,33 @@ def test_mean_scores_by_speaker(runs: dict[str, Path], monkeypatch: pytest.Monke
     assert seen[0].values.shape == (3, 6)
     assert seen[1].columns == ["0", "1"]
     assert np.allclose(seen[1].values, np.asarray([[0.2, 0.2], [0.3, 0.3], [0.1, 0.1]]))
+
+
+@pytest.mark.parametrize(
+    ("values", "limits"),
+    [
+        ([0.31351, 0.31379], (0.308, 0.32)),  # nearly the same, and in colours too
+        ([0.2, 0.4437], (0.2, 0.45)),
+        ([-3.0, 17.0], (-5.0, 20.0)),
+        ([0.0, 100.0], (0.0, 100.0)),
+        ([1234.0, np.nan, 5678.0], (1000.0, 6000.0)),
+    ],
+)
+def test_scales_of_colours_end_in_round_numbers(
+    values: list[float], limits: tuple[float, float]
+) -> None:
+    assert plots.round_limits(np.asarray(values)) == pytest.approx(limits)
+
+
+def test_columns_are_taken_together_in_round_numbers() -> None:
+    assert [plots.stride(count, 40) for count in (1, 40, 41, 81, 201, 7801)] == [
+        1,
+        1,
+        2,
+        5,
+        10,
+        200,
+    ]
 
 
 def test_long_curves_are_averaged_and_stay_small() -> None:
@@ -519,6 +649,8 @@ def test_opens_in_a_browser_in_dark_mode(report: Path, tmp_path: Path) -> None:
             "--headless",
             "--no-sandbox",
             "--disable-gpu",
+            *("--disable-quic", "--no-first-run", "--disable-background-networking"),
+            *("--disable-component-update", "--disable-sync"),
             "--enable-logging=stderr",
             f"--user-data-dir={tmp_path / 'profile'}",
             "--blink-settings=preferredColorScheme=0",

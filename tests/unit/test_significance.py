@@ -65,7 +65,32 @@ def test_a_bounded_metric_has_its_interval_in_log_odds() -> None:
     reach = stats.t.ppf(0.975, 39) * error / (share * (1 - share))
     expected = [100 / (1 + math.exp(-bound)) for bound in (odds - reach, odds + reach)]
     assert interval(mean(values, 100.0), most=100.0) == pytest.approx(expected)
-    assert interval(mean(np.ones(9), 100.0), most=100.0) == (100.0, 100.0)
+
+
+def test_what_no_unit_has_may_still_be() -> None:
+    """Scipy's one-sided bound of 0 among n; what all units have is its mirror."""
+    found = stats.binomtest(0, 30, alternative="less").proportion_ci(0.95)
+    low, high = interval(mean(np.zeros(30), 100.0), most=100.0)
+    assert (low, high) == (0.0, pytest.approx(100 * found.high))
+    assert interval(mean(np.ones(30), 100.0), most=100.0) == pytest.approx((100 - high, 100))
+
+
+def test_an_entropy_of_few_units_is_moved_up() -> None:
+    """The mean of the interval's middle is nearer to the truth than the mean of the values."""
+    rng = np.random.default_rng(0)
+    share = np.asarray([0.5, 0.25, 0.15, 0.1])
+    truth = float(text_metrics.normalised_entropy(share[None])[0])
+    values, middles = [], []
+    for _ in range(200):
+        rows = rng.multinomial(1, share, 15).astype(np.float64)
+        entropy = Sums(rows, text_metrics.normalised_entropy, is_biased=True)
+        values.append(entropy.value())
+        middles.append(entropy.value() - 14 * (entropy.leave_one_out().mean() - entropy.value()))
+        low, high = interval(entropy, 1.0)
+        plain = interval(Sums(rows, text_metrics.normalised_entropy), 1.0)
+        assert low >= plain[0]
+        assert high >= plain[1]
+    assert abs(np.mean(middles) - truth) < abs(np.mean(values) - truth) / 3
 
 
 def test_the_error_of_bleu_is_that_of_scipys_bootstrap() -> None:

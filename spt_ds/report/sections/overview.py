@@ -11,6 +11,7 @@ from spt_ds.report.runs import Run
 COLUMNS = (
     "run",
     "recipe",
+    "base",
     "steps",
     "ranks",
     "NLL before",
@@ -23,7 +24,7 @@ COLUMNS = (
 
 def overview(runs: Sequence[Run]) -> Markup:
     """One row per run, then what each run lacks."""
-    rows = [_row(number, run) for number, run in enumerate(runs)]
+    rows = [_row(run) for run in runs]
     parts = [
         table("Runs. NLL: validation loss of the selected prompt, nats per token.", COLUMNS, rows)
     ]
@@ -35,16 +36,16 @@ def overview(runs: Sequence[Run]) -> Markup:
     return join(parts)
 
 
-def _row(number: int, run: Run) -> list[str]:
+def _row(run: Run) -> list[str]:
     done = run.done or {}
     valid = run.series("valid", "nll_selected")
     steps = str(max((line["step"] for line in run.lines), default=0))
-    swatch = tag(
-        "span", "\N{BLACK CIRCLE} ", style=f"color:{plots.colour(number)}", aria_hidden="true"
-    )
+    colour = f"color:{plots.colour(run.number)}"
+    swatch = tag("span", "\N{BLACK CIRCLE} ", style=colour, aria_hidden="true")
     return [
         tag("span", swatch, run.label),
         run.options["name"],
+        run.base,
         steps if run.done else f"{steps}, not done",
         str(done.get("world_size", "")),
         f"{valid[0][1]:.4f}" if valid else "",

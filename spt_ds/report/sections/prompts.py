@@ -21,19 +21,19 @@ SAMPLED = 60  # examples in the map of scores
 def prompt_use(runs: Sequence[Run]) -> Markup:
     """Which prompts were selected, over training steps and per turn of the answered dialogues."""
     parts: list[Markup] = []
-    for number, run in enumerate(runs):
+    for run in runs:
         parts.append(tag("h3", run.label))
         counted = [
             (line["step"], line["prompt_usage"]) for line in run.lines if "prompt_usage" in line
         ]
         parts.append(
-            _use_over_time(f"time{number}", counted)
+            _use_over_time(f"time{run.number}", counted)
             if counted
             else absent("No prompt use was logged.")
         )
         spoken = [reply for reply in run.replies if reply.row.prompt is not None]
         if spoken:
-            parts.append(_use_per_turn(f"turn{number}", spoken))
+            parts.append(_use_per_turn(f"turn{run.number}", spoken))
         else:
             parts.append(
                 absent("No replies in which one prompt speaks, so no use per dialogue turn.")
@@ -44,11 +44,11 @@ def prompt_use(runs: Sequence[Run]) -> Markup:
 def bank_scores(runs: Sequence[Run]) -> Markup:
     """The retriever's scores: of sampled examples, and their mean by the prompt that was chosen."""
     parts: list[Markup] = []
-    for number, run in enumerate(runs):
+    for run in runs:
         scored = [reply for reply in run.replies if reply.row.scores]
         parts.append(tag("h3", run.label))
         parts.append(
-            _score_maps(number, scored)
+            _score_maps(run.number, scored)
             if scored
             else absent("No replies with scores over the bank.")
         )
@@ -56,17 +56,20 @@ def bank_scores(runs: Sequence[Run]) -> Markup:
 
 
 def _use_over_time(name: str, counted: Sequence[tuple[int, list[float]]]) -> Markup:
-    groups = np.array_split(
-        np.asarray([counts for _, counts in counted], dtype=np.float64),
-        min(len(counted), MOST_BINS),
-    )
-    ends = np.cumsum([len(group) for group in groups]) - 1
-    shares = _shares(np.stack([group.sum(axis=0) for group in groups], axis=1))
-    columns = [str(counted[end][0]) for end in ends]
+    each = plots.stride(len(counted), MOST_BINS)
+    groups = [counted[first : first + each] for first in range(0, len(counted), each)]
+    sums = [np.sum([counts for _, counts in group], axis=0, dtype=np.float64) for group in groups]
     title = "Prompts selected in training, over steps"
-    return _use_figure(
-        name, title, Heat(shares, columns, "up to step", "% of examples", ".0f", limits=(0, 100))
+    shares = Heat(
+        _shares(np.stack(sums, axis=1)),
+        [str(group[-1][0]) for group in groups],
+        "up to step",
+        "% of examples",
+        ".0f",
+        limits=(0, 100),
+        ends=True,
     )
+    return _use_figure(name, title, shares)
 
 
 def _use_per_turn(name: str, replies: Sequence[Reply]) -> Markup:
@@ -111,10 +114,7 @@ def _score_maps(number: int, replies: Sequence[Reply]) -> Markup:
 
 
 def _scores_of_examples(name: str, replies: Sequence[Reply]) -> Markup:
-    picks = np.unique(
-        np.linspace(0, len(replies) - 1, min(SAMPLED, len(replies))).round().astype(int)
-    )
-    sampled = [replies[pick] for pick in picks]
+    sampled = replies[:: plots.stride(len(replies), SAMPLED)]
     chosen = [reply.row.prompt for reply in sampled]
     values = np.asarray([reply.row.scores for reply in sampled], dtype=np.float64).T
     title = (

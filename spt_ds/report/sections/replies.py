@@ -9,6 +9,7 @@ from spt_ds.report.runs import Reply, Run, extremes
 
 EXTREMES = 4
 LATEST = 4  # utterances of a history that are open at first
+LONG_TEXT, SHOWN = 400, 200  # characters from which on a text is folded, and of its beginning
 
 
 def examples(runs: Sequence[Run]) -> Markup:
@@ -33,14 +34,24 @@ def _card(reply: Reply) -> Markup:
     facts += [] if row.turn is None else [f"utterance {row.turn}"]
     parts: list[Markup] = [tag("h4", " · ".join(facts)), tag("p", row.id, class_="soft")]
     if row.persona:
-        parts += [tag("p", "Persona", class_="soft"), bullets(row.persona)]
+        parts += [tag("p", "Persona", class_="soft"), bullets(map(_folded, row.persona))]
     if row.history:
         parts += _history(row.history)
     pairs = [("Reference", row.reference), ("Reply", reply.text or "(empty)")]
     if row.raw != reply.text:
         pairs.append(("As decoded, before it was cut", row.raw))
-    texts = (part for name, text in pairs for part in (tag("dt", name), tag("dd", text)))
+    texts = (part for name, text in pairs for part in (tag("dt", name), tag("dd", _folded(text))))
     return tag("article", *parts, tag("dl", *texts))
+
+
+def _folded(text: str) -> str:
+    """A text; of a long one its beginning, which opens to the whole."""
+    if len(text) <= LONG_TEXT:
+        return text
+    begin = text[:SHOWN].rsplit(maxsplit=1)[0]
+    size = f"{len(text):,} characters"
+    heading = tag("summary", tag("span", f"{begin} \N{HORIZONTAL ELLIPSIS} ", class_="begin"), size)
+    return tag("details", heading, text, class_="long")
 
 
 def _history(utterances: Sequence[str]) -> list[Markup]:
@@ -48,10 +59,14 @@ def _history(utterances: Sequence[str]) -> list[Markup]:
     items = []
     for number, text in enumerate(utterances):
         who = "partner: " if (len(utterances) - number) % 2 else "self: "
-        items.append(tag("li", tag("span", who, class_="who"), text))
+        items.append(tag("li", tag("span", who, class_="who"), _folded(text)))
     earlier, latest = items[:-LATEST], items[-LATEST:]
     parts = [tag("p", "History", class_="soft")]
     if earlier:
-        heading = tag("summary", f"{len(earlier)} earlier utterances")
+        heading = tag("summary", _counted(len(earlier), "earlier utterance"))
         parts.append(tag("details", heading, tag("ul", *earlier)))
     return [*parts, tag("ul", *latest)]
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from spt_ds.report import plots
 from spt_ds.report.markup import Markup, absent, join, table, tag
 from spt_ds.report.plots import Line
-from spt_ds.report.runs import Run
+from spt_ds.report.runs import Run, by_base
 
 # Quantities of metrics.jsonl in the order of their plots; others follow by name.
 CURVES = {
@@ -30,7 +30,16 @@ KINDS = {"train": "training", "valid": "validation"}
 
 
 def losses(runs: Sequence[Run]) -> Markup:
-    """A plot of each quantity over steps, all runs in each."""
+    """A plot of each quantity over steps, all runs over one base in each."""
+    bases = by_base(runs)
+    if len(bases) == 1:
+        return _losses(runs)
+    return join(
+        part for base, own in bases.items() for part in (tag("h3", f"Base: {base}"), _losses(own))
+    )
+
+
+def _losses(runs: Sequence[Run]) -> Markup:
     logged = {
         key
         for run in runs
@@ -47,11 +56,11 @@ def losses(runs: Sequence[Run]) -> Markup:
 
 def throughput(runs: Sequence[Run]) -> Markup:
     """Steps and examples per second, from the times in metrics.jsonl."""
-    timed = [(number, run, paces) for number, run in enumerate(runs) if (paces := run.paces())]
+    timed = [(run, paces) for run in runs if (paces := run.paces())]
     if not timed:
         return absent("No run has logged two steps yet.")
     rows = []
-    for _, run, paces in timed:
+    for run, paces in timed:
         median = statistics.median(rate for _, rate in paces)
         span = run.lines[-1]["time"] - run.lines[0]["time"]
         examples = median * run.options["train.global_batch"]
@@ -65,11 +74,10 @@ def throughput(runs: Sequence[Run]) -> Markup:
     )
     alt = "Optimizer steps per second over steps. " + _alt(
         (f"{run.label}, median", [(paces[-1][0], statistics.median(rate for _, rate in paces))])
-        for _, run, paces in timed
+        for run, paces in timed
     )
-    plot = plots.curves(
-        "pace", alt, [Line(paces, plots.colour(number)) for number, _, paces in timed]
-    )
+    lines = [Line(paces, plots.colour(run.number)) for run, paces in timed]
+    plot = plots.curves(f"pace{timed[0][0].number}", alt, lines)
     figure = tag("figure", tag("figcaption", "Steps per second"), plot)
     return join([table(caption, columns, rows), tag("div", figure, class_="grid")])
 
@@ -77,24 +85,21 @@ def throughput(runs: Sequence[Run]) -> Markup:
 def _curve(runs: Sequence[Run], key: str) -> Iterator[Markup]:
     """The figure of one quantity, or nothing where no run has it."""
     lines, told = [], []
-    for number, run in enumerate(runs):
+    for run in runs:
         for kind, word in KINDS.items():
             points = run.series(kind, key)
             if points:
-                lines.append(Line(points, plots.colour(number), dashed=kind == "valid"))
+                lines.append(Line(points, plots.colour(run.number), dashed=kind == "valid"))
                 told.append((f"{run.label}, {word}", points))
     if lines:
         title = CURVES.get(key, key)
-        plot = plots.curves(
-            f"curve-{''.join(filter(str.isalnum, key))}", f"{title} over steps. {_alt(told)}", lines
-        )
+        name = f"curve{runs[0].number}-{''.join(filter(str.isalnum, key))}"
+        plot = plots.curves(name, f"{title} over steps. {_alt(told)}", lines)
         yield tag("figure", tag("figcaption", title), plot)
 
 
 def _legend(runs: Sequence[Run]) -> Markup:
-    items = [
-        (run.label, f"border-color:{plots.colour(number)}", "") for number, run in enumerate(runs)
-    ]
+    items = [(run.label, f"border-color:{plots.colour(run.number)}", "") for run in runs]
     items += [
         ("training", "border-color:var(--ink)", ""),
         ("validation", "border-color:var(--ink)", "dashed"),
