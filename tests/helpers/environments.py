@@ -24,8 +24,9 @@ def make_environment(folder: Path) -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-    # By pip: uv does not look into the folders of wheels that pip's settings may name.
-    call(python, "-m", "pip", "install", "--quiet", "torch", "--constraint", TORCH)
+    # By pip: uv does not look into the folders of wheels that pip's settings may name. Elsewhere
+    # than in the clone, where it takes the metadata of a build for a package without its needs.
+    call(python, "-m", "pip", "install", "--quiet", "torch", "--constraint", TORCH, cwd=folder)
     return python
 
 
