@@ -192,12 +192,11 @@ def trainable_bytes(config: Config, shape: BaseShape) -> int:
             + shape.ffn_matrices * (shape.hidden + shape.ffn)
         )
         return 16 * shape.layers * config.method.lora.rank * ends
-    # The bank, and a linear layer with bias for each side of the retriever.
-    sides = 1 if config.retriever.projections == "shared" else 2
-    count = config.prompts.count * config.prompts.tokens * shape.embed + sides * (
-        shape.embed**2 + shape.embed
-    )
-    return 16 * count
+    # The bank with its keys, and a linear layer with bias for each other side of the retriever.
+    keys = config.retriever.keys == "learned"
+    sides = 1 if keys or config.retriever.projections == "shared" else 2
+    rows = config.prompts.count * (config.prompts.tokens + int(keys))
+    return 16 * shape.embed * (rows + sides * (shape.embed + 1))
 
 
 def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:

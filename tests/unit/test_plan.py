@@ -278,12 +278,14 @@ def test_shared_contexts_need_less_than_rows_of_their_own() -> None:
         assert ours < step_bytes(prefix, shape, recompute=recompute) / 2
 
 
-def test_trainables_are_counted_with_gradient_and_moments() -> None:
+@pytest.mark.parametrize("retriever", [{}, {"projections": "shared"}, {"keys": "learned"}], ids=str)
+def test_trainables_are_counted_with_gradient_and_moments(retriever: dict[str, str]) -> None:
     """Four copies in fp32: weights, gradients, two moments."""
     from spt_ds.model.spt import Trainables
 
     lm = AutoModelForCausalLM.from_config(SMALL["opt"], attn_implementation=PACKED)
-    spt = tiny_spt(Backbone(lm, "sdpa"), count=4, tokens=8, dtype=torch.float32)
+    backbone = Backbone(lm, "sdpa")
+    spt = tiny_spt(backbone, count=4, tokens=8, dtype=torch.float32, retriever=retriever)
     assert isinstance(spt.trainables, Trainables)
     counted = sum(p.numel() * 16 for p in spt.trainables.parameters())
     assert trainable_bytes(spt.config, BaseShape.from_config(SMALL["opt"].to_dict())) == counted
