@@ -509,7 +509,7 @@ def test_arguments_of_another_kind(
         (None, "²", {}),
         (None, "9" * 5000, {}),
         (None, "../..", {}),
-        (None, "best", {"generate__top_p": object()}),
+        (None, "best", {"generate__top_p": object}),
         (None, "best", {"generate__top_p": float("nan")}),
         (None, "best", {"generate__top_p": 10**5000}),
         (None, "best", {"generate__top_p": "\ud800"}),
