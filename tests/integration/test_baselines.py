@@ -71,9 +71,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_each_recipe_trains_what_it_says(runs: dict[str, Path]) -> None:
-    base, size = 6_917_376, 256
+    base, size = 2_524_928, 256
     retriever = 2 * (size * size + size)
-    adapters = 6 * 2 * 8 * (size + size)  # layers, projections, rank, ends
+    queries, values = 4 * 32, 2 * 32  # heads and their size
+    adapters = 3 * 8 * (size + queries + size + values)  # layers, rank, ends of both projections
     expected = {
         "baseline-full": base,
         "baseline-lora": adapters,
