@@ -80,7 +80,7 @@ def test_a_killed_rank_ends_the_others(
     stderr, seconds = launch(scene, tmp_path, launcher, how)
     message = assert_one_message(stderr)
     assert re.search(r"^failed: rank 1 \(pid \d+ on .*\) ended in the middle of a step", message)
-    assert "goes on from the newest checkpoint" in stderr
+    assert "resumes from the newest checkpoint" in stderr
     assert seconds < 20
     assert "Traceback" in (tmp_path / "run" / "errors" / "rank-0.txt").read_text()
 

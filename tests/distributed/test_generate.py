@@ -11,6 +11,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def generate(world: dist.World, jobs: list[Job], out: Path, end: int | None = No
         config = load_config(CONFIG, overrides)
         session = placed_session(config, ds, world)
         if end is not None:
-            session.tokenizer.eos_token = session.tokenizer.convert_ids_to_tokens(end)
+            session = replace(session, ends=(end,))
         generator = Counting(session, out / name)
         generator.run()
         session.sharding.close()

@@ -54,7 +54,7 @@ def largest_file(size: int) -> Iterator[None]:
 def fill(session: Session, out: Path, size: int) -> None:
     with (
         largest_file(size),
-        pytest.raises(EngineError, match=r"cannot be written .*goes on from the replies"),
+        pytest.raises(EngineError, match=r"cannot be written .*resumes after the replies"),
     ):
         generate(session, out)
 

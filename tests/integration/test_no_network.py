@@ -53,7 +53,7 @@ for words in (
     ["generate", "run", *short],
     ["evaluate", "run"],
     ["summary", "run"],
-    ["compare", "run", "--baseline", "run"],
+    ["compare", "run", "run"],
     ["report", "run"],
     ["quantize", "embedded", "base-4-bits"],
     ["chat", "run", *short],

@@ -174,8 +174,8 @@ def test_nll_of_companions_survives_a_huge_example(
     backbone, spt = build(case)
     batch, victim = random_batch(LENS), 2
     clean = micro(backbone, spt, batch)
-    right = Backbone.embed
-    monkeypatch.setattr(Backbone, "embed", lambda *args: poisoned(right(*args), batch, victim, 1e4))
+    right = backbone.embed
+    monkeypatch.setattr(backbone, "embed", lambda ids: poisoned(right(ids), batch, victim, 1e4))
     dirty = micro(backbone, spt, batch)
     others = [b for b in range(len(batch)) if b != victim]
     assert torch.equal(clean.nll[:, others], dirty.nll[:, others])
