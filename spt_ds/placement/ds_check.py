@@ -236,7 +236,7 @@ class _Checker:
                 " zero_optimization.stage to 3, or remove it"
             )
         self.found.notes.append(
-            f"stage {stage}: the base is replicated; the small trainables are so at every stage"
+            f"stage {stage}: each rank has a copy of the base and of what trains"
         )
         useless = sorted(name for name in zero if name not in ("stage", "offload_param"))
         self.found.inert += [f"zero_optimization.{name}" for name in useless]

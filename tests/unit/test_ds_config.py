@@ -153,10 +153,7 @@ def test_keys_without_effect_are_said_and_dropped(tmp_path: Path) -> None:
 def test_stage_two_replicates(tmp_path: Path) -> None:
     plan = load(tmp_path, {"zero_optimization": {"stage": 2, "overlap_comm": True}})
     assert plan.engine_config["zero_optimization"] == {"stage": 2}
-    assert (
-        plan.notes[0]
-        == "stage 2: the base is replicated; the small trainables are so at every stage"
-    )
+    assert plan.notes[0] == "stage 2: each rank has a copy of the base and of what trains"
     assert plan.notes[1].endswith(": zero_optimization.overlap_comm")
 
 
