@@ -125,8 +125,7 @@ def _alt(series: Iterable[tuple[str, Sequence[tuple[float, float]]]]) -> str:
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60} h {minutes % 60:02d} min"
-        if minutes >= 60
-        else f"{minutes} min {rest:02d} s"
-    )
+    told = f"{minutes} min {rest:02d} s"
+    if minutes >= 60:
+        told = f"{minutes // 60} h {minutes % 60:02d} min"
+    return told.replace(" ", "\N{NO-BREAK SPACE}")
