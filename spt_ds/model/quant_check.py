@@ -111,7 +111,7 @@ def reference(
         scales = code_book("int8", packed.device)[small.long()] * outer + scales[-1]
     out = torch.empty(numel, dtype=dtype, device=packed.device)
     book = code_book(packing.book, packed.device)
-    for part, bytes_, blocks in chunks(numel, packing):
+    for part, bytes_, blocks in chunks(numel, packing, packed.device):
         index = codes[bytes_].long()
         if packing.bits == 4:
             index = torch.stack([index >> 4, index & 15], dim=1).view(-1)

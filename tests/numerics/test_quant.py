@@ -100,7 +100,7 @@ def test_bytes_do_not_depend_on_the_chunks_or_the_dtype_of_storage(
 ) -> None:
     weight = weight_of((96, 100), torch.bfloat16)
     whole, _ = quant.quantise(weight, packing, CPU)
-    monkeypatch.setattr(quant, "CHUNK", 4096)
+    monkeypatch.setitem(quant.CHUNK, "cpu", 4096)
     assert torch.equal(quant.quantise(weight, packing, CPU)[0], whole)
     assert torch.equal(quant.quantise(weight.float(), packing, CPU)[0], whole)
     assert quant.fingerprint(whole) != quant.fingerprint(whole.flip(0))
@@ -166,7 +166,7 @@ def quantised(lm: Any) -> dict[str, QuantLinear]:
     return {name: module for name, module in lm.named_modules() if isinstance(module, QuantLinear)}
 
 
-def fingerprints(lm: Any) -> dict[str, tuple[int, int]]:
+def fingerprints(lm: Any) -> dict[str, int]:
     return {name: layer.fingerprint for name, layer in quantised(lm).items()}
 
 
