@@ -121,7 +121,7 @@ def _prompts_to_read(spt: Spt, chosen: list[int | None]) -> torch.Tensor:
 
 def _rows(spt: Spt, batch: Batch, text: torch.Tensor, prompts: torch.Tensor) -> list[torch.Tensor]:
     """Embeddings [P + C_b, D] of each row up to its reply, prompt-major, in the base's dtype."""
-    heads = batch.before_prompt(spt.config.prompts.placement == "suffix")
+    heads = batch.before_prompt(spt.suffix)
     contexts = text.split(batch.context_lens)
     return [
         torch.cat([context[:head], virtual, context[head:]])
@@ -181,6 +181,6 @@ def _reply_losses(
     """Mean loss [B] of each reference reply under its prompt, as training computes it."""
     packed = spt.pack(batch)
     text = backbone.embed(packed.ids)
-    context = read_context(backbone, packed, text, spt.config.prompts.placement)
+    context = read_context(backbone, packed, text)
     hidden = target_states(backbone, packed, text, prompts, context)
     return spt.reply_losses(backbone, packed, hidden)[0]

@@ -51,7 +51,7 @@ def direct(
     and token.
     """
     context = examples_of(batch)[place][0]
-    suffix = spt.config.prompts.placement == "suffix"
+    suffix = spt.suffix
     tokens: list[int] = []
     for _ in range(steps):
         mixed = torch.zeros(backbone.vocabulary, dtype=weights.dtype)
