@@ -77,6 +77,8 @@ class Session:
 def open_session(config: Config, base: Base, placement: Placement, world: dist.World) -> Session:
     """Load the base as placed, prove it usable, and initialise what trains."""
     _check_positions(config, base.config, config.data.max_tokens, "data.max_tokens")
+    # A template that does not fit the base is refused here, before any weight is read.
+    ends = make_template(base.tokenizer, template_style(config)).ends
     sharding = Sharding(placement.zero, world.device)
     # From here on ZeRO-3 shards each weight as it is read: no rank ever holds the whole base.
     sharding.before_load()
@@ -109,8 +111,6 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     count = sum(parameter.numel() for parameter in trainables.parameters())
     get_logger().info(f"method: {config.method.type}, {count:,} trained parameters")
     get_logger().info(f"base: {local_bytes(wrapped) / 2**20:.1f} MiB on this rank")
-    # A template that does not fit the base is refused here, before anything is tokenised.
-    ends = make_template(base.tokenizer, template_style(config)).ends
     spt = Spt(config, trainables, functions)
     return Session(config, world, base, sharding, wrapped, spt, ends)
 
