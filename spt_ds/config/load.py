@@ -41,7 +41,7 @@ def recipe_list() -> str:
     """Return the shipped recipes by purpose, each with the first line of its file."""
     recipes = _recipes()
     width = max(map(len, recipes))
-    lines = []
+    lines: list[str] = []
     for folder, purpose in PURPOSES.items():
         lines += ["", f"{purpose}:"] if lines else [f"{purpose}:"]
         for name, (group, text) in sorted(recipes.items()):
