@@ -97,7 +97,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",  # the range that torch and DeepSpeed both publish for
     packages=find_packages(include=["spt_ds", "spt_ds.*"]),
-    package_data={"spt_ds": ["recipes/*.yaml", "assets/**/*", "report/style.css", "py.typed"]},
+    package_data={"spt_ds": ["recipes/*/*.yaml", "assets/**/*", "report/style.css", "py.typed"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
     cmdclass={"build_py": BuildWithFolders},

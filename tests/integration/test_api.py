@@ -269,7 +269,9 @@ def test_a_reference_reply_beyond_the_positions_is_refused(folder: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"generate__mode": "fuse"}, {"generate__num_beams": 2}], ids=str
+    "options",
+    [{}, {"generate__mode": "fuse"}, {"generate__mode": "rank"}, {"generate__num_beams": 2}],
+    ids=str,
 )
 def test_stream_is_the_reply(folder: Path, options: dict[str, Any]) -> None:
     bot = spt_ds.load(folder / "opt-suffix", checkpoint=7, generate__max_new_tokens=24, **options)
