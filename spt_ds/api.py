@@ -171,10 +171,9 @@ class Bot:
             )
         batch, dropped = self._batch(persona, history, options)
         alone = not options.reads_every_prompt and options.num_beams == 1
-        suffix = self._session.config.prompts.placement == "suffix"
         stream = hooks or ReplyHooks()
         hooks = ReplyHooks(
-            context=self._context if suffix and alone else None,
+            context=self._context if self._session.spt.suffix and alone else None,
             streamer=stream.streamer if options.num_beams == 1 and options.mode != "rank" else None,
             stopped=stream.stopped,
         )

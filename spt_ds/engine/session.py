@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from spt_ds import dist
+from spt_ds.config.method import SUFFIX_POSITIONS
 from spt_ds.config.model import ModelConfig
 from spt_ds.config.schema import Config
 from spt_ds.data.encode import ContextStyle
@@ -92,7 +93,8 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     backbone.checkpoint_activations(placement.recompute)
     wrapped = sharding.wrap(backbone)
     # One call of it, as every use of the base: its hooks gather weights and release them.
-    wrapped(lambda inner: inner.check(config.prompts.placement))
+    suffix = config.prompts.position in SUFFIX_POSITIONS
+    wrapped(lambda inner: inner.check(suffix=suffix))
     tokenizer, pad = base.tokenizer, base.tokenizer.pad_token_id
     assert isinstance(pad, int)
     functions = functions_of(config.reference, pad)

@@ -153,9 +153,9 @@ class Backbone(nn.Module):
             for module in recomputing:
                 module.training = True
 
-    def check(self, placement: str = "prefix") -> None:
+    def check(self, *, suffix: bool = False) -> None:
         """Raise ModelError where packed rows give other logits than the base's own forward."""
-        check_base(self, placement)
+        check_base(self, suffix=suffix)
 
 
 def base_dtype(bits: int) -> torch.dtype:

@@ -141,11 +141,10 @@ def _rows(
     options: GenerateConfig,
 ) -> dict[str, Any]:
     """Embeddings, mask and perhaps a cache of each row up to its reply, in the base's dtype."""
-    suffix = spt.config.prompts.placement == "suffix"
     # By options alone: ranks that share a sharded base must all read a context apart, or none.
-    if suffix and options.reads_every_prompt:
+    if spt.suffix and options.reads_every_prompt:
         return branches(backbone, batch, text, prompts)
-    return whole_rows(batch, text, prompts, suffix=suffix)
+    return whole_rows(batch, text, prompts, suffix=spt.suffix)
 
 
 def _draws(batch: Batch, options: GenerateConfig, rows: int) -> Sequence[tuple[int, ...]]:
@@ -213,6 +212,6 @@ def _reply_losses(
     """Mean loss [B] of each reference reply under its prompt, as training computes it."""
     packed = spt.pack(batch)
     text = backbone.embed(packed.ids)
-    context = read_context(backbone, packed, text, spt.config.prompts.placement)
+    context = read_context(backbone, packed, text)
     hidden = target_states(backbone, packed, text, prompts, context)
     return spt.reply_losses(backbone, packed, hidden)[0]

@@ -59,7 +59,7 @@ def direct(
     and token.
     """
     context = examples_of(batch)[place][0]
-    suffix = spt.config.prompts.placement == "suffix"
+    suffix = spt.suffix
     tokens: list[int] = []
     for _ in range(steps):
         mixed = torch.zeros(backbone.vocabulary, dtype=weights.dtype)
@@ -125,7 +125,7 @@ def mixture_twin(
 ) -> list[int]:
     """Greedy decoding of sum_k pi_k p_k(reply), each candidate token by its whole likelihood."""
     context = examples_of(batch)[place][0]
-    suffix = spt.config.prompts.placement == "suffix"
+    suffix = spt.suffix
     tokens: list[int] = []
     for _ in range(steps):
         whole = []
