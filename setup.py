@@ -31,8 +31,8 @@ INSTALL = [
     "huggingface_hub>=1.5,<3",
     "datasets>=4,<6",
     "pyyaml>=6.0.2",
-    # Chat templates; the oldest that transformers takes for them.
-    "jinja2>=3.1",
+    # Chat templates. The sandbox of older releases lets a template out (CVE-2025-27516).
+    "jinja2>=3.1.6",
     "pydantic>=2.8,<3",
     "safetensors>=0.8",
     # pyarrow, which datasets reads with, imports no older one.
