@@ -320,7 +320,9 @@ def test_pieces_are_whole_words_and_end_where_the_reply_is_cut(
     monkeypatch.setattr(api, "decode_batch", scripted)
     config = Config.model_validate({"data": {"max_tokens": 200}})
     special = (tokenizer.eos_token_id,)
-    session: Any = SimpleNamespace(config=config, tokenizer=tokenizer, ends=special)
+    session: Any = SimpleNamespace(
+        config=config, tokenizer=tokenizer, ends=special, spt=SimpleNamespace(suffix=False)
+    )
     bot = Bot(session)
     assert list(bot.stream([], ["hi"])) == pieces
     assert bot.reply([], ["hi"]).text == "".join(pieces)
@@ -351,7 +353,9 @@ def test_the_limit_of_tokens_leaves_no_half_marker(
     monkeypatch.setattr(api, "decode_batch", scripted)
     config = Config.model_validate({"data": {"max_tokens": 200}})
     special = (tokenizer.eos_token_id,)
-    session: Any = SimpleNamespace(config=config, tokenizer=tokenizer, ends=special)
+    session: Any = SimpleNamespace(
+        config=config, tokenizer=tokenizer, ends=special, spt=SimpleNamespace(suffix=False)
+    )
     assert "".join(Bot(session).stream([], ["hi"])) == text
     assert Bot(session).reply([], ["hi"]).text == text
 
