@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from spt_ds import dist
+from spt_ds.config.method import SUFFIX_POSITIONS
 from spt_ds.config.model import ModelConfig
 from spt_ds.config.schema import Config
 from spt_ds.data.encode import ContextStyle
@@ -77,6 +78,8 @@ class Session:
 def open_session(config: Config, base: Base, placement: Placement, world: dist.World) -> Session:
     """Load the base as placed, prove it usable, and initialise what trains."""
     _check_positions(config, base.config, config.data.max_tokens, "data.max_tokens")
+    # A template that does not fit the base is refused here, before any weight is read.
+    ends = make_template(base.tokenizer, template_style(config)).ends
     sharding = Sharding(placement.zero, world.device)
     # From here on ZeRO-3 shards each weight as it is read: no rank ever holds the whole base.
     sharding.before_load()
@@ -90,7 +93,8 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     backbone.checkpoint_activations(placement.recompute)
     wrapped = sharding.wrap(backbone)
     # One call of it, as every use of the base: its hooks gather weights and release them.
-    wrapped(lambda inner: inner.check(config.prompts.placement))
+    suffix = config.prompts.position in SUFFIX_POSITIONS
+    wrapped(lambda inner: inner.check(suffix=suffix))
     tokenizer, pad = base.tokenizer, base.tokenizer.pad_token_id
     assert isinstance(pad, int)
     functions = functions_of(config.reference, pad)
@@ -109,8 +113,6 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     count = sum(parameter.numel() for parameter in trainables.parameters())
     get_logger().info(f"method: {config.method.type}, {count:,} trained parameters")
     get_logger().info(f"base: {local_bytes(wrapped) / 2**20:.1f} MiB on this rank")
-    # A template that does not fit the base is refused here, before anything is tokenised.
-    ends = make_template(base.tokenizer, template_style(config)).ends
     spt = Spt(config, trainables, functions)
     return Session(config, world, base, sharding, wrapped, spt, ends)
 
