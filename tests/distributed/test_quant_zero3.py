@@ -279,7 +279,7 @@ def test_self_check_names_the_layer_whose_shard_is_damaged(bases: dict[str, str]
         )
 
 
-def random_bytes(world: dist.World, folder: str, seed: int) -> list[tuple[int, int]]:
+def random_bytes(world: dist.World, folder: str, seed: int) -> list[int]:
     """Fingerprints of a random base, drawn on a rank whose own random numbers differ."""
     torch.manual_seed(seed + world.rank)
     sharding = Sharding(plan_of_kind("zero3", Config(), world.size), world.device)
