@@ -16,7 +16,7 @@ from spt_ds.config.load import load_config
 from spt_ds.data import readers
 from spt_ds.data.encode import Encoder
 from spt_ds.data.readers import read
-from spt_ds.data.store import build_store
+from spt_ds.data.sources import build_store
 from spt_ds.errors import DataError
 from spt_ds.placement.ds_check import plan_of_file
 from spt_ds.placement.estimate import BaseShape
@@ -135,7 +135,7 @@ def _read(name: str, content: bytes, folder: Path) -> None:
 
 def hub(content: bytes, folder: Path) -> None:
     """Records as a data set of the hub gives them: whatever Python can hold, as a literal."""
-    with mock.patch.object(readers, "_load_hub", return_value=_literal(content)):
+    with mock.patch.object(readers, "load_hub", return_value=_literal(content)):
         encoder = Encoder(_tokenizer(), 4096)
         for example in read("hub:x"):
             encoder.example(example)

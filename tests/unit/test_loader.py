@@ -21,7 +21,8 @@ from spt_ds.data.loader import TrainLoader, eval_batches, make_batch
 from spt_ds.data.pairs import contrast_pairs, pair_text
 from spt_ds.data.readers import read
 from spt_ds.data.sampler import window_indices
-from spt_ds.data.store import ExampleStore, build_store, cache_root
+from spt_ds.data.sources import build_store, cache_root
+from spt_ds.data.store import ExampleStore
 from spt_ds.errors import DataError
 from tests.helpers.tiny import examples_of
 from tests.helpers.tokenizers import byte_tokenizer, encode, piece_tokenizer
@@ -271,7 +272,7 @@ def test_store_is_reused_until_something_it_depends_on_changes(
     def never(*_: object) -> None:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("spt_ds.data.store.encode_many", never)
+    monkeypatch.setattr("spt_ds.data.encode.Encoder.stream", never)
     again = build_store(str(source), byte_tokenizer(), max_tokens=512, cache_dir=cache)
     assert (again.path, again.data_hash) == (first.path, first.data_hash)
 
