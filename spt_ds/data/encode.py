@@ -159,8 +159,7 @@ class Encoder:
         room = self.max_tokens - reserved - len(self._style.shots)
         cut = False
         if self._style.overflow != "error":
-            last = history[-1:]
-            cut = self._cutter.overflows(persona, last, room)
+            cut = self._cutter.overflows(persona, history, room)
             if cut and self._style.overflow == "drop":
                 raise TooLong(
                     f"{name}: persona, last turn and response take more than {self.max_tokens}"
@@ -168,8 +167,7 @@ class Encoder:
                     " or retrieve"
                 )
             if cut:
-                persona, last = self._cutter.cut(persona, last, room)
-                history = (*history[:-1], *last)
+                persona, history = self._cutter.cut(persona, history, room)
 
         def without(dropped: int) -> Context:
             return self.template.context(persona, history[dropped:])

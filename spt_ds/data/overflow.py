@@ -1,9 +1,9 @@
 """Makes a persona and a last turn fit where they are longer than the window. No torch.
 
 An example overflows when its persona, its last turn and its reply do not fit together. The persona
-is then cut to half of the room that the reply leaves, by whole sentences, so that the dialogue has
-the other half. A last turn that is still too long loses its beginning: a question mostly comes at
-the end of a document.
+is then cut by whole sentences, to what the dialogue leaves of the window, or to half of it where
+the dialogue is long. A last turn that is still too long loses its beginning: a question mostly
+comes at the end of a document.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Count = Callable[[Persona, History], int]
 
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 _WORD = r"(?u)\b\w+\b"  # also words of one letter, which some languages are full of
+_SPARE = 8  # tokens: texts together may have a few more than each by itself
 _LONGEST_WORD = 40  # characters: a text is cut between words, where there are any
 
 
@@ -45,17 +46,21 @@ class Cutter:
         self._count = count
         self._sentences = lru_cache(maxsize=4)(self._counted)
 
-    def overflows(self, persona: Persona, last: History, room: int) -> bool:
+    def overflows(self, persona: Persona, history: History, room: int) -> bool:
         """Whether persona and last turn take more than `room` tokens."""
+        last = history[-1:]
         # A text of 128 k tokens is not put into the template to learn that: that would keep the
         # ids of each such text. Sentences by themselves have about as many.
         _, tokens = self._sentences(persona)
         rough = int(tokens.sum()) + sum(map(len, self._ids(last)))
         return rough > 2 * room or self._count(persona, last) > room
 
-    def cut(self, persona: Persona, last: History, room: int) -> tuple[Persona, History]:
-        """Return persona and last turn so that both fit, or as little as can be."""
-        persona = self._cut_persona(persona, last, room // 2)
+    def cut(self, persona: Persona, history: History, room: int) -> tuple[Persona, History]:
+        """Return persona and dialogue so that the persona and the last turn fit together."""
+        # A short dialogue leaves more than half to the persona.
+        dialogue = self._count((), history) - self._count((), ())
+        last = history[-1:]
+        persona = self._cut_persona(persona, last, max(room // 2, room - dialogue - _SPARE))
         if last and self._count(persona, last) > room:
             # Only what could fit is looked at: no text of 128 k tokens is tried in the template.
             text = last[0]
@@ -63,7 +68,7 @@ class Cutter:
                 len(text), lambda size: self._count(persona, (text[len(text) - size :],)) <= room
             )
             last = (_from_a_word(text[len(text) - kept :], cut=kept < len(text)),)
-        return persona, last
+        return persona, (*history[:-1], *last)
 
     def _cut_persona(self, persona: Persona, last: History, most: int) -> Persona:
         sentences, tokens = self._sentences(persona)
