@@ -31,8 +31,8 @@ INSTALL = [
     "huggingface_hub>=1.5,<3",
     "datasets>=4,<6",
     "pyyaml>=6.0.2",
-    # Chat templates; the oldest that transformers takes for them.
-    "jinja2>=3.1",
+    # Chat templates. The sandbox of older releases lets a template out (CVE-2025-27516).
+    "jinja2>=3.1.6",
     "pydantic>=2.8,<3",
     "safetensors>=0.8",
     # pyarrow, which datasets reads with, imports no older one.
@@ -100,7 +100,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",  # the range that torch and DeepSpeed both publish for
     packages=find_packages(include=["spt_ds", "spt_ds.*"]),
-    package_data={"spt_ds": ["recipes/*.yaml", "assets/**/*", "report/style.css", "py.typed"]},
+    package_data={"spt_ds": ["recipes/*/*.yaml", "assets/**/*", "report/style.css", "py.typed"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
     cmdclass={"build_py": BuildWithFolders},

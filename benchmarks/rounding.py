@@ -98,7 +98,7 @@ def main() -> int:
     batch = micro_batch(
         "embedded:valid", args.base, args.examples, backbone.vocabulary, args.max_tokens
     )
-    rows: dict[str, Any] = {"check": check_base(backbone, args.placement)}
+    rows: dict[str, Any] = {"check": check_base(backbone, suffix=args.placement == "suffix")}
     ways = {"bf16 logits": rounded, "fp32 logits": head.product, "exact": exact}
     seen = {}
     for name, way in ways.items():

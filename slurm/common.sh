@@ -231,9 +231,9 @@ spt_conclude() {
     elif spt_preempted; then
         spt_requeue "pre-empted"
     elif [[ $SPT_ASKED == TERM ]]; then
-        spt_say "cancelled; the same command goes on from the newest checkpoint"
+        spt_say "cancelled; the same command resumes from the newest checkpoint"
     elif ((SPT_CODE == 75)); then
-        spt_say "stopped on request; the same command goes on"
+        spt_say "stopped on request; the same command resumes"
     else
         echo "$SPT_CODE" >>"$failures"
         if (($(wc -l <"$failures") <= ${SPT_MAX_FAILURES:-3})); then

@@ -127,7 +127,7 @@ class Bot:
         """Yield a reply in pieces of whole words; the generator returns what `reply` would.
 
         Joined, the pieces are `Reply.text`. Closing the generator ends decoding after the token at
-        hand. With beams all of the text comes at once.
+        hand. With beams and with `generate.mode: rank` all of the text comes at once.
         """
         streamer = WholeWords(self._session.tokenizer)
         hooks = ReplyHooks(streamer=streamer)
@@ -170,12 +170,11 @@ class Bot:
                 " next turn, which is to be answered"
             )
         batch, dropped = self._batch(persona, history, options)
-        alone = options.mode != "fuse" and options.num_beams == 1
-        suffix = self._session.config.prompts.placement == "suffix"
+        alone = not options.reads_every_prompt and options.num_beams == 1
         stream = hooks or ReplyHooks()
         hooks = ReplyHooks(
-            context=self._context if suffix and alone else None,
-            streamer=stream.streamer if options.num_beams == 1 else None,
+            context=self._context if self._session.spt.suffix and alone else None,
+            streamer=stream.streamer if options.num_beams == 1 and options.mode != "rank" else None,
             stopped=stream.stopped,
         )
         out = decode_batch(self._session, batch, options, hooks)

@@ -77,6 +77,7 @@ class Packed:
     """
 
     batch: Batch  # the same micro-batch on the host
+    suffix: bool  # in suffix placement
     ids: torch.Tensor  # int64 [t], contexts end to end, then responses end to end
     targets: torch.Tensor  # int64 [n], the responses
     example: torch.Tensor  # int64 [n], the example of each target
@@ -135,6 +136,7 @@ class Packed:
         each = torch.arange(size, device=device)
         return cls(
             batch=batch,
+            suffix=suffix,
             targets=tensors["ids"][len(batch.context_ids) :],
             of_context=(tensors.pop("context_of")[:, None] == each).float(),
             of_response=(tensors["example"][:, None] == each).float(),

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import spt_ds
-from spt_ds.config.load import dump_config, json_schema, load_config, recipe_names
+from spt_ds.config.load import dump_config, json_schema, load_config, recipe_list
 from spt_ds.log import prepare_streams, say_loading
 from spt_ds.run.command import add_overrides, run_command
 
@@ -79,7 +79,7 @@ def _show_config(args: argparse.Namespace) -> None:
     if args.schema:
         print(json_schema())
     elif args.config is None:
-        print("\n".join(recipe_names()))
+        print(recipe_list())
     else:
         print(dump_config(load_config(args.config, args.overrides)), end="")
 

@@ -161,13 +161,22 @@ def init(timeout_s: int) -> World:
             raise EngineError(
                 f"{' and '.join(missing)} not set: every rank needs the address and port of rank 0"
             )
-        dist.init_process_group(
-            "gloo" if gpu is None else "nccl",
-            timeout=timeout,
-            store=store,
-            rank=place["RANK"],
-            world_size=size,
-        )
+        try:
+            dist.init_process_group(
+                "gloo" if gpu is None else "nccl",
+                timeout=timeout,
+                store=store,
+                rank=place["RANK"],
+                world_size=size,
+            )
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise EngineError(
+                f"port {os.environ['MASTER_PORT']} of this host is in use, probably by another job;"
+                " wait until it ends, or give another port (deepspeed --master_port 29501,"
+                " torchrun --master-port 29501, else MASTER_PORT)"
+            ) from error
     _processes[:] = gather_json([socket.gethostname(), os.getpid()])
     return World(place["RANK"], size, place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"], device)
 

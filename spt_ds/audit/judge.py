@@ -13,8 +13,13 @@ import numpy as np
 
 from spt_ds.audit.gate import Gate
 from spt_ds.audit.measured import Ints, Measured
-from spt_ds.evaluate.significance import Paired, interval, paired, standard_error
-from spt_ds.evaluate.student_t import quantile_95
+from spt_ds.evaluate.significance import (
+    Paired,
+    interval,
+    paired,
+    quantile_95,
+    standard_error,
+)
 from spt_ds.evaluate.text_metrics import Floats
 
 

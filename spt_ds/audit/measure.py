@@ -55,7 +55,7 @@ def _measure_batch(backbone: Backbone, spt: Spt, batch: Batch) -> torch.Tensor:
     _, pooled, scores = spt.score(backbone, spt.pack(batch.contexts()))
     packed = spt.pack(batch)
     text, bank = backbone.embed(packed.ids), spt.trainables.bank.weight
-    context = read_context(backbone, packed, text, spt.config.prompts.placement)
+    context = read_context(backbone, packed, text)
     every = bank[:, None].expand(-1, len(batch), -1, -1)
     hidden = target_states(backbone, packed, text, every, context)
     token_loss = spt.token_losses(backbone, packed, hidden)  # [K, n]

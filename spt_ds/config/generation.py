@@ -12,12 +12,14 @@ from spt_ds.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Se
 class GenerateConfig(Section):
     """Decoding of replies for evaluation and chat."""
 
-    mode: Annotated[str, Field(pattern=r"^(select|fuse|random|fixed:\d+|noise:\d*\.?\d+)$")] = (
-        "select"
-    )
-    """Prompt of each example: highest score, fused logits of all, random, always k, or highest
-    score under noise.
+    mode: Annotated[
+        str, Field(pattern=r"^(select|fuse|rank|random|fixed:\d+|noise:\d*\.?\d+)$")
+    ] = "select"
+    """Prompt of each example: highest score, fused logits of all, the reply that is most like those
+    of all prompts (rank), random, always k, or highest score under noise.
     """
+    samples: PositiveInt = 1
+    """Replies of each prompt among which `mode: rank` chooses; above 1 needs `do_sample: true`."""
     max_new_tokens: PositiveInt = 32
     """Longest reply in tokens."""
     batch_size: PositiveInt = 16
@@ -58,9 +60,14 @@ class GenerateConfig(Section):
             raise ValueError(
                 "do_sample and num_beams exclude one another; set num_beams: 1, or do_sample: false"
             )
-        if self.mode == "fuse" and self.num_beams > 1:
+        if self.reads_every_prompt and self.num_beams > 1:
             raise ValueError(
-                "mode: fuse mixes the rows of one example and cannot beam; set num_beams: 1"
+                f"mode: {self.mode} decodes the rows of one example together and cannot beam; set"
+                " num_beams: 1"
+            )
+        if self.samples > 1 and not (self.mode == "rank" and self.do_sample):
+            raise ValueError(
+                f"samples is {self.samples}, which acts only with mode: rank and do_sample: true"
             )
         if self.mode == "fuse" and self.perplexity:
             raise ValueError(
@@ -82,3 +89,8 @@ class GenerateConfig(Section):
             if idle and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is {getattr(self, name)}, which acts only with {need}")
         return self
+
+    @property
+    def reads_every_prompt(self) -> bool:
+        """Whether each reply comes from rows under all prompts of the bank."""
+        return self.mode in ("fuse", "rank")

@@ -24,12 +24,41 @@ PROBLEMS = 40  # that one error lists
 MAX_FILE_BYTES = 4 << 20  # the largest shipped recipe has 2 kB
 
 
+# Folders of the shipped recipes, and what the recipes in each are for.
+PURPOSES = {
+    "start": "to try it on a laptop",
+    "methods": "what trains, on any base: --set model.base=...",
+    "bases": "published language models, with data of your own",
+}
+
+
 def recipe_names() -> list[str]:
     """Return the names of the shipped recipes."""
-    folder = resources.files("spt_ds") / "recipes"
-    return sorted(
-        entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml")
-    )
+    return sorted(_recipes())
+
+
+def recipe_list() -> str:
+    """Return the shipped recipes by purpose, each with the first line of its file."""
+    recipes = _recipes()
+    width = max(map(len, recipes))
+    lines: list[str] = []
+    for folder, purpose in PURPOSES.items():
+        lines += ["", f"{purpose}:"] if lines else [f"{purpose}:"]
+        for name, (group, text) in sorted(recipes.items()):
+            if group == folder:
+                lines.append(f"  {name:<{width}}  {text.partition(chr(10))[0].removeprefix('# ')}")
+    return "\n".join(lines)
+
+
+def _recipes() -> dict[str, tuple[str, str]]:
+    """Folder and text of each shipped recipe, by name."""
+    root = resources.files("spt_ds") / "recipes"
+    return {
+        entry.name.removesuffix(".yaml"): (folder, entry.read_text(encoding="utf-8"))
+        for folder in PURPOSES
+        for entry in (root / folder).iterdir()
+        if entry.name.endswith(".yaml")
+    }
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
@@ -65,7 +94,8 @@ def json_schema() -> str:
 
 
 def _read(source: str) -> tuple[str, str]:
-    names = recipe_names()
+    recipes = _recipes()
+    names = sorted(recipes)
     # os.path answers False where a name is too long or holds a NUL; pathlib raises.
     if (
         Path(source).suffix in (".yaml", ".yml")
@@ -81,9 +111,7 @@ def _read(source: str) -> tuple[str, str]:
         near = difflib.get_close_matches(source, names, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(names)}"
         raise ConfigError(f"no file and no recipe is called {shown(source)}; {hint}")
-    return f"recipe {source}", (resources.files("spt_ds") / "recipes" / f"{source}.yaml").read_text(
-        encoding="utf-8"
-    )
+    return f"recipe {source}", recipes[source][1]
 
 
 def _text(path: Path) -> str:

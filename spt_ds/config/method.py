@@ -16,6 +16,9 @@ from spt_ds.config.section import (
 
 # Values of `method.type` that train weights in the base, which then must be whole on each rank.
 TRAIN_THE_BASE = ("lora", "full")
+# Values of `prompts.position` in suffix placement: the prompt follows a context, which is read once
+# for all K prompts.
+SUFFIX_POSITIONS = ("last_turn", "before_reply")
 
 
 class LoraConfig(Section):
@@ -64,11 +67,6 @@ class PromptsConfig(Section):
 
     warm_start_steps: NonNegativeInt = 0
     """Steps in which all prompts are one, which trains by its nll alone; then they part."""
-
-    @property
-    def placement(self) -> Literal["prefix", "suffix"]:
-        """`suffix` where the prompt follows a context, which is then read once for all K."""
-        return "suffix" if self.position in ("last_turn", "before_reply") else "prefix"
 
     @model_validator(mode="after")
     def _texts(self) -> PromptsConfig:

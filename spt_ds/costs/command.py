@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 from spt_ds.costs.results import agreement, machine, ratios, row, without_arrays
@@ -19,14 +20,14 @@ from spt_ds.errors import ConfigError, SptError
 from spt_ds.log import say_loading
 from spt_ds.run.command import run_command
 
-SUBJECTS = {
+SUBJECTS = {  # module in spt_ds.costs and function that measures
     # Its naive twin makes K passes, padded to one length, checkpointed, with all logits in fp32.
-    "step": "spt_ds.costs.step",
-    "more": "spt_ds.costs.extra_prompt",  # one prompt more in the bank
-    "objectives": "spt_ds.costs.objectives",  # beside the paper's
-    "load": "spt_ds.costs.load",  # reading the base, proving it usable, tokenising
-    "decode": "spt_ds.costs.decode",  # naive: the whole batch once per distinct prompt
-    "head": "spt_ds.costs.head",  # naive: all vocabulary logits at once
+    "step": ("step", "measure"),
+    "more": ("side_by_side", "measure_more"),  # one prompt more in the bank
+    "objectives": ("side_by_side", "measure_objectives"),  # beside the paper's
+    "load": ("load", "measure"),  # reading the base, proving it usable, tokenising
+    "decode": ("decode", "measure"),  # naive: the whole batch once per distinct prompt
+    "head": ("head", "measure"),  # naive: all vocabulary logits at once
 }
 
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure_all(args: argparse.Namespace, given: Sequence[str]) -> int:
     say_loading()
-    subject = importlib.import_module(SUBJECTS[args.subject])
+    subject, _ = _subject(args)
     cases = (
         args.cases.split(",") if args.cases else list(getattr(subject, "DEFAULT", subject.CASES))
     )
@@ -63,6 +64,11 @@ def _measure_all(args: argparse.Namespace, given: Sequence[str]) -> int:
     }
     print(json.dumps(report))
     return int(any("error" in result for result in results))
+
+
+def _subject(args: argparse.Namespace) -> tuple[ModuleType, str]:
+    module, function = SUBJECTS[args.subject]
+    return importlib.import_module(f"spt_ds.costs.{module}"), function
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,7 +138,8 @@ def _child(case: str, prompts: int, args: argparse.Namespace, send: Any) -> None
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        send.send(importlib.import_module(SUBJECTS[args.subject]).measure(case, prompts, args))
+        subject, function = _subject(args)
+        send.send(getattr(subject, function)(case, prompts, args))
     except SptError as error:
         send.send({"error": str(error)})
 

@@ -50,10 +50,10 @@ def decode_batch(
     session: Session, batch: Batch, options: GenerateConfig, hooks: ReplyHooks | None = None
 ) -> Decoded:
     """Decode one micro-batch; with a sharded base all ranks must come along."""
-    endings = ReplyText.of(session).endings
+    form, sharded = ReplyText.of(session), session.sharding.on
     with torch.no_grad():
         out: Decoded = session.backbone(
-            decode, session.spt, batch, options, endings, session.sharding.on, hooks
+            decode, session.spt, batch, options, form.endings, sharded, hooks, form.best_of
         )
     return out
 
@@ -145,6 +145,13 @@ class Generator:
                 self.parts.rmdir()  # unless replies are in it
             raise self._refused(self.own_part, error) from error
 
+    @property
+    def _rows_per_example(self) -> int:
+        """How many replies are decoded for each one that is kept."""
+        config = self.session.config
+        prompts = config.prompts.count if config.generate.reads_every_prompt else 1
+        return prompts * config.generate.samples * config.generate.num_beams
+
     def _refused(self, path: Path, error: OSError) -> EngineError:
         return EngineError(
             f"{path}: cannot be written ({error.strerror or error}); free space, or give another"
@@ -220,6 +227,7 @@ class Generator:
                 "identity": self.identity,
                 "predictions_sha256": sha256(final),
                 "checkpoint": self.checkpoint,
+                "rows_per_example": self._rows_per_example,
             }
             config = self.session.config.model_dump(mode="json")
             write_whole(self.out.record, json.dumps({**record, "config": config}, indent=1) + "\n")

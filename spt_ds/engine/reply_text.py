@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from spt_ds.config.schema import Config
+from spt_ds.engine.consensus import consensus
 from spt_ds.engine.session import Session
 from spt_ds.evaluate.text_metrics import cleaned, without_half_marker
 from spt_ds.model.conversation import Endings
@@ -44,6 +45,10 @@ class ReplyText:
         if self.rule == "spt" and reply == raw and not ended:
             reply = without_half_marker(reply)
         return raw, reply.strip()
+
+    def best_of(self, candidates: list[list[int]], shares: list[float]) -> int:
+        """The index of the reply to give, of several to one context; see `consensus`."""
+        return consensus([self.of_tokens(tokens)[1] for tokens in candidates], shares)
 
     def so_far(self, spoken: str) -> str:
         """What can be shown of a reply that is still growing: no later word takes it back."""

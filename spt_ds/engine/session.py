@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from spt_ds import dist
 from spt_ds.config.data import names
+from spt_ds.config.method import SUFFIX_POSITIONS
 from spt_ds.config.model import ModelConfig
 from spt_ds.config.schema import Config
 from spt_ds.data.encode import ContextStyle
@@ -79,6 +80,8 @@ class Session:
 def open_session(config: Config, base: Base, placement: Placement, world: dist.World) -> Session:
     """Load the base as placed, prove it usable, and initialise what trains."""
     _check_positions(config, base.config, config.data.max_tokens, "data.max_tokens")
+    # A template that does not fit the base is refused here, before any weight is read.
+    ends = make_template(base.tokenizer, template_style(config)).ends
     sharding = Sharding(placement.zero, world.device)
     # From here on ZeRO-3 shards each weight as it is read: no rank ever holds the whole base.
     sharding.before_load()
@@ -92,7 +95,8 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     backbone.checkpoint_activations(placement.recompute)
     wrapped = sharding.wrap(backbone)
     # One call of it, as every use of the base: its hooks gather weights and release them.
-    wrapped(lambda inner: inner.check(config.prompts.placement))
+    suffix = config.prompts.position in SUFFIX_POSITIONS
+    wrapped(lambda inner: inner.check(suffix=suffix))
     tokenizer, pad = base.tokenizer, base.tokenizer.pad_token_id
     assert isinstance(pad, int)
     functions = functions_of(config.reference, pad)

@@ -7,13 +7,14 @@ proves it at start-up. Legend: N packed tokens, n rows, D embedding size, V voca
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import DynamicCache, GenerationConfig, PretrainedConfig
 
 from spt_ds.config.model import ModelConfig
 from spt_ds.errors import ModelError
@@ -21,6 +22,7 @@ from spt_ds.model.activations import slim_activations
 from spt_ds.model.attention import PACKED, Layout, choose_backend
 from spt_ds.model.base_check import check_base
 from spt_ds.model.base_files import base_path
+from spt_ds.model.conversation import cache_argument
 from spt_ds.model.head import FrozenHead
 from spt_ds.model.loading import check_weights, first_line, new_lm, stored_lm
 
@@ -114,6 +116,26 @@ class Backbone(nn.Module):
 
     def generate(self, **kwargs: Any) -> torch.Tensor:
         """`transformers`' own generate on padded rows, with its own attention masks and cache."""
+        with self._as_transformers_has_it():
+            tokens: torch.Tensor = self.lm.generate(**kwargs)
+        return tokens
+
+    def read(self, embeddings: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> None:
+        """Put keys and values of left-padded rows [rows, L, D], mask [rows, L], into `cache`."""
+        # As `generate` counts positions: from a row's first real token.
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        with self._as_transformers_has_it():
+            self.lm.base_model(
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                **cache_argument(self.lm, cache),
+            )
+
+    @contextmanager
+    def _as_transformers_has_it(self) -> Iterator[None]:
+        """The model with its own attention and no recomputation, for cached decoding."""
         recomputing = [module for module in self.lm.modules() if module.training]
         # a layer that recomputes its activations drops the cache: the second token would be wrong
         self.lm.eval()
@@ -124,17 +146,16 @@ class Backbone(nn.Module):
         # run's.
         own, self.lm.generation_config = self.lm.generation_config, GenerationConfig()
         try:
-            tokens: torch.Tensor = self.lm.generate(**kwargs)
+            yield
         finally:
             self.lm.generation_config = own
             self.lm.set_attn_implementation(PACKED)
             for module in recomputing:
                 module.training = True
-        return tokens
 
-    def check(self, placement: str = "prefix") -> None:
+    def check(self, *, suffix: bool = False) -> None:
         """Raise ModelError where packed rows give other logits than the base's own forward."""
-        check_base(self, placement)
+        check_base(self, suffix=suffix)
 
 
 def base_dtype(bits: int) -> torch.dtype:

@@ -44,11 +44,11 @@ Logits = list[torch.Tensor]  # [n, V] of each row
 
 
 @torch.no_grad()
-def check_base(backbone: Backbone, placement: str) -> dict[str, float]:
+def check_base(backbone: Backbone, *, suffix: bool) -> dict[str, float]:
     """Compare packed rows with the base's own forward; return the differences by name.
 
     Raises ModelError for a base that scales embeddings or logits outside its embedding and head,
-    caps its logits, or does not hand positions or the layout on; with placement `suffix` also for
+    caps its logits, or does not hand positions or the layout on; with `suffix` (placement) also for
     branches that do not continue their context. Under ZeRO-3 every rank must call it, inside one
     call of the root module.
     """
@@ -65,7 +65,7 @@ def check_base(backbone: Backbone, placement: str) -> dict[str, float]:
         own = _own_logits(backbone, stretch)
         every = [*ours, backbone.head(states[-1] * stretch)]
         gaps["packed rows"] = _compare(backbone, "packed rows", every, own)
-        if placement == "suffix":
+        if suffix:
             ends = [row[c:] for row, (c, _) in zip(own, ROWS, strict=False)]
             branches = _branch_logits(backbone, exact)
             gaps["branches"] = _compare(backbone, "branches", branches, ends)

@@ -1,12 +1,13 @@
 """Decoding: each example once, in one batch, every row under its own prompt (method, identity 5).
 
 `transformers`' own generate does the work from embeddings, so its generation options, caches and
-beams are at hand. Legend: K prompts, B examples, M rows of one example (1, or K to fuse them), P
-virtual tokens, D embedding size, L longest row.
+beams are at hand. Legend: K prompts, B examples, M rows of one example (1, or K times the samples
+of each prompt where replies of all are fused or ranked), P virtual tokens, D embedding size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,14 @@ from spt_ds.config.generation import GenerateConfig
 from spt_ds.model import losses
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.conversation import Endings, ReplyHooks, StopAtText, StopOn, cache_argument
-from spt_ds.model.logits import FuseRows, constraints, sampling
+from spt_ds.model.decode_rows import branches, whole_rows
+from spt_ds.model.logits import FuseRows, MixRows, constraints, sampling
 from spt_ds.model.rows import read_context, target_states
 from spt_ds.model.spt import Spt
 from spt_ds.rng import keyed_generator
+
+# Candidates of one example and the share of each -> the index of the one to keep.
+BestOf = Callable[[list[list[int]], list[float]], int]
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Decoded:
     """Replies of one batch."""
 
     tokens: list[list[int]]  # new tokens of each example, end of sequence included, padding not
-    chosen: list[int | None]  # prompt of each example; None when all were fused
+    chosen: list[int | None]  # prompt of each example's reply; None when all were fused
     scores: torch.Tensor  # [K, B] of the retriever
     nll: torch.Tensor | None  # [B] mean loss of the reference replies under the chosen prompts
 
@@ -44,28 +49,28 @@ def decode(
     endings: Endings,
     synced: bool,
     hooks: ReplyHooks | None = None,
+    best_of: BestOf | None = None,
 ) -> Decoded:
     """Generate replies to the contexts of `batch`; run inside a call of the root module.
 
     `synced` keeps ranks that share a sharded base in
-    step until the longest reply of all is done; `hooks` is what a conversation adds.
+    step until the longest reply of all is done; `hooks` is what a conversation adds; `best_of`
+    chooses among the replies of one example, for `mode: rank`.
     """
     # Choose: by contexts alone, since a pool over the whole text (reference.padded_pool) would read
     # the reference replies.
     text, _, scores = spt.score(backbone, spt.pack(batch.contexts()))
     chosen = choose_prompts(options.mode, scores, batch.indices, spt.config.train.seed)
-    prompts = _prompts_to_read(spt, chosen)
+    prompts = _prompts_to_read(spt, chosen, options.samples)
     # Build the rows.
-    embeddings, mask = left_pad(_rows(spt, batch, text, prompts))
-    # Generate: of K fused rows of an example the first is read, the others hold the same tokens.
+    inputs = _rows(backbone, spt, batch, text, prompts, options)
+    # Generate.
     processors = [
         *_fusion(spt, options, scores),
-        *constraints(options, endings.ids, embeddings.device),
-        *sampling(options, batch.indices * len(prompts), spt.config.train.seed),
+        *constraints(options, endings.ids, text.device),
+        *sampling(options, _draws(batch, options, len(prompts)), spt.config.train.seed),
     ]
-    inputs = {
-        "inputs_embeds": embeddings,
-        "attention_mask": mask,
+    inputs |= {
         "generation_config": _settings(options, endings),
         "logits_processor": LogitsProcessorList(processors),
         "synced_gpus": synced,
@@ -73,8 +78,14 @@ def decode(
     # A beam that holds the text need not win: with beams replies are cut afterwards.
     if endings.said is not None and options.num_beams == 1:
         inputs["stopping_criteria"] = StoppingCriteriaList([StopAtText(endings.said)])
-    out = _generate(backbone, inputs, batch, hooks)
-    tokens = [endings.cut(row) for row in out[: len(batch)].tolist()]
+    tokens = [endings.cut(row) for row in _generate(backbone, inputs, batch, hooks).tolist()]
+    # Keep one reply of each example. Of K fused rows it is the first, the others hold the same.
+    if options.mode == "rank":
+        assert best_of is not None
+        shares = losses.mixture_weights(scores.float(), spt.config.losses.tau_sim)
+        chosen, tokens = _best(tokens, shares.T.tolist(), options.samples, best_of)
+        prompts = _prompts_to_read(spt, chosen)
+    tokens = tokens[: len(batch)]
     # Measure.
     nll = _reply_losses(backbone, spt, batch, prompts) if options.perplexity else None
     return Decoded(tokens, chosen, scores, nll)
@@ -90,7 +101,7 @@ def choose_prompts(
     """
     kind, _, number = mode.partition(":")
     count = len(scores)
-    if kind == "fuse":
+    if kind in ("fuse", "rank"):
         return [None] * len(indices)
     if kind == "fixed":
         return [int(number)] * len(indices)
@@ -110,41 +121,61 @@ def choose_prompts(
     return [int(k) for k in values.argmax(dim=0)]
 
 
-def _prompts_to_read(spt: Spt, chosen: list[int | None]) -> torch.Tensor:
-    """Virtual tokens [M, B, P, D] of the rows: the chosen prompts, or all K to fuse them."""
+def _prompts_to_read(spt: Spt, chosen: list[int | None], samples: int = 1) -> torch.Tensor:
+    """Virtual tokens [M, B, P, D] of the rows: the chosen prompts, or each of all K `samples` times
+    to fuse or to rank them.
+    """
     bank = spt.trainables.bank.weight
     numbers = [k for k in chosen if k is not None]
     if numbers:
         return bank[numbers][None]
-    return bank[:, None].expand(-1, len(chosen), -1, -1)
+    return bank.repeat_interleave(samples, dim=0)[:, None].expand(-1, len(chosen), -1, -1)
 
 
-def _rows(spt: Spt, batch: Batch, text: torch.Tensor, prompts: torch.Tensor) -> list[torch.Tensor]:
-    """Embeddings [P + C_b, D] of each row up to its reply, prompt-major, in the base's dtype."""
-    heads = batch.before_prompt(spt.config.prompts.placement == "suffix")
-    contexts = text.split(batch.context_lens)
-    return [
-        torch.cat([context[:head], virtual, context[head:]])
-        for group in prompts.to(text.dtype)
-        for context, virtual, head in zip(contexts, group, heads, strict=True)
+def _rows(
+    backbone: Backbone,
+    spt: Spt,
+    batch: Batch,
+    text: torch.Tensor,
+    prompts: torch.Tensor,
+    options: GenerateConfig,
+) -> dict[str, Any]:
+    """Embeddings, mask and perhaps a cache of each row up to its reply, in the base's dtype."""
+    # By options alone: ranks that share a sharded base must all read a context apart, or none.
+    if spt.suffix and options.reads_every_prompt:
+        return branches(backbone, batch, text, prompts)
+    return whole_rows(batch, text, prompts, suffix=spt.suffix)
+
+
+def _draws(batch: Batch, options: GenerateConfig, rows: int) -> Sequence[tuple[int, ...]]:
+    """What the noise of each row is keyed by, so that any split of the examples draws the same."""
+    if options.mode == "rank":
+        return [(index, row) for row in range(rows) for index in batch.indices]
+    return [(index,) for index in batch.indices] * rows  # fused rows share the token
+
+
+def _best(
+    tokens: list[list[int]], shares: list[list[float]], samples: int, best_of: BestOf
+) -> tuple[list[int | None], list[list[int]]]:
+    """The prompt and the tokens of the reply that is kept of each example.
+
+    Args: tokens, M * B candidates, prompt-major; shares [B][K], of the prompts.
+    """
+    examples = len(shares)
+    places = [
+        best_of(tokens[b::examples], [share / samples for share in own for _ in range(samples)])
+        for b, own in enumerate(shares)
     ]
-
-
-def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [n_i, D] -> (embeddings [rows, L, D], mask [rows, L]), the real tokens at the right."""
-    longest = max(len(row) for row in rows)
-    embeddings = rows[0].new_zeros(len(rows), longest, rows[0].shape[1])
-    mask = torch.zeros(len(rows), longest, dtype=torch.long, device=embeddings.device)
-    for number, row in enumerate(rows):
-        embeddings[number, longest - len(row) :] = row
-        mask[number, longest - len(row) :] = 1
-    return embeddings, mask
+    kept = [tokens[place * examples + b] for b, place in enumerate(places)]
+    return [place // samples for place in places], kept
 
 
 def _fusion(spt: Spt, options: GenerateConfig, scores: torch.Tensor) -> list[LogitsProcessor]:
     if options.mode != "fuse":
         return []
-    return [FuseRows(losses.fusion_weights(scores, spt.config.losses))]
+    settings = spt.config.losses
+    weights = losses.fusion_weights(scores, settings)
+    return [MixRows(weights) if settings.objective == "mixture" else FuseRows(weights)]
 
 
 def _settings(options: GenerateConfig, endings: Endings) -> GenerationConfig:
@@ -181,6 +212,6 @@ def _reply_losses(
     """Mean loss [B] of each reference reply under its prompt, as training computes it."""
     packed = spt.pack(batch)
     text = backbone.embed(packed.ids)
-    context = read_context(backbone, packed, text, spt.config.prompts.placement)
+    context = read_context(backbone, packed, text)
     hidden = target_states(backbone, packed, text, prompts, context)
     return spt.reply_losses(backbone, packed, hidden)[0]

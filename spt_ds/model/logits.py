@@ -6,6 +6,8 @@ examples, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers.generation.logits_process import (
     LogitsProcessor,
@@ -35,6 +37,30 @@ class FuseRows(LogitsProcessor):
         return mixed.repeat(count, 1)
 
 
+class MixRows(LogitsProcessor):
+    """Gives the K rows of each example the log-probabilities of the mixture of its prompts.
+
+    A reply of the mixture is written by one prompt that is drawn from pi, so each token that it has
+    already tells which prompt writes it: pi_k is multiplied by what prompt k gave the token.
+    """
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self.weights = weights  # [K, B], pi
+        self._posterior = weights.log()
+        self._told: torch.Tensor | None = None  # [K, B, V] of the token before
+
+    def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """logits [K * B, V], prompt-major -> the same shape."""
+        count, size = self.weights.shape
+        if self._told is not None:
+            tokens = input_ids[:, -1].view(count, size, 1)
+            self._posterior = self._posterior + self._told.gather(2, tokens)[..., 0]
+        self._told = logits.view(count, size, -1).float().log_softmax(dim=-1)
+        prior = self._posterior.log_softmax(dim=0)
+        mixed = (prior[..., None] + self._told).logsumexp(dim=0)
+        return mixed.to(logits.dtype).repeat(count, 1)
+
+
 class GumbelNoise(LogitsProcessor):
     """Samples by the Gumbel-max trick: argmax(logits + noise) is a draw from softmax(logits).
 
@@ -42,21 +68,21 @@ class GumbelNoise(LogitsProcessor):
     rank that makes it.
     """
 
-    def __init__(self, indices: tuple[int, ...], seed: int) -> None:
+    def __init__(self, keys: Sequence[tuple[int, ...]], seed: int) -> None:
+        """`keys` are those of the rows: an example's index, and a candidate of it."""
         self.generators = {
-            index: keyed_generator(seed, "sample", index) for index in dict.fromkeys(indices)
+            key: keyed_generator(seed, "sample", *key) for key in dict.fromkeys(keys)
         }
-        self.indices = indices
+        self.keys = keys
 
     def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """logits [rows, V] -> the same shape."""
-        # Drawn once per example and position: rows of one example share it, as they share the
-        # token.
+        # Drawn once per key and position: fused rows share it, as they share the token.
         drawn = {
-            index: -torch.empty(logits.shape[1]).exponential_(generator=generator).log()
-            for index, generator in self.generators.items()
+            key: -torch.empty(logits.shape[1]).exponential_(generator=generator).log()
+            for key, generator in self.generators.items()
         }
-        noise = torch.stack([drawn[index] for index in self.indices])
+        noise = torch.stack([drawn[key] for key in self.keys])
         return logits + noise.to(logits.device, logits.dtype)
 
 
@@ -77,8 +103,10 @@ def constraints(
     return steps
 
 
-def sampling(options: GenerateConfig, indices: tuple[int, ...], seed: int) -> list[LogitsProcessor]:
-    """Return what draws each row's token; `indices` are the examples of the rows."""
+def sampling(
+    options: GenerateConfig, keys: Sequence[tuple[int, ...]], seed: int
+) -> list[LogitsProcessor]:
+    """Return what draws each row's token; rows of the same key draw the same."""
     if not options.do_sample:
         return []
     steps: list[LogitsProcessor] = []
@@ -88,4 +116,4 @@ def sampling(options: GenerateConfig, indices: tuple[int, ...], seed: int) -> li
         steps.append(TopKLogitsWarper(options.top_k))
     if options.top_p < 1.0:
         steps.append(TopPLogitsWarper(options.top_p))
-    return [*steps, GumbelNoise(indices, seed)]
+    return [*steps, GumbelNoise(keys, seed)]

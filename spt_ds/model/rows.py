@@ -14,14 +14,12 @@ from spt_ds.model.backbone import Backbone
 
 
 @torch.no_grad()
-def read_context(
-    backbone: Backbone, packed: Packed, text: torch.Tensor, placement: str
-) -> Layout | None:
-    """Read what precedes the prompts once, keep its keys and values; None in `prefix` placement.
+def read_context(backbone: Backbone, packed: Packed, text: torch.Tensor) -> Layout | None:
+    """Read what precedes the prompts once, keep its keys and values; None in prefix placement.
 
     Args: text [t, D], the embeddings of `packed.ids`.
     """
-    if placement != "suffix":
+    if not packed.suffix:
         return None
     # Prompts come behind the context, so nothing that trains reaches it: it needs no gradient.
     layout = Layout(packed.apart_lens, packed.apart_positions, backbone.backend, record=True)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from spt_ds.batch import Batch, Contrast, Packed, on_device
+from spt_ds.config.method import SUFFIX_POSITIONS
 from spt_ds.config.schema import Config
 from spt_ds.model import losses, reference
 from spt_ds.model.attention import Layout
@@ -115,12 +116,12 @@ class Spt:
         self.config = config
         self.trainables = trainables
         self.functions = functions
+        self.suffix = config.prompts.position in SUFFIX_POSITIONS
 
     def pack(self, batch: Batch) -> Packed:
         """Send a micro-batch to the device of the trainables, as rows of the method's prompts."""
         bank = self.trainables.bank.weight
-        suffix = self.config.prompts.placement == "suffix"
-        return Packed.from_batch(batch, bank.shape[1], bank.device, suffix=suffix)
+        return Packed.from_batch(batch, bank.shape[1], bank.device, suffix=self.suffix)
 
     def score(
         self, backbone: Backbone, packed: Packed
@@ -156,7 +157,7 @@ class Spt:
         bank = every_prompt[:1] if shared else every_prompt
         packed = self.pack(batch)
         text, pooled, scores = self.score(backbone, packed)
-        context = read_context(backbone, packed, text, self.config.prompts.placement)
+        context = read_context(backbone, packed, text)
         if 0 < settings.train_top_m < len(bank) and torch.is_grad_enabled():
             hidden = self._selective_states(backbone, packed, text, context)
         else:

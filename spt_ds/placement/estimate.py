@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from spt_ds.config.method import TRAIN_THE_BASE
+from spt_ds.config.method import SUFFIX_POSITIONS, TRAIN_THE_BASE
 from spt_ds.config.schema import Config
 from spt_ds.errors import ModelError
 from spt_ds.placement.memory import GIB
@@ -205,7 +205,7 @@ def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:
     In suffix placement a response is taken to be at most RESPONSE_TOKENS long.
     """
     c, bits = config, config.model.base_bits
-    suffix = c.prompts.placement == "suffix"
+    suffix = c.prompts.position in SUFFIX_POSITIONS
     per_prompt = c.prompts.tokens + (
         min(RESPONSE_TOKENS, c.data.max_tokens) if suffix else c.data.max_tokens
     )

@@ -51,7 +51,6 @@ def page(runs: Sequence[Run]) -> str:
     # They import matplotlib: the command line must start without it.
     from spt_ds.report.sections import (
         audit,
-        overview,
         prompts,
         replies,
         scores,
@@ -62,7 +61,7 @@ def page(runs: Sequence[Run]) -> str:
 
     parts = {
         "Verdict": verdict.verdict,
-        "Runs": overview.overview,
+        "Runs": setup.overview,
         "Scores": scores.text_scores,
         "Losses": training.losses,
         "Throughput": training.throughput,

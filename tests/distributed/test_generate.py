@@ -28,6 +28,12 @@ from tests.helpers.ranks import run_ranks
 
 EXAMPLES = 11
 PATIENCE_S = 60  # a hang ends here with every rank's traceback
+RANKED = [  # in suffix placement, so that contexts are read apart
+    "prompts.position=before_reply",
+    "generate.mode=rank",
+    "generate.do_sample=true",
+    "generate.samples=2",
+]
 Job = tuple[str, list[str], str | None]  # name of the output folder, options, DeepSpeed file
 
 
@@ -119,11 +125,12 @@ def test_any_ranks_replicated_or_sharded_write_the_same_bytes(
         *ways(
             scene, "llama", "fused", [*options, "generate.mode=fuse", "generate.perplexity=false"]
         ),
+        *ways(scene, "llama", "ranked", [*options, *RANKED]),
     ]
     for size in (1, 2, 3):
         decoded = run_ranks(size, generate, jobs, tmp_path / str(size), timeout_s=240)
         assert [sum(counts) for counts in zip(*decoded, strict=True)] == [EXAMPLES] * len(jobs)
-    for name in ("greedy", "sampled", "beams", "fused"):
+    for name in ("greedy", "sampled", "beams", "fused", "ranked"):
         files = [
             (tmp_path / str(size) / f"{name}-{way}" / "predictions.jsonl").read_bytes()
             for size in (1, 2, 3)

@@ -269,7 +269,9 @@ def test_a_reference_reply_beyond_the_positions_is_refused(folder: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"generate__mode": "fuse"}, {"generate__num_beams": 2}], ids=str
+    "options",
+    [{}, {"generate__mode": "fuse"}, {"generate__mode": "rank"}, {"generate__num_beams": 2}],
+    ids=str,
 )
 def test_stream_is_the_reply(folder: Path, options: dict[str, Any]) -> None:
     bot = spt_ds.load(folder / "opt-suffix", checkpoint=7, generate__max_new_tokens=24, **options)
@@ -318,7 +320,9 @@ def test_pieces_are_whole_words_and_end_where_the_reply_is_cut(
     monkeypatch.setattr(api, "decode_batch", scripted)
     config = Config.model_validate({"data": {"max_tokens": 200}})
     special = (tokenizer.eos_token_id,)
-    session: Any = SimpleNamespace(config=config, tokenizer=tokenizer, ends=special)
+    session: Any = SimpleNamespace(
+        config=config, tokenizer=tokenizer, ends=special, spt=SimpleNamespace(suffix=False)
+    )
     bot = Bot(session)
     assert list(bot.stream([], ["hi"])) == pieces
     assert bot.reply([], ["hi"]).text == "".join(pieces)
@@ -349,7 +353,9 @@ def test_the_limit_of_tokens_leaves_no_half_marker(
     monkeypatch.setattr(api, "decode_batch", scripted)
     config = Config.model_validate({"data": {"max_tokens": 200}})
     special = (tokenizer.eos_token_id,)
-    session: Any = SimpleNamespace(config=config, tokenizer=tokenizer, ends=special)
+    session: Any = SimpleNamespace(
+        config=config, tokenizer=tokenizer, ends=special, spt=SimpleNamespace(suffix=False)
+    )
     assert "".join(Bot(session).stream([], ["hi"])) == text
     assert Bot(session).reply([], ["hi"]).text == text
 

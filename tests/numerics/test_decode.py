@@ -15,8 +15,8 @@ from spt_ds.config.generation import GenerateConfig
 from spt_ds.model.attention import Layout
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.conversation import Endings
-from spt_ds.model.decode import Decoded, choose_prompts, decode
-from spt_ds.model.logits import FuseRows
+from spt_ds.model.decode import BestOf, Decoded, choose_prompts, decode
+from spt_ds.model.logits import FuseRows, MixRows
 from spt_ds.model.spt import Spt
 from tests.helpers.tiny import examples_of, pick, random_batch, tiny_backbone, tiny_spt
 from tests.numerics.steps import MIXTURE
@@ -32,10 +32,18 @@ def tiny(arch: str, placement: str, count: int = 3) -> tuple[Backbone, Spt, Batc
     return backbone, spt, random_batch([(3, 2), (9, 3), (5, 2), (7, 4)])
 
 
-def run(backbone: Backbone, spt: Spt, batch: Batch, end: int = NEVER, **options: Any) -> Decoded:
+def run(
+    backbone: Backbone,
+    spt: Spt,
+    batch: Batch,
+    end: int = NEVER,
+    best_of: BestOf | None = None,
+    **options: Any,
+) -> Decoded:
     settings = GenerateConfig(**{"max_new_tokens": 6, **options})
+    endings = Endings((end,), 0)
     with torch.no_grad():
-        out: Decoded = backbone(decode, spt, batch, settings, Endings((end,), 0), False)
+        out: Decoded = backbone(decode, spt, batch, settings, endings, False, None, best_of)
     return out
 
 
@@ -51,7 +59,7 @@ def direct(
     and token.
     """
     context = examples_of(batch)[place][0]
-    suffix = spt.config.prompts.placement == "suffix"
+    suffix = spt.suffix
     tokens: list[int] = []
     for _ in range(steps):
         mixed = torch.zeros(backbone.vocabulary, dtype=weights.dtype)
@@ -109,9 +117,112 @@ def test_fuse_mixes_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
     spt = tiny_spt(backbone, losses={"fusion_weights": "normalised"})
     scores = run(backbone, spt, batch, mode="fuse").scores
     torch.testing.assert_close(mixed[0], scores / scores.sum(dim=0))
-    spt = tiny_spt(backbone, losses=MIXTURE)
-    scores = run(backbone, spt, batch, mode="fuse").scores
-    torch.testing.assert_close(mixed[1], (scores / MIXTURE["tau_sim"]).softmax(dim=0))
+
+
+@torch.no_grad()
+def mixture_twin(
+    backbone: Backbone, spt: Spt, batch: Batch, place: int, prior: torch.Tensor, steps: int
+) -> list[int]:
+    """Greedy decoding of sum_k pi_k p_k(reply), each candidate token by its whole likelihood."""
+    context = examples_of(batch)[place][0]
+    suffix = spt.suffix
+    tokens: list[int] = []
+    for _ in range(steps):
+        whole = []
+        for k, share in enumerate(prior):
+            text, prompt = backbone.embed(context), spt.trainables.bank.weight[k]
+            parts = [text, prompt] if suffix else [prompt, text]
+            row = torch.cat([*parts, backbone.embed(torch.tensor(tokens, dtype=torch.long))])
+            layout = Layout([len(row)], torch.arange(len(row)), "sdpa")
+            told = backbone.head(backbone.run(row, layout)).double().log_softmax(-1)
+            begin = len(row) - len(tokens) - 1
+            said = sum(
+                (told[begin + n, token] for n, token in enumerate(tokens)), told.new_zeros(())
+            )
+            whole.append((share.log() + said.sum() + told[-1]).exp())
+        tokens.append(int(torch.stack(whole).sum(dim=0).argmax()))
+    return tokens
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_fuse_is_the_mixture_where_that_was_trained(
+    placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, _, batch = tiny("llama", placement)
+    for parameter in backbone.lm.parameters():
+        parameter.data.mul_(3.0)  # so that prompts say unlike things
+    spt = tiny_spt(backbone, prompts={"tokens": 2, "placement": placement}, losses=MIXTURE)
+    out = run(backbone, spt, batch, mode="fuse")
+    prior = (out.scores.double() / MIXTURE["tau_sim"]).softmax(dim=0)
+    expected = [mixture_twin(backbone, spt, batch, place, prior[:, place], 6) for place in range(4)]
+    assert out.tokens == expected
+    # A deliberate fault: weights that do not learn from the tokens of the reply.
+    monkeypatch.setattr(
+        MixRows,
+        "__call__",
+        lambda self, ids, logits: (
+            (self.weights.log()[..., None] + logits.view(*self.weights.shape, -1).log_softmax(-1))
+            .logsumexp(0)
+            .repeat(len(self.weights), 1)
+        ),
+    )
+    assert run(backbone, spt, batch, mode="fuse").tokens != expected
+
+
+def test_fused_rows_share_a_context_that_is_read_once() -> None:
+    backbone, spt, batch = tiny("llama", "suffix")
+    tokens: list[int] = []
+    backbone.lm.base_model.layers[0].register_forward_hook(
+        lambda module, inputs, out: tokens.append(inputs[0].shape[0] * inputs[0].shape[1])
+    )
+    run(backbone, spt, batch, mode="fuse")
+    longest, rows = max(batch.context_lens), 3 * len(batch)
+    assert tokens == [len(batch) * longest, rows * 2, *[rows] * 5]  # contexts, prompts, replies
+
+
+def lowest(candidates: list[list[int]], shares: list[float]) -> int:
+    """A choice that tells candidates apart: the one that comes first in order of its numbers."""
+    return min(range(len(candidates)), key=candidates.__getitem__)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_rank_keeps_one_of_the_replies_of_all_prompts(placement: str) -> None:
+    backbone, spt, batch = tiny("llama", placement)
+    each = [run(backbone, spt, batch, mode=f"fixed:{k}") for k in range(3)]
+    out = run(backbone, spt, batch, mode="rank", perplexity=True, best_of=lowest)
+    assert len(set(out.chosen)) > 1, "the case must mix prompts"
+    for place, k in enumerate(out.chosen):
+        candidates = [one.tokens[place] for one in each]
+        assert k == lowest(candidates, [])
+        assert out.tokens[place] == candidates[k]
+    with torch.no_grad():
+        nll = backbone(spt.micro_losses, batch, 1, 1).nll
+    assert out.nll is not None
+    torch.testing.assert_close(out.nll, torch.stack([nll[k, b] for b, k in enumerate(out.chosen)]))
+
+
+def test_rank_weighs_prompts_by_their_shares_and_samples_alike() -> None:
+    backbone, spt, batch = tiny("llama", "prefix")
+    hot: dict[str, Any] = {"do_sample": True, "temperature": 3.0, "samples": 2}
+    given: list[tuple[list[list[int]], list[float]]] = []
+
+    def note(candidates: list[list[int]], shares: list[float]) -> int:
+        given.append((candidates, shares))
+        return 3  # the second sample of prompt 1
+
+    out = run(backbone, spt, batch, mode="rank", best_of=note, **hot)
+    assert out.chosen == [1] * 4
+    pi = (out.scores / spt.config.losses.tau_sim).softmax(dim=0)
+    for place, (candidates, shares) in enumerate(given):
+        assert out.tokens[place] == candidates[3]
+        assert len({tuple(tokens) for tokens in candidates}) == 6
+        torch.testing.assert_close(
+            torch.tensor(shares), pi[:, place].float().repeat_interleave(2) / 2
+        )
+    # The same alone: noise is keyed by the example and the candidate.
+    for place in range(4):
+        one = run(backbone, spt, alone(batch, place), mode="rank", best_of=note, **hot)
+        assert one.tokens[0] == out.tokens[place]
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -15,7 +15,7 @@ import torch
 from benchmarks import golden
 from spt_ds.batch import Batch
 from spt_ds.config.generation import GenerateConfig
-from spt_ds.model import decode as decoding
+from spt_ds.model import decode_rows
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.conversation import Endings
 from spt_ds.model.decode import decode
@@ -64,7 +64,7 @@ def test_alone_among_32_padded_or_not_cached_or_not(
     )
     assert together == one_by_one(backbone, spt, batch, mode="random")
 
-    pad = decoding.left_pad
+    pad = decode_rows.left_pad
 
     def wider(pieces: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         embeddings, mask = pad(pieces)
@@ -75,7 +75,7 @@ def test_alone_among_32_padded_or_not_cached_or_not(
             [mask.new_zeros(len(pieces), 7), mask], dim=1
         )
 
-    monkeypatch.setattr(decoding, "left_pad", wider)
+    monkeypatch.setattr(decode_rows, "left_pad", wider)
     assert replies(backbone, spt, batch, mode="random") == together
     monkeypatch.undo()
 

@@ -129,10 +129,10 @@ def test_identity_5_each_example_is_read_once_with_its_own_prompt(placement: str
     packed = spt.pack(batch)
     with torch.no_grad():
         text = backbone.embed(packed.ids)
-        read = read_context(backbone, packed, text, placement)
+        read = read_context(backbone, packed, text)
         full = backbone(target_states, packed, text, every, read)
         with metered(backbone) as meter:
-            read = read_context(backbone, packed, text, placement)
+            read = read_context(backbone, packed, text)
             own = backbone(target_states, packed, text, bank[chosen][None], read)
     rows = torch.repeat_interleave(chosen, torch.tensor(batch.response_lens))
     torch.testing.assert_close(own[0], full[rows, torch.arange(TARGETS)], rtol=1e-12, atol=1e-12)

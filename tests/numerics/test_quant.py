@@ -449,4 +449,4 @@ def test_self_check_takes_no_rounding_for_a_fault(
         weights["model.layers.2.mlp.down_proj.weight"].mul_(1e4)
 
     rewrite(Path(config.base), change)
-    Backbone(load(config), "sdpa", check_quantised=True).check("suffix")
+    Backbone(load(config), "sdpa", check_quantised=True).check(suffix=True)

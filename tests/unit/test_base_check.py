@@ -84,7 +84,7 @@ Patch = pytest.MonkeyPatch
 
 
 def check(backbone: Backbone, placement: str = "suffix") -> None:
-    backbone(lambda base: base.check(placement))
+    backbone(lambda base: base.check(suffix=placement == "suffix"))
 
 
 def backbone_of(

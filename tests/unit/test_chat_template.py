@@ -6,12 +6,20 @@ import random
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from spt_ds.config.load import load_config
 from spt_ds.data.dialogue import Example
 from spt_ds.data.encode import ContextStyle, Encoder, encode_many
 from spt_ds.data.template import TemplateStyle, make_template, system_text
+from spt_ds.dist import World
+from spt_ds.engine import session
 from spt_ds.errors import DataError, ModelError
+from spt_ds.model.loading import load_base_config, load_tokenizer
+from spt_ds.placement.choose import Placement
+from spt_ds.placement.estimate import BaseShape
+from spt_ds.placement.zero_plan import ZeroPlan
 from tests.helpers.chat_templates import FAMILIES, SMOLLM_2, Family
 
 TURNS = [
@@ -25,6 +33,7 @@ TURNS = [
     "so?",
 ]
 PERSONA = ("i ski.", "i like dogs.")
+CPU = torch.device("cpu")
 REPLY = "i work at night: every day"
 Messages = list[dict[str, str]]
 
@@ -305,6 +314,23 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
 def test_a_template_that_does_not_write_the_messages_is_refused(template: str, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         make_template(FAMILIES["smollm2"].tokenizer(), TemplateStyle(template))
+
+
+def test_a_template_that_does_not_fit_is_refused_before_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(session, "build_backbone", read)
+    placement, world = Placement(ZeroPlan(0, "none", {}), "off", ()), World(0, 1, 0, 1, CPU)
+    for template, error in (("chat", ModelError), ("spt", AssertionError)):
+        config = load_config("demo", [f"data.template={template}"])
+        tokenizer, config_of_base = load_tokenizer(config.model), load_base_config(config.model)
+        shape = BaseShape.from_config(config_of_base.to_dict())
+        base = session.Base(tokenizer, config_of_base, shape)
+        with pytest.raises(error):
+            session.open_session(config, base, placement, world)
 
 
 def test_a_jinja_template_of_ones_own() -> None:

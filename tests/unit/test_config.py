@@ -15,6 +15,8 @@ from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
 from spt_ds.generate import BASE_ALONE, identity
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def problem(text: str, tmp_path: Path) -> str:
     path = tmp_path / "run.yaml"
@@ -145,6 +147,9 @@ def test_unknown_recipe_and_missing_file() -> None:
         ),
         (["generate.mode=fuse", "generate.num_beams=2"], "cannot beam"),
         (["generate.mode=fuse", "generate.perplexity=true"], "not defined for mode: fuse"),
+        (["generate.mode=rank", "generate.num_beams=2"], "cannot beam"),
+        (["generate.samples=2", "generate.do_sample=true"], "only with mode: rank"),
+        (["generate.samples=2", "generate.mode=rank"], "do_sample: true"),
         (["generate.min_new_tokens=40"], "max_new_tokens only 32"),
         (["generate.temperature=0.7"], "temperature is 0.7, which acts only with do_sample: true"),
         (["generate.length_penalty=2"], "acts only with num_beams above 1"),
@@ -179,7 +184,9 @@ def test_key_paths_name_every_leaf() -> None:
 
 def test_cli_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["config"]) == 0
-    assert "demo" in capsys.readouterr().out.split()
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:2] == "  "]
+    shipped = (path.stem for path in (ROOT / "spt_ds" / "recipes").rglob("*.yaml"))
+    assert sorted(listed) == sorted(shipped) == recipe_names()
     assert cli(["config", "demo", "--set", "optim.lrr=1"]) == 2
     assert "did you mean 'lr'" in capsys.readouterr().err
     assert cli(["config", "--schema"]) == 0

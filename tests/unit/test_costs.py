@@ -191,5 +191,5 @@ def test_objectives_are_measured_beside_the_papers(capsys: pytest.CaptureFixture
     )
     shares = report["results"][0]["share_of_paper"]
     assert shares["paper"] == 1.0
-    assert shares["mixture"] < 1.1
-    assert shares["warm start"] < shares["mixture"]  # one prompt is read, not four
+    # How much is for the benchmark to say; here one prompt that is read is less than four.
+    assert 0.0 < shares["warm start"] < shares["mixture"]

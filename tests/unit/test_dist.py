@@ -90,6 +90,19 @@ def test_ranks_without_an_address_say_so(monkeypatch: pytest.MonkeyPatch) -> Non
         dist.init(5)
 
 
+def test_a_port_in_use_is_an_error_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two jobs on one host take the same default port of their launcher."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        two = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        for name, value in {**two, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(EngineError, match=f"port {port} of this host is in use"):
+            dist.init(5)
+
+
 def talk(world: dist.World) -> dict[str, Any]:
     """Everything that ranks say to one another, once."""
     mine = torch.tensor([float(world.rank), 1.0])

@@ -173,7 +173,7 @@ def kept_bytes(name: str, dtype: torch.dtype, recompute: str, placement: str) ->
         every = spt.trainables.bank.weight[:, None].expand(-1, 2, -1, -1)
         packed = spt.pack(batch)
         text = backbone.embed(packed.ids)
-        read = read_context(backbone, packed, text, placement)
+        read = read_context(backbone, packed, text)
         target_states(backbone, packed, text, every, read)
     tokens = (
         2 * 4 * (8 + 8 + (56 if placement == "prefix" else 0))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks import coverage
-from spt_ds.evaluate import significance, student_t, text_metrics
+from spt_ds.evaluate import significance, text_metrics
 from spt_ds.evaluate.columns import METRICS
 from spt_ds.evaluate.significance import interval, paired, standard_error
 from spt_ds.evaluate.statistic import Distinct, Statistic, Sums, grouped, mean, ratio
@@ -32,10 +32,12 @@ def error_of(statistic: Statistic) -> float:
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 9, 10, 99, 1000])
 def test_students_t_is_scipys(degrees: int) -> None:
-    assert student_t.quantile_95(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-12)
+    assert significance.quantile_95(degrees) == pytest.approx(
+        stats.t.ppf(0.975, degrees), rel=1e-12
+    )
     for t in (0.0, 0.3, -1.0, 2.0, 2.5, 7.0, 50.0, math.inf):
         expected = 2 * stats.t.sf(abs(t), degrees)
-        assert student_t.two_sided_p(t, degrees) == pytest.approx(expected, abs=1e-13)
+        assert significance.two_sided_p(t, degrees) == pytest.approx(expected, abs=1e-13)
 
 
 def test_a_paired_mean_is_scipys_paired_t_test() -> None:
