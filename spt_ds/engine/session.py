@@ -81,7 +81,7 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     """Load the base as placed, prove it usable, and initialise what trains."""
     _check_positions(config, base.config, config.data.max_tokens, "data.max_tokens")
     # A template that does not fit the base is refused here, before any weight is read.
-    ends = make_template(base.tokenizer, template_style(config)).ends
+    template = make_template(base.tokenizer, template_style(config))
     sharding = Sharding(placement.zero, world.device)
     # From here on ZeRO-3 shards each weight as it is read: no rank ever holds the whole base.
     sharding.before_load()
@@ -100,8 +100,6 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     tokenizer, pad = base.tokenizer, base.tokenizer.pad_token_id
     assert isinstance(pad, int)
     functions = functions_of(config.reference, pad)
-    # A template that does not fit the base is refused here, before anything is tokenised.
-    template = make_template(tokenizer, template_style(config))
     texts = config.prompts.init_texts
     if config.prompts.init == "template":
         init_ids = [template.system(text) for text in texts]

@@ -124,7 +124,7 @@ def test_the_counts_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     for overflow in ("truncate", "drop"):
-        build(path, tmp_path, overflow)  # type: ignore[arg-type]
+        build(path, tmp_path, overflow)
     assert f"{path}: 1 of 2 examples had persona or last turn cut (data.overflow: truncate) to" in (
         "\n".join(told)
     )

@@ -116,7 +116,7 @@ def test_several_sources_each_with_its_format_and_columns(tmp_path: Path) -> Non
         },
         {"path": str(tmp_path / "c.jsonl"), "weight": 1},
     ]
-    data = (f"data.train={json.dumps(tree)}", f"data.valid={tmp_path / 'a.txt'}")
+    data: tuple[str, ...] = (f"data.train={json.dumps(tree)}", f"data.valid={tmp_path / 'a.txt'}")
     data = (*data, f"data.test={tmp_path / 'a.txt'}")
     found = stores(tmp_path, *data, "data.columns={completion: reply}")["train"]
     assert [found[row]["response"] for row in range(3)] == ["yes", "that", "y"]
