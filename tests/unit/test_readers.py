@@ -376,7 +376,7 @@ def test_the_files_that_the_documentation_shows_can_be_read(tmp_path: Path) -> N
     ]
     assert [e.response for e in examples(tmp_path, "a", jsonl.partition("\n")[2])] == [
         "i ski all day .",
-        "hello",
+        *["hello"] * 3,
     ]
 
 
