@@ -46,6 +46,8 @@ EXTRAS = {
     "flash4": ["flash-attn-4>=4.0.0b9"],  # Hopper and later cards
     "evaluate": ["rouge-score>=0.1.2"],
     "report": ["matplotlib>=3.9"],
+    # BM25 for `data.overflow: retrieve`; the first whose functions take lists of words.
+    "retrieve": ["bm25s>=0.2"],
     "baselines": ["peft>=0.19,<0.22"],
     # Older ones use names that NumPy 2 dropped; 2.16.0 also asks for a nightly TensorFlow.
     "tensorboard": ["tensorboard>=2.18"],
@@ -54,6 +56,7 @@ EXTRAS["dev"] = [
     *EXTRAS["evaluate"],
     *EXTRAS["report"],
     *EXTRAS["baselines"],
+    *EXTRAS["retrieve"],
     *EXTRAS["tensorboard"],
     "packaging>=24",
     "pytest>=8",

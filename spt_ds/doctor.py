@@ -237,7 +237,8 @@ def _job(args: argparse.Namespace, size: int) -> dict[str, str]:
     """
     if args.config is None:
         return {}
-    from spt_ds.data.readers import digest
+    from spt_ds.data.readers import Split
+    from spt_ds.data.sources import digests
     from spt_ds.model.loading import load_base_config, load_tokenizer
     from spt_ds.placement.ds_check import plan_of_file
     from spt_ds.placement.estimate import BaseShape
@@ -246,10 +247,8 @@ def _job(args: argparse.Namespace, size: int) -> dict[str, str]:
     config = load_config(args.config, args.overrides)
     base, tokenizer = load_base_config(config.model), load_tokenizer(config.model)
     found = {"base": f"{base.model_type}, {len(tokenizer)} tokens"}
-    found |= {
-        f"data.{name}": digest(getattr(config.data, name))[:16]
-        for name in ("train", "valid", "test")
-    }
+    splits: tuple[Split, ...] = ("train", "valid", "test")
+    found |= {f"data.{name}": digests(config.data, name) for name in splits}
     if args.deepspeed_config is not None:
         plan_of_file(args.deepspeed_config, config, BaseShape.from_config(base.to_dict()), size)
         found["DeepSpeed file"] = sha256(ds_config_path(args.deepspeed_config))[:16]

@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 from tests.helpers.environments import ROOT, TORCH, call, install_into, make_environment
 
 ENDS = ("oldest", "newest")
-OF_THE_PACKAGE = ("", "baselines", "evaluate", "report", "tensorboard")  # not of its development
+# Not of its development.
+OF_THE_PACKAGE = ("", "baselines", "evaluate", "report", "retrieve", "tensorboard")
 # The last: users see no warning of a library, which another end of the ranges may give.
 TESTS = ("tests/unit", "tests/numerics", "tests/integration/test_quiet.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # two workers, and as many cores at least

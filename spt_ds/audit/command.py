@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spt_ds.config.data import held_out, names
 from spt_ds.config.schema import Config
 from spt_ds.errors import DataError
 from spt_ds.files import write_whole
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from spt_ds.dist import World
 
 # What runs that are compared must share: they are all measured on the examples of the audited one.
-SHARED = ("test", "format", "max_tokens", "max_test_examples", "persona", "cache_dir")
+SHARED = (
+    *("test", "format", "columns", "max_tokens", "overflow", "max_test_examples", "persona"),
+    *("cache_dir", "split_by", "split_seed"),
+)
+DIVIDED = ("train", "valid")  # what they share too where the test is a part of the training data
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +90,8 @@ def _audit(config: Config, folder: RunFolder, args: argparse.Namespace, world: W
     others = {}
     for path in args.against:
         other = RunFolder(path)
-        shared = {key: getattr(config.data, key) for key in SHARED}
+        keys = (*SHARED, *DIVIDED) if held_out(config.data.test) else SHARED
+        shared = {key: getattr(config.data, key) for key in keys}
         own = other.load_config(["generate.perplexity=true", "generate.mode=select"])
         own = own.model_copy(update={"data": own.data.model_copy(update=shared)})
         found, _ = _measure(own, other, args.checkpoint, args, world)
@@ -135,8 +141,8 @@ def _measure(
 def _check_units(measured: Measured, config: Config) -> None:
     if measured.units.max() < 1:
         raise DataError(
-            f"data.test ({config.data.test}): all examples are of one dialogue; an audit compares"
-            " dialogues and needs two or more"
+            f"data.test ({names(config.data.test)}): all examples are of one dialogue; an audit"
+            " compares dialogues and needs two or more"
         )
 
 

@@ -185,9 +185,11 @@ def _validate(name: str, tree: dict[str, Any], model: type[Model]) -> Model:
 
 
 def _describe(item: Any, model: type[BaseModel]) -> str:
-    path = ".".join(shortened(str(part)) for part in item["loc"]) or "(whole file)"
+    # A union adds the name of its branch, in parentheses, which is no key.
+    place = [part for part in item["loc"] if not str(part).startswith("(")]
+    path = ".".join(shortened(str(part)) for part in place) or "(whole file)"
     if item["type"] == "extra_forbidden":
-        parent = _section(item["loc"][:-1], model)
+        parent = _section(place[:-1], model)
         known = list(parent.model_fields) if parent else []
         near = difflib.get_close_matches(str(item["loc"][-1]), known, 1)
         elsewhere = [p for p in key_paths(model) if p.rsplit(".", 1)[-1] == str(item["loc"][-1])]
@@ -206,12 +208,19 @@ def _section(loc: Sequence[Any], model: type[BaseModel]) -> type[BaseModel] | No
         if isinstance(key, int):
             continue  # the place in a list of sections
         field = model.model_fields.get(key)
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        kinds = _kinds(field.annotation) if field else ()
         inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if not inner:
             return None
         model = inner[0]
     return model
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """An annotation and all that it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
 
 
 def key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -51,10 +51,14 @@ class PromptsConfig(Section):
     """K, prompts in the bank."""
     tokens: NonNegativeInt = 8
     """P, virtual tokens per prompt; 0 with a `method.type` that has no soft prompts."""
-    init: Literal["vocab", "text", "normal"] = "vocab"
-    """Rows sampled from the frozen embedding table, given strings, or normal at its deviation."""
+    init: Literal["vocab", "text", "template", "normal"] = "vocab"
+    """Rows sampled from the frozen embedding table, given strings, the same as data.template writes
+    a persona (with the words before it), or normal at its deviation.
+    """
     init_texts: tuple[str, ...] = ()
-    """With `init: text`, one string per prompt (or one for all); repeated or cut to P tokens."""
+    """With `init: text` or `template`, one string per prompt (or one for all); repeated or cut to P
+    tokens.
+    """
     position: Literal["before_text", "system", "last_turn", "before_reply"] = "before_text"
     """Where the prompt stands: before the text, at the head of the system message, at the end of
     the partner's last turn, or directly before the reply. The two in the middle need a chat
@@ -71,12 +75,16 @@ class PromptsConfig(Section):
                 f"warm_start_steps begins with one prompt for all, got {len(self.init_texts)}"
                 " init_texts; give one"
             )
-        if self.init == "text" and len(self.init_texts) not in (1, self.count):
+        given = self.init in ("text", "template")
+        if given and len(self.init_texts) not in (1, self.count):
             raise ValueError(
-                f"init: text needs 1 or count={self.count} init_texts, got {len(self.init_texts)}"
+                f"init: {self.init} needs 1 or count={self.count} init_texts, got"
+                f" {len(self.init_texts)}"
             )
-        if self.init != "text" and self.init_texts:
-            raise ValueError(f"init_texts is only read with init: text, but init is {self.init}")
+        if not given and self.init_texts:
+            raise ValueError(
+                f"init_texts is only read with init: text or template, but init is {self.init}"
+            )
         return self
 
 

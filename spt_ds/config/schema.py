@@ -6,7 +6,9 @@ of `spt-ds config --schema`.
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from typing import Annotated
+
+from pydantic import Field, model_validator
 
 from spt_ds.config.data import DataConfig
 from spt_ds.config.generation import GenerateConfig
@@ -34,6 +36,8 @@ class Config(Section):
 
     name: FolderName = "run"
     """Name of the run; the run folder starts with it."""
+    init: Annotated[str, Field(pattern=r"^(run:.+)?$")] = ""
+    """`run:FOLDER` begins with bank and retriever of the best checkpoint of another run."""
     model: ModelConfig = ModelConfig()
     method: MethodConfig = MethodConfig()
     prompts: PromptsConfig = PromptsConfig()
@@ -54,6 +58,11 @@ class Config(Section):
             raise ValueError(
                 f"losses.train_top_m is {self.losses.train_top_m}, the bank has prompts.count ="
                 f" {self.prompts.count}; give 0 (all) to prompts.count"
+            )
+        if self.init and self.prompts.warm_start_steps:
+            raise ValueError(
+                f"init is {self.init}, and prompts.warm_start_steps begins with one prompt for all;"
+                " leave one of them out"
             )
         if self.reference.unit_normal_prompts and self.prompts.init != "vocab":
             raise ValueError(

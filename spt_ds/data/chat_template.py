@@ -65,6 +65,13 @@ class ChatTemplate:
             return whole[len(before) :]
         return self._stretches.ids([PROMPT, *reply])[0]
 
+    def system(self, text: str) -> list[int]:
+        """Ids of a text where the persona is, with the words before it, without BOS."""
+        parts = self._frames.frame(True, 1).context
+        end = next(n for n, part in enumerate(parts, start=1) if part == Slot(SYSTEM))
+        ids, _ = self._stretches.ids(_items(parts[:end], {SYSTEM: text.strip()}))
+        return ids[int(self.begins_with_bos) :]
+
     def droppable(self, turns: int) -> Sequence[int]:
         """Numbers of turns after which the partner opens, where the template insists on that."""
         strict = self._frames.frame(True, 2).padded

@@ -31,7 +31,7 @@ def total_steps(examples: int, global_batch: int, epochs: int) -> int:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
     """Permutation of an epoch, int64 [n].
 
     Sorted raw Philox numbers, because NumPy promises that raw streams stay the same over its
@@ -51,7 +51,7 @@ def window_indices(examples: int, global_batch: int, seed: int, step: int) -> np
     parts = []
     while start < end:
         epoch, offset = divmod(start, examples)
-        part = _epoch_order(examples, seed, epoch)[offset : offset + end - start]
+        part = epoch_order(examples, seed, epoch)[offset : offset + end - start]
         parts.append(part)
         start += len(part)
     return np.concatenate(parts)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from spt_ds.data.dialogue import Example
 from spt_ds.data.encode import ContextStyle, Encoder
 from spt_ds.data.store import ExampleStore
 from spt_ds.errors import DataError
@@ -33,23 +33,15 @@ def worked_examples(
     room = int(max_tokens * SHARE) // count
     ids: list[int] = []
     taken: set[str] = set()
-    encoder = Encoder(tokenizer, room, style)
+    encoder = Encoder(tokenizer, room, replace(style, overflow="error"))
     # BOS comes once at the very beginning, not before each example.
     bos = int(encoder.template.begins_with_bos)
     encoder.max_tokens += bos
     # One example of a dialogue: two would show the same persona and mostly the same turns.
     for index in random.Random(seed).sample(range(len(train)), len(train)):
-        row = train[index]
-        if row["dialogue_id"] in taken:
+        example = train.example(index)
+        if example.dialogue_id in taken:
             continue
-        example = Example(
-            row["id"],
-            row["dialogue_id"],
-            row["turn"],
-            tuple(row["persona"]),
-            tuple(row["history"]),
-            row["response"],
-        )
         try:
             encoded = encoder.example(example)
         except DataError:  # too long even without its turns

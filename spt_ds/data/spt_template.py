@@ -64,6 +64,10 @@ class SptTemplate:
         """Ids of the reply, and EOS."""
         return [*self._pieces[_piece(text)], self.ends[0]]
 
+    def system(self, text: str) -> list[int]:
+        """Ids of a text where the persona is, with the words before it, without BOS."""
+        return self._heads[f"given persona: {text.strip()}"]
+
     def droppable(self, turns: int) -> Sequence[int]:
         """Any number of turns: a dialogue may begin with either speaker."""
         return range(turns + 1)

@@ -62,6 +62,9 @@ class Template(Protocol):
     def response(self, persona: tuple[str, ...], history: tuple[str, ...], text: str) -> list[int]:
         """Ids of the reply to such a context, its end included."""
 
+    def system(self, text: str) -> list[int]:
+        """Ids of a text where the persona is, with the words before it, without BOS."""
+
     def droppable(self, turns: int) -> Sequence[int]:
         """Numbers of oldest turns, rising from 0 to `turns`, without which a dialogue is one."""
 

@@ -9,14 +9,26 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from spt_ds import dist
-from spt_ds.config.load import dump_config
+from spt_ds.config.load import dump_config, options_of
+from spt_ds.config.schema import Config
 from spt_ds.display import shown
 from spt_ds.engine.engine import Engine
-from spt_ds.errors import CheckpointError
+from spt_ds.errors import CheckpointError, ConfigError
 from spt_ds.log import get_logger
 from spt_ds.run import checkpoint
 from spt_ds.run.environment import environment
 from spt_ds.run.folder import RunFolder
+
+# What the shapes of the trained tensors follow from, beside the size of the base.
+SHAPES = (
+    "method.type",
+    "method.lora.rank",
+    "method.lora.targets",
+    "prompts.count",
+    "prompts.tokens",
+    "retriever.projections",
+    "retriever.keys",
+)
 
 
 @dataclass(frozen=True)
@@ -141,3 +153,43 @@ def _state_of(saved: checkpoint.Checkpoint, path: Path) -> RunState:
     if state.step != saved.state["step"]:
         raise CheckpointError(f"{path}: not written by spt_ds (state.json: two steps); {mend}")
     return state
+
+
+def begin_from_run(engine: Engine) -> None:
+    """Take the trained tensors of the run that `init` names; every rank calls it.
+
+    Raises ConfigError where there is no such run, CheckpointError where its tensors do not fit.
+    """
+    own = engine.config
+    folder = RunFolder(Path(own.init.removeprefix("run:")).expanduser())
+    other = dist.agreed(lambda: _config_of(folder))
+    if problems := _differences(own, other):
+        raise CheckpointError(
+            f"init: {own.init}: does not fit this run: {'; '.join(problems)}; set the same here, or"
+            " leave init out"
+        )
+    path = dist.agreed(lambda: checkpoint.find(folder.checkpoints, "best"))
+    saved = dist.agreed(lambda: checkpoint.load(path))
+    checkpoint.restore_trainables(engine.trainables, saved.trainables, path)
+    get_logger().info(f"init: bank and retriever begin as those of {path}")
+    if own.model.base != other.model.base:
+        get_logger().warning(
+            f"init: {folder} was trained over the base {other.model.base}, this run has"
+            f" {own.model.base}; prompts mean little to a base that they were not trained over"
+        )
+
+
+def _config_of(folder: RunFolder) -> Config:
+    if not folder.config.is_file():
+        raise ConfigError(f"init: {folder}: no run folder ({folder.config.name} is missing)")
+    return folder.load_config()
+
+
+def _differences(own: Config, other: Config) -> list[str]:
+    """The options that make tensors of another shape."""
+    here, there = options_of(own), options_of(other)
+    return [
+        f"{key} is {there[key]} there, {here[key]} here"
+        for key in SHAPES
+        if here[key] != there[key]
+    ]

@@ -10,12 +10,14 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from spt_ds import dist
+from spt_ds.config.data import names
 from spt_ds.config.method import SUFFIX_POSITIONS
 from spt_ds.config.model import ModelConfig
 from spt_ds.config.schema import Config
 from spt_ds.data.encode import ContextStyle
 from spt_ds.data.shots import worked_examples
-from spt_ds.data.store import ExampleStore, build_store
+from spt_ds.data.sources import open_sources
+from spt_ds.data.store import ExampleStore
 from spt_ds.data.template import TemplateStyle, make_template
 from spt_ds.engine.zero import Sharding, local_bytes
 from spt_ds.errors import ConfigError
@@ -79,7 +81,7 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     """Load the base as placed, prove it usable, and initialise what trains."""
     _check_positions(config, base.config, config.data.max_tokens, "data.max_tokens")
     # A template that does not fit the base is refused here, before any weight is read.
-    ends = make_template(base.tokenizer, template_style(config)).ends
+    template = make_template(base.tokenizer, template_style(config))
     sharding = Sharding(placement.zero, world.device)
     # From here on ZeRO-3 shards each weight as it is read: no rank ever holds the whole base.
     sharding.before_load()
@@ -99,7 +101,10 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     assert isinstance(pad, int)
     functions = functions_of(config.reference, pad)
     texts = config.prompts.init_texts
-    init_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    if config.prompts.init == "template":
+        init_ids = [template.system(text) for text in texts]
+    else:
+        init_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     seed = keyed_seed(config.train.seed, "trainables")
 
     def build(inner: Backbone) -> Trainables:
@@ -114,7 +119,7 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     get_logger().info(f"method: {config.method.type}, {count:,} trained parameters")
     get_logger().info(f"base: {local_bytes(wrapped) / 2**20:.1f} MiB on this rank")
     spt = Spt(config, trainables, functions)
-    return Session(config, world, base, sharding, wrapped, spt, ends)
+    return Session(config, world, base, sharding, wrapped, spt, template.ends)
 
 
 def open_trained(
@@ -146,20 +151,12 @@ def open_split(session: Session, split: Literal["train", "valid", "test"]) -> Ex
     Raises EngineError on all ranks when they see different data.
     """
     data, world = session.config.data, session.world
-    source = getattr(data, split)
+    source = names(getattr(data, split))
     style = train_style(session.config) if split == "train" else context_style(session)
 
     def build() -> ExampleStore:
-        return build_store(
-            source,
-            session.tokenizer,
-            max_tokens=data.max_tokens,
-            format=data.format,
-            max_examples=getattr(data, f"max_{split}_examples"),
-            cache_dir=data.cache_dir,
-            style=style,
-            reserved=session.config.generate.max_new_tokens if split == "test" else None,
-        )
+        reserved = session.config.generate.max_new_tokens if split == "test" else None
+        return open_sources(data, split, session.tokenizer, style, reserved)
 
     store = dist.leader_first(world, build)
     dist.same_everywhere(f"data.{split} ({source})", store.data_hash)
@@ -181,7 +178,8 @@ def template_style(config: Config) -> TemplateStyle:
 
 def train_style(config: Config) -> ContextStyle:
     """What the model sees beside a dialogue in training."""
-    return ContextStyle(config.data.persona, template=template_style(config))
+    data = config.data
+    return ContextStyle(data.persona, template=template_style(config), overflow=data.overflow)
 
 
 def context_style(session: Session) -> ContextStyle:

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 
 from spt_ds import dist
 from spt_ds.config.schema import Config
-from spt_ds.data.loader import TrainLoader, eval_batches
+from spt_ds.data.encode import Encoder
+from spt_ds.data.loader import PersonaDropout, TrainLoader, eval_batches
 from spt_ds.data.sampler import total_steps
 from spt_ds.data.store import ExampleStore
-from spt_ds.engine.checkpoints import Checkpoints, RunState
+from spt_ds.engine.checkpoints import Checkpoints, RunState, begin_from_run
 from spt_ds.engine.engine import Engine
 from spt_ds.engine.metrics import Metrics
-from spt_ds.engine.session import open_session, open_split, read_base
+from spt_ds.engine.session import Session, open_session, open_split, read_base, train_style
 from spt_ds.engine.step_sums import StepResult
 from spt_ds.engine.stop import StopRequests
 from spt_ds.files import write_whole
@@ -76,6 +77,8 @@ def open_trainer(
         engine = Engine(session)
         checkpoints = Checkpoints(folder, engine, total)
         state = checkpoints.resume()
+        if config.init and state.step == 0:
+            begin_from_run(engine)
         metrics = Metrics(
             folder,
             total,
@@ -88,7 +91,7 @@ def open_trainer(
         started_s = time.monotonic() if started_s is None else started_s
         stop = StopRequests(folder, config.train.max_hours, watch_files=leads, started_s=started_s)
         stop.install()
-        loader = train_loader(config, train, world)
+        loader = train_loader(session, train)
         yield Trainer(
             config, folder, engine, loader, valid, checkpoints, metrics, stop, total, state
         )
@@ -102,8 +105,12 @@ def steps_of(config: Config, examples: int) -> int:
     return settings.max_steps or total_steps(examples, settings.global_batch, settings.epochs)
 
 
-def train_loader(config: Config, train: ExampleStore, world: dist.World) -> TrainLoader:
+def train_loader(session: Session, train: ExampleStore) -> TrainLoader:
     """The loader of this rank's windows."""
+    config, world, dropout = session.config, session.world, None
+    if config.data.persona_dropout.active:
+        encoder = Encoder(session.tokenizer, config.data.max_tokens, train_style(config))
+        dropout = PersonaDropout(encoder, config.data.persona_dropout, config.train.seed)
     return TrainLoader(
         train,
         global_batch=config.train.global_batch,
@@ -113,6 +120,7 @@ def train_loader(config: Config, train: ExampleStore, world: dist.World) -> Trai
         seed=config.train.seed,
         bleu_threshold=config.losses.bleu_threshold if config.losses.contrastive else None,
         workers=config.data.workers,
+        dropout=dropout,
     )
 
 

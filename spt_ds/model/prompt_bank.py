@@ -41,13 +41,13 @@ def initial_prompts(
 ) -> torch.Tensor:
     """Return E [K, P, D] in fp32 on the CPU.
 
-    `vocab` copies randomly chosen rows of the frozen table, `text` the rows of given token ids
-    (repeated or cut to P), `normal` draws at the table's own mean square. `vocab` is the default
-    because in PEFT's method comparison init and learning rate alone move prompt tuning from 5.7 to
-    34.3 %.
+    `vocab` copies randomly chosen rows of the frozen table, `text` and `template` the rows of given
+    token ids (repeated or cut to P), `normal` draws at the table's own mean square. `vocab` is the
+    default because in PEFT's method comparison init and learning rate alone move prompt tuning from
+    5.7 to 34.3 %.
     """
     count, tokens, _ = shape
-    if init == "text":
+    if init in ("text", "template"):
         lists = [text_ids[k % len(text_ids)] for k in range(count)]
         ids = torch.tensor([[text[p % len(text)] for p in range(tokens)] for text in lists])
         return rows(ids.flatten()).float().cpu().view(shape)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from spt_ds.config.data import held_out
 from spt_ds.config.load import dump_config, load_config, options_of
 from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
@@ -37,6 +38,7 @@ FREE_OPTIONS = {
     "model.allow_pickle",
     "model.attention",
 }
+_WITHOUT_TEST = FREE_OPTIONS - {"data.test"}
 
 
 @dataclass(frozen=True)
@@ -227,10 +229,12 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
 def differences(old: Config, new: Config) -> list[str]:
     """List `key: old -> new` for every changed option that moves the numbers of the training."""
     before, after = options_of(old, "json"), options_of(new, "json")
+    # What `split:` holds out for the test is no part of the training data.
+    free = FREE_OPTIONS if held_out(old.data.test) == held_out(new.data.test) else _WITHOUT_TEST
     return sorted(
         f"{key}: {before[key]!r} -> {after[key]!r}"
         for key in before
         if before[key] != after[key]
-        and key not in FREE_OPTIONS
+        and key not in free
         and key.partition(".")[0] not in FREE_SECTIONS
     )

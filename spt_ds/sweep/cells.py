@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from spt_ds.config.data import held_out
 from spt_ds.config.load import key_paths, load_config, load_yaml, options_of
 from spt_ds.config.schema import Config
 from spt_ds.config.section import FolderName, Section
@@ -193,7 +194,10 @@ def _cells(
 
 def _check_same_test(path: Path, cells: Sequence[Cell]) -> None:
     """Check that all cells answer the same examples, before any of them is trained."""
-    for key in ("test", "max_test_examples"):
+    keys = ["test", "max_test_examples"]
+    if any(held_out(cell.config.data.test) for cell in cells):
+        keys += ["train", "valid", "split_by", "split_seed"]
+    for key in keys:
         values = {repr(getattr(cell.config.data, key)): cell.folder.name for cell in cells}
         if len(values) > 1:
             listing = ", ".join(f"{value} in {name}" for value, name in values.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +16,7 @@ from spt_ds.config.load import load_config
 from spt_ds.data import readers
 from spt_ds.data.encode import Encoder
 from spt_ds.data.readers import read
-from spt_ds.data.store import build_store
+from spt_ds.data.sources import build_store
 from spt_ds.errors import DataError
 from spt_ds.placement.ds_check import plan_of_file
 from spt_ds.placement.estimate import BaseShape
@@ -81,6 +81,27 @@ EXAMPLES = [
     {"persona": [], "history": [], "response": "hi", "dialogue_id": "d", "turn": 0},
     {"persona": ["i ski."], "turns": ["hi", "hello", "bye"], "first_speaker": "partner"},
 ]
+TALK = [
+    {"role": "system", "content": "i ski."},
+    {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    {"role": "assistant", "content": "hello"},
+]
+MESSAGES = [
+    {"messages": TALK, "id": "a", "persona": "i swim.\ni row."},
+    {"messages": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "yes"}]},
+]
+COMPLETIONS = [
+    {"persona": ["i ski."], "prompt": "what?", "completion": "that"},
+    {"prompt": TALK[:2], "completion": TALK[2:]},
+]
+COLUMNS = {"persona": "profile", "prompt": "q: 1", "completion": "a"}
+BY_COLUMN = [{"profile": "i ski.\ni swim.", "q: 1": "what?", "a": "that", "prompt": 1}]
+ROWS = b'id,profile,"q: 1",a\n1,"i ski.\ni swim.",what?,that\n2,"[""i run.""]",[x] so,yes\n'
+SPC_ROW = {
+    "user 1 personas": "i ski.\ni swim.",
+    "user 2 personas": "i read.",
+    "Best Generated Conversation": "User 1: hi\nUser 2: yes",
+}
 
 
 def configuration(content: bytes, folder: Path) -> int:
@@ -118,12 +139,20 @@ def _tokenizer() -> Any:
     return byte_tokenizer()
 
 
-def _read(name: str, content: bytes, folder: Path) -> None:
+def _read(
+    name: str, content: bytes, folder: Path, columns: Mapping[str, str] = readers.NO_COLUMNS
+) -> None:
     """Read a file as training does: into a store, whose rows hold the texts of the reader."""
     path = folder / name
     path.write_bytes(content)
-    examples = list(read(str(path)))
-    store = build_store(str(path), _tokenizer(), max_tokens=4096, cache_dir=str(folder / "cache"))
+    examples = list(read(str(path), columns=columns))
+    store = build_store(
+        str(path),
+        _tokenizer(),
+        max_tokens=4096,
+        columns=columns,
+        cache_dir=str(folder / "cache"),
+    )
     assert len(store) == len(examples)
     last = store[len(examples) - 1]
     assert (tuple(last["persona"]), tuple(last["history"]), last["response"]) == (
@@ -135,7 +164,7 @@ def _read(name: str, content: bytes, folder: Path) -> None:
 
 def hub(content: bytes, folder: Path) -> None:
     """Records as a data set of the hub gives them: whatever Python can hold, as a literal."""
-    with mock.patch.object(readers, "_load_hub", return_value=_literal(content)):
+    with mock.patch.object(readers, "load_hub", return_value=_literal(content)):
         encoder = Encoder(_tokenizer(), 4096)
         for example in read("hub:x"):
             encoder.example(example)
@@ -164,7 +193,13 @@ def literal(tree: Any) -> bytes:
     return repr(tree).encode("utf-8", "replace")
 
 
-RECORDS = [*EXAMPLES, {"persona": (b"i",), "history": {"hi"}, "response": b"x", "turn": 1.5}]
+RECORDS = [
+    *EXAMPLES,
+    *MESSAGES,
+    *COMPLETIONS,
+    SPC_ROW,
+    {"persona": (b"i",), "history": {"hi"}, "response": b"x", "turn": 1.5},
+]
 
 TARGETS = [
     Target(
@@ -191,6 +226,17 @@ TARGETS = [
     Target(
         "text", texts(PARLAI, CSV, json_lines(EXAMPLES)), functools.partial(_read, "x"), share=0.5
     ),
+    Target("messages", documents(MESSAGES, dump=json_lines), functools.partial(_read, "x.jsonl")),
+    Target(
+        "completions", documents(COMPLETIONS, dump=json_lines), functools.partial(_read, "x.jsonl")
+    ),
+    Target(
+        "columns",
+        documents(BY_COLUMN, dump=json_lines),
+        functools.partial(_read, "x.jsonl", columns=COLUMNS),
+        share=0.5,
+    ),
+    Target("rows", texts(ROWS), functools.partial(_read, "x.csv", columns=COLUMNS)),
     Target("hub", documents(EXAMPLES, RECORDS, dump=literal), hub),
     Target("persona", texts(b"\xef\xbb\xbfi ski.\n\ni swim.\n"), persona, share=0.5),
 ]

@@ -19,7 +19,8 @@ from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
 from spt_ds.data.encode import ContextStyle, encode_context
 from spt_ds.data.shots import worked_examples
-from spt_ds.data.store import ExampleStore, build_store
+from spt_ds.data.sources import build_store
+from spt_ds.data.store import ExampleStore
 from spt_ds.errors import ConfigError, DataError, EngineError
 from spt_ds.model.attention import PACKED
 from spt_ds.model.backbone import Backbone

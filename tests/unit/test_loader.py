@@ -16,12 +16,15 @@ import numpy as np
 import pytest
 
 from spt_ds.batch import Batch, Window
+from spt_ds.config.data import PersonaDropoutConfig
 from spt_ds.data import loader as loader_module
-from spt_ds.data.loader import TrainLoader, eval_batches, make_batch
+from spt_ds.data.encode import Encoder
+from spt_ds.data.loader import PersonaDropout, TrainLoader, eval_batches, make_batch
 from spt_ds.data.pairs import contrast_pairs, pair_text
 from spt_ds.data.readers import read
 from spt_ds.data.sampler import window_indices
-from spt_ds.data.store import ExampleStore, build_store, cache_root
+from spt_ds.data.sources import build_store, cache_root
+from spt_ds.data.store import ExampleStore
 from spt_ds.errors import DataError
 from tests.helpers.tiny import examples_of
 from tests.helpers.tokenizers import byte_tokenizer, encode, piece_tokenizer
@@ -271,7 +274,7 @@ def test_store_is_reused_until_something_it_depends_on_changes(
     def never(*_: object) -> None:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("spt_ds.data.store.encode_many", never)
+    monkeypatch.setattr("spt_ds.data.encode.Encoder.stream", never)
     again = build_store(str(source), byte_tokenizer(), max_tokens=512, cache_dir=cache)
     assert (again.path, again.data_hash) == (first.path, first.data_hash)
 
@@ -337,3 +340,68 @@ def test_cache_folder_comes_from_the_config_then_the_environment(
     assert cache_root(None) == Path("/from/environment")
     monkeypatch.delenv("SPT_CACHE")
     assert cache_root(None) == Path.home() / ".cache" / "spt_ds"
+
+
+# Hidden personas ---------------------------------------------------------------------------------
+
+
+def dropout(**shares: float) -> PersonaDropout:
+    encoder = Encoder(byte_tokenizer(), 512)
+    return PersonaDropout(encoder, PersonaDropoutConfig(**shares), SEED)
+
+
+def hiding(store: ExampleStore, steps: int, **shares: float) -> list[Window]:
+    loader = TrainLoader(
+        store,
+        global_batch=WINDOW,
+        micro_batch=3,
+        world=1,
+        rank=0,
+        seed=SEED,
+        bleu_threshold=20.0,
+        workers=0,
+        dropout=dropout(**shares),
+    )
+    return list(islice(loader.windows(0), steps))
+
+
+def test_all_or_none_of_the_personas_are_hidden(store: ExampleStore) -> None:
+    plain = hiding(store, 4)
+    for one, other in zip(plain, windows(store), strict=True):
+        for ours, theirs in zip(one.micro, other.micro, strict=True):
+            assert [list(row) for row in rows_of(ours)] == [list(row) for row in rows_of(theirs)]
+    for shares in ({"whole": 1.0}, {"sentences": 1.0}):
+        for window in hiding(store, 4, **shares):
+            for batch in window.micro:
+                for row, _, context, response in rows_of(batch):
+                    assert bytes(context[1:]).startswith(b"context:")
+                    assert response == store.ids([row])[1].tolist()
+
+
+def test_about_the_given_shares_are_hidden(store: ExampleStore) -> None:
+    rows = range(len(store))
+    sentences = whole = partly = 0
+    for step in range(60):
+        for row, encoded in dropout(whole=0.2).hidden(store, rows, step).items():
+            assert encoded.persona == ()
+            whole += bool(store[row]["persona"])
+        for row, encoded in dropout(sentences=0.3).hidden(store, rows, step).items():
+            persona = store[row]["persona"]
+            assert set(encoded.persona) < set(persona)
+            sentences += len(persona) - len(encoded.persona)
+            partly += bool(encoded.persona)
+    total = 60 * sum(len(store[row]["persona"]) for row in rows)
+    assert 0.15 < whole / (60 * len(store)) < 0.25
+    assert 0.25 < sentences / total < 0.35
+    assert partly
+
+
+def test_hidden_personas_are_compared_as_the_model_sees_them(store: ExampleStore) -> None:
+    """Without personas the pairs are those of the dialogues."""
+    (window,) = hiding(store, 1, whole=1.0)
+    assert window.contrast is not None
+    rows = store.window(WINDOW, SEED, 0).tolist()
+    texts = [" ".join(store[row]["history"]) for row in rows]
+    pairs, targets = contrast_pairs(texts, [True] * len(rows), 20.0)
+    assert window.contrast.pairs.tolist() == pairs.tolist()
+    assert window.contrast.targets.tolist() == targets.tolist()

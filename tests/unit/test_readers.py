@@ -151,7 +151,7 @@ def test_spc_joins_turns_of_one_user_and_reads_names_in_bold(tmp_path: Path) -> 
 def test_spc_row_without_names_is_left_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spt_ds.data.readers.get_logger", lambda: logging.getLogger("test"))
+    monkeypatch.setattr("spt_ds.data.spc.get_logger", lambda: logging.getLogger("test"))
     got = examples(tmp_path, "a.csv", SPC_HEADER + 'a,b,"Hi there!\nHello."\na,b,User 1: hi\n')
     assert [e.id for e in got] == ["a.csv:4/user1/0"]
     assert "a.csv:2: skipped, the conversation names no speaker" in caplog.text
@@ -295,11 +295,11 @@ def test_a_disk_that_fails_is_an_error_of_ours(
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.csv", "x", "spc_csv"),
+        ("a.csv", "x", "csv"),
         ("a.jsonl", "x", "jsonl"),
         ("a.txt", '\n{"persona": []}', "jsonl"),
         ("a.txt", "1 hi\tyes", "parlai"),
-        ("a", SPC_HEADER, "spc_csv"),
+        ("a", SPC_HEADER, "csv"),
     ],
 )
 def test_format_is_told_by_suffix_or_first_line(
@@ -376,7 +376,7 @@ def test_the_files_that_the_documentation_shows_can_be_read(tmp_path: Path) -> N
     ]
     assert [e.response for e in examples(tmp_path, "a", jsonl.partition("\n")[2])] == [
         "i ski all day .",
-        "hello",
+        *["hello"] * 3,
     ]
 
 
