@@ -105,6 +105,12 @@ def check_tokenizer_settings(path: str, revision: str | None) -> None:
                     f"model.base: {name} of {path}: {shown(key)} names the file {shown(value)};"
                     " a base's settings name no files: remove the key"
                 )
+        longest = settings.get("model_max_length")
+        if isinstance(longest, bool) or not isinstance(longest, (int, float, type(None))):
+            raise ModelError(
+                f"model.base: {name} of {path}: model_max_length is {shown(longest)}; it must be a"
+                " number of tokens, or left out"
+            )
 
 
 def _tell_own_code(path: str, name: str) -> None:

@@ -34,6 +34,8 @@ RUNS: dict[str, Sequence[str]] = {
         "checkpoint.every_steps=1",
         "checkpoint.on_save_error=continue",
         "optim.prompts_lr=0.02",
+        "data.persona_dropout.sentences=0.3",
+        "data.persona_dropout.whole=0.1",
     ),
     "selective": ("losses.train_top_m=1", "prompts.position=before_reply", "generate.num_beams=2"),
     "mixture": (
@@ -43,6 +45,7 @@ RUNS: dict[str, Sequence[str]] = {
         "losses.contrastive=0",
         "retriever.keys=learned",
         "prompts.warm_start_steps=1",
+        "data.valid=split:0.3",
     ),
     "reference": ("reference.padded_pool=true", "prompts.init=text", 'prompts.init_texts=["tea"]'),
     "quantised": ("model.base_bits=4", "model.quant.double_quant=true"),
