@@ -200,17 +200,15 @@ def test_settings_name_no_file(base: Path, tmp_path: Path, name: str, key: str) 
     (base / name).write_text(json.dumps({**tree, key: value}), encoding="utf-8")
     shutil.copy(base / "tokenizer.json", other)
     assert f"{name} of {base}: {key!r} names the file {str(other)!r}" in refused(settings(base))
+    other.unlink()  # as in settings that were saved on another machine
+    if key != "init_inputs" and name == "tokenizer_config.json":
+        load_tokenizer(settings(base))
 
 
 @pytest.mark.parametrize("value", ["512", True, [512], {}])
 def test_a_tokenizers_limit_is_a_number(base: Path, value: Any) -> None:
-    path = base / "tokenizer_config.json"
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**tree, "model_max_length": value}), encoding="utf-8")
+    configure(base, "tokenizer_config.json", model_max_length=value)
     assert "model_max_length is" in refused(settings(base))
-    other.unlink()  # as in settings that were saved on another machine
-    if key != "init_inputs" and name == "tokenizer_config.json":
-        load_tokenizer(settings(base))
 
 
 def test_memory_is_not_taken_for_what_the_weights_do_not_hold(base: Path) -> None:
