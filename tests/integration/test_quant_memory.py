@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def taken(base: Path, *chunk: str) -> float:
     """Memory that loading takes, over the bytes of the weights."""
     command = [sys.executable, "-c", LOAD, str(base), *chunk]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    # One thread: with several, who frees a piece decides whether the fault shows.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
 
