@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LOAD = """
 import sys
 from spt_ds.config.model import ModelConfig
-from spt_ds.model import quant
 from spt_ds.model.backbone import load_lm
 from spt_ds.model.loading import load_base_config
 
@@ -24,8 +23,6 @@ def anonymous():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
-if sys.argv[2:]:
-    quant.CHUNK = {"cpu": int(sys.argv[2])}
 config = ModelConfig(base=sys.argv[1], base_bits=8)
 base = load_base_config(config)
 before = anonymous()
@@ -52,10 +49,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def taken(base: Path, *chunk: str) -> float:
+def taken(base: Path) -> float:
     """Memory that loading takes, over the bytes of the weights."""
-    command = [sys.executable, "-c", LOAD, str(base), *chunk]
-    # One thread: with several, who frees a piece decides whether the fault shows.
+    command = [sys.executable, "-c", LOAD, str(base)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
@@ -66,5 +62,7 @@ def taken(base: Path, *chunk: str) -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells its memory")
 def test_freed_pieces_leave_no_holes_between_layers(base: Path) -> None:
+    """Pieces of a million weights left holes of up to four times the weights, though not in every
+    process; that pieces are small is tested in tests/numerics/test_quant.py.
+    """
     assert taken(base) < 2.0
-    assert taken(base, str(2**20)) > 3.0  # the deliberate fault: pieces of a million weights

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -92,6 +93,41 @@ def test_error_of_weights_is_that_of_the_format_and_is_the_one_reported(packing:
     assert error == pytest.approx(reported, rel=1e-4)
     assert len(packed) == sum(packing.sizes(weight.numel()))
     assert len(packed) % 4 == 0
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation makes, but for results of `expected`."""
+
+    def __init__(self, expected: int) -> None:
+        super().__init__()
+        self.expected = expected
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            size = out.untyped_storage().nbytes()
+            self.bytes = max(self.bytes, size if size != self.expected else 0)
+        return out
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_a_layer_is_quantised_in_small_pieces(
+    packing: Packing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers are kept between pieces that are freed, and the C library does not give the holes of
+    large ones back.
+    """
+    weight = weight_of((1024, 2048), torch.bfloat16)
+
+    def largest() -> int:
+        with Largest(sum(packing.sizes(weight.numel()))) as mode:
+            quant.fingerprint(quant.quantise(weight, packing, CPU)[0])
+        return mode.bytes
+
+    assert largest() <= 2**19
+    monkeypatch.setattr(quant, "CHUNK", {"cpu": 2**20})  # the deliberate fault
+    assert largest() > 2**19
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
