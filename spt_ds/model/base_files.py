@@ -298,6 +298,7 @@ _PICKLE_FAULTS = (
 def _shapes(file: str) -> Shapes:
     if file.endswith(".safetensors"):
         with safe_open(file, framework="pt") as handle:
-            return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+            keys = list(handle.keys())
+            return {key: tuple(handle.get_slice(key).get_shape()) for key in keys}
     tensors = torch.load(file, map_location="meta", weights_only=True)
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}

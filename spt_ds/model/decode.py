@@ -53,9 +53,9 @@ def decode(
 ) -> Decoded:
     """Generate replies to the contexts of `batch`; run inside a call of the root module.
 
-    `synced` keeps ranks that share a sharded base in
-    step until the longest reply of all is done; `hooks` is what a conversation adds; `best_of`
-    chooses among the replies of one example, for `mode: rank`.
+    `synced` keeps ranks that share a sharded base in step until the longest reply of all is done;
+    `hooks` is what a conversation adds; `best_of` chooses among the replies of one example, for
+    `mode: rank`.
     """
     # Choose: by contexts alone, since a pool over the whole text (reference.padded_pool) would read
     # the reference replies.
