@@ -36,7 +36,8 @@ class Runner:
         self._slots: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()
         for devices in _share_out(jobs, ranks):
             self._slots.put(devices)
-        self._lock = threading.Lock()
+        # A second signal may interrupt the handler of the first while that one holds it.
+        self._lock = threading.RLock()
         self._live: set[subprocess.Popen[bytes]] = set()
         self.stopped = False
 
