@@ -31,6 +31,8 @@ CHUNK = {"cpu": 2**16, "cuda": 2**20}
 SCALE_BLOCK = 256  # scales that share one scale under double quantisation, as in bitsandbytes
 ALIGN_BYTES = 4  # ZeRO-3 views partitions as 16-bit and 32-bit numbers in places
 
+# The kernels and not bitsandbytes' layers, which keep scales outside the weight: ZeRO-3 would leave
+# those whole on every rank.
 _ops: Any = torch.ops.bitsandbytes
 
 
@@ -116,12 +118,15 @@ def quantise(
                 values, code_book("int8", device), packing.block_size
             )
         else:
+            # Two 4-bit codes share a byte, so an odd number of weights gets a zero behind it.
             values = nn.functional.pad(values, (0, values.numel() % 2))
             quantised, absmax = _ops.quantize_4bit(
                 values, packing.block_size, packing.book, torch.uint8
             )
         codes[bytes_], scales[blocks] = quantised.view(-1), absmax
     if packing.double_quant:
+        # Scales are all positive, and the code book has values of both signs: without their mean
+        # half of it would not be used.
         offset = scales.mean()
         quantised, absmax = _ops.quantize_blockwise(
             scales - offset, code_book("int8", device), SCALE_BLOCK

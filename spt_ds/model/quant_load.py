@@ -77,6 +77,8 @@ def _parameters_on_meta() -> Iterator[None]:
             param = _frozen(param.detach().to("meta"))
         original(module, name, param)
 
+    # Not `torch.device("meta")`: it would take the numbers of the buffers too, and no checkpoint
+    # holds those (the frequencies of RoPE).
     nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
     try:
         yield
@@ -97,12 +99,16 @@ def finished_modules(
     done: dict[
         int, tuple[nn.Parameter, nn.Parameter]
     ] = {}  # meta -> real; holding both keeps their ids apart
+    # `named_modules` lists parents first. The list is made before the loop, because quantised
+    # layers replace modules of the tree.
     for name, module in reversed(list(lm.named_modules())):
         empty = {key: p for key, p in module.named_parameters(recurse=False) if id(p) not in done}
         tensors = source(name, module) if empty else {}
         if name in to_quantise:
             assert isinstance(module, nn.Linear)
             if "packed" in tensors:
+                # A copy, because the source is a mapped file: a view would hold on to the file's
+                # pages.
                 packed = tensors["packed"].to(device, copy=True)
             else:
                 packed, errors[name] = quantise(tensors["weight"], packing, device)
@@ -118,6 +124,8 @@ def finished_modules(
                 done[id(meta)] = meta, _frozen(tensors[key].to(device, meta.dtype, copy=True))
             for key, meta in list(module.named_parameters(recurse=False)):
                 setattr(module, key, done[id(meta)][1])
+        # A module whose weights are all shared was filled by the first owner and has nothing to
+        # shard.
         if empty:
             yield name, module
 
