@@ -80,6 +80,7 @@ class _Lock:
                 f"{self.folder}: cannot be written ({error.strerror or error}); {self.mend}"
             ) from error
         _held.add(self.key)
+        # A daemon, so that a rank which ends without `release` is not kept alive by it.
         self.thread = threading.Thread(target=self._beat, daemon=True, name="folder lock")
         self.thread.start()
 
@@ -94,6 +95,8 @@ class _Lock:
             if earlier and not known:
                 self._wait_for_beat(earlier)
                 self._lock()  # reading the file anew has freed it
+            # The last owner may have removed the file between the open and the lock. This one would
+            # then hold a file that nobody else can find.
             if not self._is_there():
                 os.close(self.file)
                 return False
@@ -116,6 +119,8 @@ class _Lock:
         until = None
         while True:
             try:
+                # Not `flock`, which a forked data worker would inherit and hold after its parent's
+                # death.
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: somebody holds it
