@@ -163,6 +163,8 @@ class _Checker:
                 self.compare(path, key, value)
             elif key.use == "inert":
                 self.found.inert.append(path)
+            # "auto" is DeepSpeed's default, which it takes where a key is left out. Of these three
+            # keys it means ours, which `ds_machine` works out.
             elif value != "auto" or name in (
                 "nvme_path",
                 "zero_hpz_partition_size",
@@ -287,6 +289,7 @@ def _suggest(section: str, name: str) -> str:
         for home, table in SECTIONS.items()
         if word in table and home != section
     ]
+    # A key that exists elsewhere was put in the wrong place. It is no misspelling of one from here.
     if homes and best < 1:
         return f"it belongs in {' or '.join(homes)}"
     if best < 0.6:
