@@ -94,6 +94,7 @@ def digest(source: str) -> str:
     For a hub data set it is that of its name and content fingerprint.
     """
     if source.startswith("hub:"):
+        # `datasets` keeps a hash of the content and has no public name for it.
         fingerprint = f"{source} {load_hub(source)._fingerprint}"
         return hashlib.sha256(fingerprint.encode()).hexdigest()
     path = resolve(source)
@@ -139,6 +140,8 @@ class Part:
 
         DataError where a part would be empty.
         """
+        # Sorted by hash: the parts depend neither on the order of the file nor on what else is in
+        # it.
         groups = sorted({self._rank(example) for example in read(source, format, columns)})
         test, valid = (
             max(1, round(share * len(groups))) if share else 0 for share in (self.test, self.valid)
@@ -159,6 +162,7 @@ class Part:
         group = (
             "\n".join(example.persona)
             if self.by == "persona"
+            # Both views of a conversation go into one part, because they hold the same texts.
             else conversation_of(example.dialogue_id)
         )
         return hashlib.sha256(f"{self.seed}:{group}".encode()).digest()[:16]

@@ -124,6 +124,7 @@ def build_store(
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     path = cache_root(cache_dir) / "examples" / key[:32]
+    # The description is written last, so where it is there the table is whole.
     if not (path / META).exists():
         started = time.monotonic()
         wanted = part.of(source, format, columns) if part else read(source, format, columns)
