@@ -135,6 +135,7 @@ def load_cells(
     _check_keys(path, sweep, overrides)
     root = out or Path("runs") / sweep.name
     count = len(sweep.configs) * math.prod(len(values) for values in sweep.grid.values())
+    # Counted before any cell is made: a few long axes would fill the memory.
     if count > MOST_CELLS:
         raise ConfigError(
             f"{path}: the grid makes {count} cells, allowed are {MOST_CELLS}; shorten its axes"
@@ -179,6 +180,7 @@ def _cells(
         row = ".".join([name, *parts])
         folder = root / (f"{row}.seed-{place[SEED]}" if SEED in place else row)
         given = [f"{key}={_yaml(value)}" for key, value in {**sweep.set, **entry.set}.items()]
+        # Later ones win. An axis is never overridden, and the name is always the row's.
         options = (
             *given,
             *overrides,
@@ -246,4 +248,5 @@ def _slug(value: object) -> str:
 
 
 def _yaml(value: object) -> str:
+    # JSON is YAML too, and quotes: a text that looks like a number stays a text.
     return json.dumps(value, ensure_ascii=False)
