@@ -149,6 +149,8 @@ class Bot:
                         yield text[shown:]
                         shown = len(text)
             finally:
+                # Before the pool is left, which waits for its thread: a closed generator must not
+                # wait for the whole reply.
                 hooks.stopped.set()
             reply = future.result()
         if rest := reply.text[shown:]:

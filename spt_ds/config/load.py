@@ -72,6 +72,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     upgrade(tree, overwrite=False)
     for override in overrides:
         _apply(tree, override)
+        # After each override: of an old and a new name of one option the later one counts.
         upgrade(tree, overwrite=True)
     return _validate(name, tree, Config)
 

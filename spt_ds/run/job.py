@@ -136,6 +136,7 @@ def _speak(folder: RunFolder | None, message: str, host: str = "") -> None:
                 if cause.exists():
                     return
                 cause.parent.mkdir(exist_ok=True)
+                # Made only where it is not there yet: of two ranks that fail together one gets it.
                 cause.with_name(cause.name + (host and f"-{host}")).touch(exist_ok=False)
             except FileExistsError:
                 return
