@@ -74,7 +74,8 @@ def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
             f"a conversation takes one process, this is one of {size}; start it without a launcher"
         )
     folder = RunFolder(run)
-    if not os.path.isfile(folder.config):  # pathlib raises on a name that no file can have
+    # os.path answers False to a name that no file can have; pathlib raises.
+    if not os.path.isfile(folder.config):
         raise ConfigError(
             f"{run}: no {folder.config.name} in it; give the folder of a run that was trained"
         )

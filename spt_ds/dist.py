@@ -193,7 +193,8 @@ def explain_loss(error: BaseException) -> str | None:
         return None
     host = socket.gethostname()
     gone: list[int] = []
-    give_up_s = time.monotonic() + 1.0  # a killed process closes its connections before it is gone
+    # A killed process closes its connections before it is gone.
+    give_up_s = time.monotonic() + 1.0
     while not gone and time.monotonic() < give_up_s:
         gone = [
             rank

@@ -205,9 +205,8 @@ def load_hub(source: str) -> Any:
 
     try:
         return datasets.load_dataset(name, config or None, split=split or "train")
-    except (
-        Exception
-    ) as error:  # network, authentication and data-set faults come as a dozen unrelated classes
+    except Exception as error:
+        # Network, authentication and data-set faults come as a dozen unrelated classes.
         raise DataError(
             f"data source {source!r}: cannot load it ({type(error).__name__}: {error}); without a"
             " network give a local file instead (ParlAI text, CSV or JSONL), a split without a"

@@ -133,7 +133,8 @@ def build_store(
         try:
             _write(path, encoder, islice(wanted, max_examples or None), reserved, meta)
         except OSError as error:
-            if not (path / META).exists():  # else another process was first, with the same data
+            # Else another process was first, with the same data.
+            if not (path / META).exists():
                 raise DataError(
                     f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir"
                 ) from error

@@ -44,7 +44,8 @@ class StopRequests:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason == "SIGINT":
-            os._exit(130)  # asked twice by hand: end now, the last checkpoint is the state
+            # Asked twice by hand: end now. The last checkpoint is the state of the run.
+            os._exit(130)
         # Only noted: the signal may have come in the middle of a collective, and the loop acts
         # after it.
         self.reason = signal.Signals(number).name

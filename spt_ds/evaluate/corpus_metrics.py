@@ -68,7 +68,8 @@ def tested_gains(
         check_same_examples(files[0].file, other.file)
     if max(files[0].file.units) == 0:
         return {}
-    apart = {"prompt_entropy"}  # banks of two sizes have no common table of counts
+    # Banks of two sizes have no common table of counts.
+    apart = {"prompt_entropy"}
     if other_tokens(files):
         apart.add("ppl_token")
     return {

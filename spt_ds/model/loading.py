@@ -131,7 +131,8 @@ def check_weights(config: ModelConfig, base: PretrainedConfig) -> None:
     with (
         _reading(f"config.json of {path} describes no model that can be built"),
         torch.device("meta"),
-        set_quantized_state(),  # keeps transformers from sharding weights that are not there
+        # Keeps transformers from sharding weights that are not there.
+        set_quantized_state(),
         _modules_of(len(shapes), path),
     ):
         empty = new_lm(base)

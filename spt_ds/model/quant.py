@@ -28,8 +28,10 @@ from bitsandbytes.functional import create_dynamic_map, get_4bit_type  # noqa: E
 # On the host pieces are small: layers come to lie between freed pieces, and the C library cannot
 # give those holes back. Pieces of 2^20 left 700 MiB of holes in a base of 160 MiB.
 CHUNK = {"cpu": 2**16, "cuda": 2**20}
-SCALE_BLOCK = 256  # scales that share one scale under double quantisation, as in bitsandbytes
-ALIGN_BYTES = 4  # ZeRO-3 views partitions as 16-bit and 32-bit numbers in places
+# Scales that share one scale under double quantisation, as in bitsandbytes.
+SCALE_BLOCK = 256
+# ZeRO-3 views partitions as 16-bit and 32-bit numbers in places.
+ALIGN_BYTES = 4
 
 # The kernels and not bitsandbytes' layers, which keep scales outside the weight: ZeRO-3 would leave
 # those whole on every rank.
@@ -146,7 +148,8 @@ def _error(flat: torch.Tensor, packed: torch.Tensor, packing: Packing) -> float:
             codes[bytes_], scales[blocks], (1, values.numel()), packing, torch.float32
         )
         wrong += float((got[0] - values).square_().sum())
-        total += float(values.square().sum())  # not in place: `values` may be the weight itself
+        # Not in place: `values` may be the weight itself.
+        total += float(values.square().sum())
     return (wrong / total) ** 0.5 if total else 0.0
 
 

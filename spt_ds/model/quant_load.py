@@ -63,7 +63,8 @@ def skeleton(base: PretrainedConfig, dtype: torch.dtype) -> Any:
     """The causal LM of `base` with real buffers and with Parameters that have no memory."""
     with (
         _parameters_on_meta(),
-        set_quantized_state(),  # keeps transformers from sharding empty weights
+        # Keeps transformers from sharding empty weights.
+        set_quantized_state(),
     ):
         return new_lm(base, dtype).eval()
 
@@ -96,9 +97,8 @@ def finished_modules(
     quantised here.
     """
     packing, to_quantise = Packing.of(config), _layers_to_quantise(lm, config)
-    done: dict[
-        int, tuple[nn.Parameter, nn.Parameter]
-    ] = {}  # meta -> real; holding both keeps their ids apart
+    # Empty weight -> real one. Both are held, so that no id is given to another weight.
+    done: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     # `named_modules` lists parents first. The list is made before the loop, because quantised
     # layers replace modules of the tree.
     for name, module in reversed(list(lm.named_modules())):

@@ -144,7 +144,8 @@ def _by_model_name(
 def _open(file: str) -> Mapping[str, torch.Tensor]:
     if file.endswith(".safetensors"):
         return _SafeFile(file)
-    if not zipfile.is_zipfile(file):  # written before torch 1.6: it cannot be mapped
+    # A file from before torch 1.6, which cannot be mapped.
+    if not zipfile.is_zipfile(file):
         raise ValueError(
             f"{file} is in a format that can only be loaded whole; convert it to safetensors"
         )

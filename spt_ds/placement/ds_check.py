@@ -98,7 +98,8 @@ class _Checker:
         """Check `tree` and return its plan; raise ConfigError with all problems."""
         acting = self.walk("", tree)
         zero = acting.setdefault("zero_optimization", {})
-        if self.found.problems:  # the checks across keys need well-formed values
+        # The checks across keys need well-formed values.
+        if self.found.problems:
             self.fail()
         stage, offload = (
             zero.setdefault("stage", 0),

@@ -204,7 +204,8 @@ def prune(folder: Path, keep_last: int, best: int | None, saved: int) -> None:
     for path in complete[:-keep_last]:
         if best is None or path.name != f"step-{best:08d}":
             try:
-                (path / MARKER).unlink()  # first of all no longer a checkpoint, then gone
+                # The marker goes first: a kill in between leaves no checkpoint without its files.
+                (path / MARKER).unlink()
             except OSError as error:
                 raise CheckpointError(
                     f"{path}: cannot be removed ({error.strerror}); look at its owner"

@@ -163,6 +163,7 @@ def load_cells(
 def _cells(
     path: Path, sweep: SweepFile, entry: Entry, root: Path, overrides: Sequence[str]
 ) -> Iterator[Cell]:
+    # First next to the sweep file, so that it can be started from any folder.
     beside = path.parent / entry.config
     source = (
         str(beside)

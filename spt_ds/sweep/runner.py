@@ -138,7 +138,8 @@ class Runner:
         if len(devices) == 1:
             environment["CUDA_VISIBLE_DEVICES"] = devices[0]
         elif devices:
-            environment.pop("CUDA_VISIBLE_DEVICES", None)  # --include names them
+            # `--include` names the devices.
+            environment.pop("CUDA_VISIBLE_DEVICES", None)
         with self._lock:
             # Under the lock: a process that starts after the request would not hear of it.
             if self.stopped:
