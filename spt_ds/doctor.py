@@ -88,8 +88,7 @@ def _report(args: argparse.Namespace) -> int:
         else:
             findings, everybody_knows = across_ranks(args, findings), True
     except SptError as error:
-        # Over ranks every process prints here: the error alone, not each one's list of what is
-        # well.
+        # Over ranks every process prints here: the error alone, not each one's list.
         findings = [*([] if args.distributed else findings), Finding("FAIL", str(error))]
     if not everybody_knows or os.environ.get("RANK", "0") == "0":
         print("\n".join(finding.line() for finding in findings), flush=True)

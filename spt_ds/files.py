@@ -27,8 +27,8 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines([text] if isinstance(text, str) else text)
-        # A kill leaves the old file or the new one. A power cut may not, because nothing is flushed
-        # here: what must outlive that is written by `new_folder` or as a checkpoint.
+        # A kill leaves the old file or the new one. A power cut may leave neither, because nothing
+        # is flushed here: what must outlive it is written by `new_folder` or as a checkpoint.
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

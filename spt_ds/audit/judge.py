@@ -145,8 +145,8 @@ def judge(
         usage_entropy=entropy(usage),
         best_usage=best.tolist(),
         accuracy=float((measured.selected == measured.best).mean()),
-        # Selected and best prompt agree so often where each keeps its frequencies and they are
-        # independent.
+        # So often two independent draws agree, one with the frequencies of the selected prompts and
+        # one with those of the best.
         accuracy_by_chance=float(usage @ best / len(measured.best) ** 2),
         kinds=counted,
         kind_accuracy=kind_accuracy(counted) if kinds else None,

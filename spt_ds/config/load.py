@@ -195,8 +195,7 @@ def _describe(item: Any, model: type[BaseModel]) -> str:
         near = difflib.get_close_matches(str(item["loc"][-1]), known, 1)
         elsewhere = [p for p in key_paths(model) if p.rsplit(".", 1)[-1] == str(item["loc"][-1])]
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        # A key of this very name in another section is likelier meant than one here that is spelt
-        # like it.
+        # A key of this very name in another section is likelier meant than a similar one here.
         if elsewhere:
             hint = f"did you mean {elsewhere[0]!r}?"
         return f"{path}: unknown key; {hint}"

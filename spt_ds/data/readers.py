@@ -140,8 +140,7 @@ class Part:
 
         DataError where a part would be empty.
         """
-        # Sorted by hash: the parts depend neither on the order of the file nor on what else is in
-        # it.
+        # Sorted by hash: the order does not depend on that of the file.
         groups = sorted({self._rank(example) for example in read(source, format, columns)})
         test, valid = (
             max(1, round(share * len(groups))) if share else 0 for share in (self.test, self.valid)

@@ -154,10 +154,9 @@ class Engine:
         for batch, out in zip(window.micro, outs, strict=True):
             wrong = (out.bad > 0) | ~torch.isfinite(out.scores).all(dim=0)  # [B]
             bad += [batch.indices[row] for row in wrong.nonzero().flatten().tolist()]
+        # A collective is safe here: the sums are the same on all ranks, so all of them are here.
         by_rank = [
             f"rank {rank}: examples {rows}"
-            # A collective is safe here: the sums are the same on all ranks, so all of them are
-            # here.
             for rank, rows in enumerate(dist.gather_json(bad))
             if rows
         ]

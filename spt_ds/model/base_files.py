@@ -183,7 +183,6 @@ def _check_sizes(path: str, settings: dict[str, Any]) -> None:
 
 def _leaves(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Dotted key and value of everything in a tree that is neither an object nor a list."""
-    # A list of what is left instead of recursion: the depth of the tree is the author's choice.
     todo: list[tuple[str, Any]] = list(tree.items())
     while todo:
         key, value = todo.pop()

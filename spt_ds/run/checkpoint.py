@@ -204,7 +204,7 @@ def prune(folder: Path, keep_last: int, best: int | None, saved: int) -> None:
     for path in complete[:-keep_last]:
         if best is None or path.name != f"step-{best:08d}":
             try:
-                # The marker goes first: a kill in between leaves no checkpoint without its files.
+                # The marker goes first: what a kill leaves behind is then no checkpoint.
                 (path / MARKER).unlink()
             except OSError as error:
                 raise CheckpointError(
