@@ -114,8 +114,6 @@ class Branches(Layout):
                 f"layer {layer} kept no keys of the context; this base needs prompts.position:"
                 " before_text"
             )
-        # The context's keys and values are read inside the function and are no inputs of it.
-        # Autograd sends them no gradient, and nothing that trains precedes a context.
         out: torch.Tensor = _RowByRow.apply(q, k, v, self, layer, scale)
         return out
 
@@ -134,10 +132,10 @@ class Branches(Layout):
         own_k, own_v = (
             tensor.unflatten(2, (self.count, n)).unsqueeze(2) for tensor in (k, v)
         )  # [1, G, 1, K, n, E]
-        # The scores of both parts share one softmax, so they are joined. To join the keys instead
-        # would copy the context once per branch.
         to_context = (own_q.flatten(2, 4) @ context_k.transpose(2, 3)).view(*own_q.shape[:5], -1)
         to_own = (own_q @ own_k.transpose(4, 5)).masked_fill(self.future[:n, :n], float("-inf"))
+        # The scores of both parts share one softmax, so they are joined. To join the keys instead
+        # would copy the context once per branch.
         weights = _softmax(torch.cat([to_context, to_own], dim=5), scale).to(v.dtype)
         on_context, on_own = weights.split([context_k.shape[2], n], dim=5)
         out = (on_context.flatten(2, 4) @ context_v).view(own_q.shape) + on_own @ own_v
@@ -193,6 +191,8 @@ class _RowByRow(torch.autograd.Function):
             parts = torch.autograd.grad(out, own, grad)
             for target, part in zip(inputs_and_targets[3:], parts, strict=True):
                 target.copy_(part)
+        # A context gets no gradient: its keys and values are in `layout`, which is no tensor that
+        # autograd follows. Nothing that trains precedes a context.
         return (*into, None, None, None)
 
 
@@ -342,8 +342,6 @@ def _variable_length(
         return _flash(q, k, v, edges, longest, scale)[None]
     from torch.nn.attention.varlen import varlen_attn
 
-    # No limit to the left and nothing to the right: this function has no argument for a causal
-    # mask.
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and "enable_gqa" in _varlen_options():
