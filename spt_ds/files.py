@@ -28,7 +28,7 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines([text] if isinstance(text, str) else text)
         # A kill leaves the old file or the new one. A power cut may leave neither, because nothing
-        # is flushed here: what must outlive it is written by `new_folder` or as a checkpoint.
+        # is flushed here: `new_folder` with `to_disk` and checkpoints outlive one.
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -303,6 +303,6 @@ def _shapes(file: str) -> Shapes:
         with safe_open(file, framework="pt") as handle:
             keys = list(handle.keys())
             return {key: tuple(handle.get_slice(key).get_shape()) for key in keys}
-    # On the meta device no number of the file is read or kept.
+    # On the meta device a tensor has a shape and no numbers, however large it is.
     tensors = torch.load(file, map_location="meta", weights_only=True)
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}

@@ -255,8 +255,7 @@ def restore_optimizer(
     for name, kinds in moments.items():
         parameter = named[name]
         optimizer.state[parameter] = {
-            # AdamW keeps its step counts on the CPU, so that the host need not wait for the device
-            # to read them.
+            # AdamW keeps its step counts on the CPU, whatever the device of the parameter.
             kind: value.clone() if kind == "step" else value.to(parameter.device).clone()
             for kind, value in kinds.items()
         }
