@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     if args and args[0] in COMMANDS:
-        if args[0] == "quantize":  # its module is the one that cannot wait with them
+        # Its module imports torch at its top, so this must be said before.
+        if args[0] == "quantize":
             say_loading()
         module = importlib.import_module(COMMANDS[args[0]][0])
         entry = config_main if args[0] == "config" else module.main

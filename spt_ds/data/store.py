@@ -110,6 +110,7 @@ class ExampleStore:
         dropped = table.column("dropped_turns").to_numpy()
         self.truncated = int((dropped > 0).sum())  # examples that lost turns
         self.cut = int(np.asarray(table.column("cut")).sum())  # whose persona or last turn was cut
+        # Only these columns: a row of the whole table would bring its texts along for every batch.
         self._ids = data.select_columns(["context_ids", "response_ids"]).with_format("arrow")
         self._texts = data.select_columns(["persona", "history"])
 

@@ -31,7 +31,8 @@ class Sharding:
     def __init__(self, plan: ZeroPlan, device: torch.device) -> None:
         self.plan = plan
         self.device = device
-        self._loading: Any = None  # while it lives, `from_pretrained` shards: in the whole process
+        # While it lives `from_pretrained` shards, anywhere in the process.
+        self._loading: Any = None
         self._engine: Any = None
 
     @property

@@ -63,12 +63,14 @@ def place_base(config: Config, needs: Needs, world_size: int, memory: Memory) ->
     if asked != "auto":
         return asked, f"placement: {asked} (as configured)"
     host_bytes, gathered = memory.host_bytes, needs.resident["zero3_offload"]
+    # With recomputation, because `choose_checkpointing` may still choose it.
     room = memory.rank_bytes - FIXED_BYTES - needs.trainables - needs.recomputed
     sizes = (
         f"base {needs.base / GIB:.2f} GiB at {config.model.base_bits} bits,"
         f" {max(room, 0) / GIB:.2f} GiB left for it on each rank"
     )
     kind: Kind
+    # From the fastest place to the slowest: each moves more bytes in a step than the one before.
     if config.method.type in TRAIN_THE_BASE:
         if needs.base > room:
             raise EngineError(_no_room_to_train(config, sizes))

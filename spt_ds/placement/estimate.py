@@ -222,5 +222,6 @@ def resident_bytes(shape: BaseShape, bits: int, kind: Kind, world_size: int) -> 
     base = shape.base_bytes(bits)
     if kind == "replicate":
         return base
+    # DeepSpeed counts elements. Those of a packed layer are bytes.
     gathered = min(base, LIVE_PARAMETERS * {32: 4, 16: 2}.get(bits, 1))
     return gathered + (base // world_size if kind == "zero3" else 0)

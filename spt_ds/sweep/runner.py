@@ -139,8 +139,10 @@ class Runner:
         if len(devices) == 1:
             environment["CUDA_VISIBLE_DEVICES"] = devices[0]
         elif devices:
-            environment.pop("CUDA_VISIBLE_DEVICES", None)  # --include names them
+            # `--include` names the devices.
+            environment.pop("CUDA_VISIBLE_DEVICES", None)
         with self._lock:
+            # Under the lock: a process that starts after the request would not hear of it.
             if self.stopped:
                 return -signal.SIGTERM
             process = subprocess.Popen(
@@ -149,6 +151,8 @@ class Runner:
                 stdout=log,
                 stderr=log,
                 env=environment,
+                # In a group of its own: Ctrl-C reaches this process alone, which then asks the
+                # steps to stop.
                 start_new_session=True,
             )
             self._live.add(process)
