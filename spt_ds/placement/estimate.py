@@ -210,18 +210,23 @@ def trainable_bytes(config: Config, shape: BaseShape) -> int:
 def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:
     """Most bytes that one micro-batch keeps for its backward pass.
 
-    In suffix placement a response is taken to be at most RESPONSE_TOKENS long.
+    In suffix placement a response is taken to be at most RESPONSE_TOKENS long. Of a micro-batch
+    that is limited by tokens all are taken to have a backward pass.
     """
     c, bits = config, config.model.base_bits
     suffix = c.prompts.position in SUFFIX_POSITIONS
     per_prompt = c.prompts.tokens + (
         min(RESPONSE_TOKENS, c.data.max_tokens) if suffix else c.data.max_tokens
     )
-    tokens = c.train.micro_batch * (c.losses.train_top_m or c.prompts.count) * per_prompt
+    # One example may be longer than the budget, and is then read by itself.
+    examples = 1 if c.train.micro_batch_tokens else c.train.micro_batch
+    tokens = examples * (c.losses.train_top_m or c.prompts.count) * per_prompt
+    tokens = max(tokens, c.train.micro_batch_tokens)
     trained = c.method.type in TRAIN_THE_BASE
     kept = shape.activation_bytes(tokens, bits, recompute=recompute, trained=trained)
     if suffix:
-        kept += shape.context_bytes(c.train.micro_batch * c.data.max_tokens, bits)
+        contexts = max(examples * c.data.max_tokens, c.train.micro_batch_tokens)
+        kept += shape.context_bytes(contexts, bits)
     return kept
 
 

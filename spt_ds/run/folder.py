@@ -30,6 +30,7 @@ FREE_OPTIONS = {
     "train.eval_every_steps",
     "train.max_hours",
     "train.micro_batch",
+    "train.micro_batch_tokens",
     "data.workers",
     "data.cache_dir",
     "data.test",
