@@ -272,7 +272,7 @@ def stored_shapes(path: str, files: list[str]) -> Shapes:
     for file in files:
         try:
             shapes |= _shapes(file)
-        except (OSError, SafetensorError, ValueError, *_PICKLE_FAULTS) as error:
+        except (OSError, SafetensorError, ValueError, *PICKLE_FAULTS) as error:
             reason = str(error).strip().partition("\n")[0]
             if isinstance(error, UnpicklingError):
                 reason = "a pickle of something else than tensors; it was not run"
@@ -284,7 +284,7 @@ def stored_shapes(path: str, files: list[str]) -> Shapes:
 
 
 # What `torch.load` raises over bytes that are no checkpoint.
-_PICKLE_FAULTS = (
+PICKLE_FAULTS = (
     ArithmeticError,
     AttributeError,
     EOFError,

@@ -32,7 +32,7 @@ LAYERS = [
     {"placement", "run"},
     {"evaluate"},
     {"engine"},
-    {"api", "audit", "costs", "report", "sweep"},
+    {"api", "audit", "costs", "export", "report", "sweep"},
     {
         "__init__",
         "chat",
