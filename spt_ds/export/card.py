@@ -106,8 +106,8 @@ def _front_matter(config: Config, card: Card) -> dict[str, Any]:
     matter: dict[str, Any] = {"library_name": "spt_ds", "license": card.license, "tags": tags}
     if config.model.base != "embedded":
         matter["base_model"] = config.model.base
-    sets = [word.split(":")[1] for word in _sources(config.data.train).split(" + ") if ":" in word]
-    if _sources(config.data.train).startswith("hub:"):
+    words = _sources(config.data.train).split(" + ")
+    if sets := [word.split(":")[1] for word in words if word.startswith("hub:")]:
         matter["datasets"] = sets
     return matter
 

@@ -82,10 +82,11 @@ def export_vllm(run: Trained, out: Path, base: str | None) -> None:
 def _check(run: Trained) -> None:
     config = run.config
     assert run.bank is not None  # raises for a run without prompts
-    if config.generate.reads_every_prompt:
+    if config.generate.mode != "select" or config.generate.do_sample:
         raise ConfigError(
-            f"{run.folder}: generate.mode is {config.generate.mode}, which answers with all prompts"
-            " together, and a server reads one; --set generate.mode=select"
+            f"{run.folder}: generate.mode is {config.generate.mode} and generate.do_sample"
+            f" {config.generate.do_sample}; the client sends the best prompt and asks for the"
+            " likeliest tokens: --set generate.mode=select --set generate.do_sample=false"
         )
     if config.reference.padded_pool:
         raise ConfigError(
@@ -174,6 +175,7 @@ class Router:
         virtual = self.bank[chosen].to(text.dtype)
         body: dict[str, Any] = {"model": model, "max_tokens": options.max_new_tokens}
         body |= {"temperature": 0.0, "stop_token_ids": list(self._encoder.template.ends)}
+        body["stop"] = list(options.stop)
         if self.config.prompts.position in IN_A_MESSAGE:
             path = "/v1/chat/completions"
             turns = tuple(history)[context.dropped_turns :]
@@ -221,27 +223,30 @@ def _encoded(embeddings: torch.Tensor) -> str:
 
 
 def _recipe(config: Config) -> str:
-    kind = "parts" if config.prompts.position in IN_A_MESSAGE else "completions"
-    sends = {
-        "parts": f"each chat completion carries {config.prompts.tokens} virtual tokens as a content"
-        " part, and the server writes the template and the text",
-        "completions": "each completion carries the whole text as embeddings: a prompt at"
-        f" `{config.prompts.position}` is in no message, where a content part could stand",
-    }[kind]
+    position, tokens = config.prompts.position, config.prompts.tokens
+    sends = (
+        f"""Each request is a chat completion. {tokens} virtual tokens travel as a content part, and the
+server writes the template and the text."""
+        if position in IN_A_MESSAGE
+        else f"""Each request is a completion that carries the whole text as embeddings. A prompt at
+`{position}` is in no message, where a content part could stand."""
+    )
     return f"""# Soft prompts for vLLM
 
 Made by `spt-ds export vllm`. vLLM itself was not run with this folder. A test sends these requests
-to a stand-in that joins embeddings as vLLM 0.33's source does.
+to a stand-in that reads embeddings as vLLM 0.33's source does.
 
     vllm serve {config.model.base} --enable-prompt-embeds --chat-template-content-format openai
     pip install spt-ds
     python {CLIENT} --url http://127.0.0.1:8000 --persona "i ski." "hi, what do you do?"
 
-`{TENSORS}` has the bank [K, P, D] and the retriever, `{TABLE}` says where the base keeps its
-embedding table, and `config.yaml` is the run's. In this run {sends}.
+`{TENSORS}` holds the bank [K, P, D] and the retriever. `{TABLE}` says where the base keeps its
+embedding table. `config.yaml` is the run's.
 
-* The server reads embeddings with torch.load. Offer the port to this client alone.
+{sends}
+
+* The server reads embeddings with torch.load. Offer its port to this client alone.
 * A base in 16 bits rounds as the server's kernels do, so a reply may differ in a word.
-* Prefix caching compares whole blocks of tokens. Two prompts differ in their embeddings alone, so
-  look at whether your version of vLLM tells them apart, or switch it off.
+* Prefix caching compares blocks of tokens. Look at whether your version of vLLM tells two prompts
+  apart, or switch it off.
 """

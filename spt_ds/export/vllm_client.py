@@ -15,6 +15,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from spt_ds.errors import SptError
 from spt_ds.export.vllm import Request, Router
@@ -45,17 +46,17 @@ def main() -> int:
     return 0
 
 
-def post(url: str, request: Request, timeout: float) -> dict:  # type: ignore[type-arg]
+def post(url: str, request: Request, timeout: float) -> dict[str, Any]:
     """Send a request; raise OSError with what the server said where it refuses."""
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("VLLM_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    sent = urllib.request.Request(  # noqa: S310 (the user gives the server)
+    sent = urllib.request.Request(
         url.rstrip("/") + request.path, json.dumps(request.body).encode(), headers
     )
     try:
-        with urllib.request.urlopen(sent, timeout=timeout) as answer:  # noqa: S310
-            told: dict = json.load(answer)  # type: ignore[type-arg]
+        with urllib.request.urlopen(sent, timeout=timeout) as answer:
+            told: dict[str, Any] = json.load(answer)
             return told
     except urllib.error.HTTPError as error:
         text = error.read(2000).decode("utf-8", "replace")
