@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -106,8 +107,8 @@ def import_reference(
         unlike.append("max_context_turns")
     if unlike:
         get_logger().warning(
-            f"{yaml}: {', '.join(unlike)} shaped this training and have no counterpart in"
-            " config.yaml"
+            f"{yaml}: part of that training without a counterpart in config.yaml:"
+            f" {', '.join(unlike)}"
         )
     write_new(out, lambda part: write_run(part, config, tensors, 0, None))
     return config
@@ -154,7 +155,9 @@ def _states(source: Path) -> Path:
 def _module(path: Path) -> Mapping[str, Any]:
     """The tensors of the file by name; nothing but tensors and plain data is built."""
     try:
-        states = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that are refused in the end
+            states = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, *PICKLE_FAULTS) as error:
         raise CheckpointError(
             f"{path}: no checkpoint of tensors and plain data ({type(error).__name__}); it was not"

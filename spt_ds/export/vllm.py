@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -161,8 +162,8 @@ class Router:
     ) -> Request:
         """Make the request for a reply to the last turn; `prompt` is used instead of the choice.
 
-        `model` is the server's name of the base. Inside a message the prompt is a content part, and
-        the server writes the template; elsewhere the whole text is sent as embeddings.
+        `model` is the server's name of the base. A prompt inside a message is a content part where
+        the server's template writes the run's text; else the whole text is sent as embeddings.
         """
         options = self.config.generate
         context = self._encoder.context(
@@ -176,10 +177,11 @@ class Router:
         body: dict[str, Any] = {"model": model, "max_tokens": options.max_new_tokens}
         body |= {"temperature": 0.0, "stop_token_ids": list(self._encoder.template.ends)}
         body["stop"] = list(options.stop)
-        if self.config.prompts.position in IN_A_MESSAGE:
+        messages = self._messages(context.persona, tuple(history)[context.dropped_turns :])
+        if self._server_writes(messages, context.context_ids):
             path = "/v1/chat/completions"
-            turns = tuple(history)[context.dropped_turns :]
-            body["messages"] = self._messages(context.persona, turns, virtual)
+            part = {"type": "prompt_embeds", "data": _encoded(virtual)}
+            body["messages"] = _with_part(messages, part, self.config.prompts.position)
             body["chat_template_kwargs"] = dict(self.config.data.template_variables)
         else:
             path, at = "/v1/completions", context.prompt_at
@@ -192,27 +194,50 @@ class Router:
         text = choice["text"] if "text" in choice else choice["message"]["content"]
         return cleaned(before_stop(text, self.config.generate.stop), rule_of(self.config)).strip()
 
-    def _messages(
-        self, persona: Sequence[str], turns: Sequence[str], virtual: torch.Tensor
-    ) -> list[dict[str, Any]]:
-        part = {"type": "prompt_embeds", "data": _encoded(virtual)}
+    def _messages(self, persona: Sequence[str], turns: Sequence[str]) -> list[dict[str, str]]:
         system = system_text(self.config.data.instructions, persona)
-        first = [_text(system)] if system else []
-        messages: list[dict[str, Any]] = []
-        if self.config.prompts.position == "system":
-            messages.append({"role": "system", "content": [part, *first]})
-        elif first:
-            messages.append({"role": "system", "content": first})
+        texts = [("system", system)] if system else []
         for number, turn in enumerate(turns):
             role = "user" if (len(turns) - number) % 2 else "assistant"
-            messages.append({"role": role, "content": [_text(turn.strip())]})
-        if self.config.prompts.position == "last_turn":
-            messages[-1]["content"].append(part)
-        return messages
+            texts.append((role, turn.strip()))
+        return [{"role": role, "content": text} for role, text in texts]
+
+    def _server_writes(self, messages: list[dict[str, str]], ids: list[int]) -> bool:
+        """Whether the base's template makes the run's `ids` of the messages.
+
+        It does not for a template of the run's own, one with today's date, or one that takes no
+        system message.
+        """
+        data = self.config.data
+        variables: dict[str, Any] = data.template_variables
+        if self.config.prompts.position not in IN_A_MESSAGE or data.template != "chat":
+            return False
+        if self.config.prompts.position == "system" and messages[0]["role"] != "system":
+            return False
+        try:
+            own: Any = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False, **variables
+            )
+        except TemplateError:
+            return False
+        return bool(own == ids)
 
 
-def _text(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
+def _with_part(
+    messages: list[dict[str, str]], part: dict[str, str], position: str
+) -> list[dict[str, Any]]:
+    """The messages with the prompt at the head of the first or at the end of the last."""
+    parts: list[list[dict[str, str]]] = [
+        [{"type": "text", "text": message["content"]}] for message in messages
+    ]
+    if position == "system":
+        parts[0].insert(0, part)
+    else:
+        parts[-1].append(part)
+    return [
+        {"role": message["role"], "content": content}
+        for message, content in zip(messages, parts, strict=True)
+    ]
 
 
 def _encoded(embeddings: torch.Tensor) -> str:
@@ -225,8 +250,8 @@ def _encoded(embeddings: torch.Tensor) -> str:
 def _recipe(config: Config) -> str:
     position, tokens = config.prompts.position, config.prompts.tokens
     sends = (
-        f"""Each request is a chat completion. {tokens} virtual tokens travel as a content part, and the
-server writes the template and the text."""
+        f"""Each request is a chat completion: {tokens} virtual tokens travel as a content part, and
+the server writes the text. Where its template would write another, the text is sent as embeddings."""
         if position in IN_A_MESSAGE
         else f"""Each request is a completion that carries the whole text as embeddings. A prompt at
 `{position}` is in no message, where a content part could stand."""
