@@ -34,7 +34,7 @@ from spt_ds.model.retriever import Retriever
 from spt_ds.model.spt import Spt, Trainables
 
 LIMITS = {torch.float32: (1e-5, 1e-6), torch.float64: (1e-12, 1e-12)}
-NEVER = -1  # no token: the golden replies go on to the limit
+NEVER = 10_000  # no token of a case: the golden replies go on to the limit
 GRADS = {"prompt": "bank.weight", "W": "retriever.context.weight", "b": "retriever.context.bias"}
 
 

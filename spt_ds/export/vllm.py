@@ -251,7 +251,7 @@ def _recipe(config: Config) -> str:
     position, tokens = config.prompts.position, config.prompts.tokens
     sends = (
         f"""Each request is a chat completion: {tokens} virtual tokens travel as a content part, and
-the server writes the text. Where its template would write another, the text is sent as embeddings."""
+the server writes the text. Where it would write another, the whole text is sent as embeddings."""
         if position in IN_A_MESSAGE
         else f"""Each request is a completion that carries the whole text as embeddings. A prompt at
 `{position}` is in no message, where a content part could stand."""
