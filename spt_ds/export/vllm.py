@@ -254,12 +254,12 @@ def _recipe(config: Config) -> str:
 the server writes the text. Where it would write another, the whole text is sent as embeddings."""
         if position in IN_A_MESSAGE
         else f"""Each request is a completion that carries the whole text as embeddings. A prompt at
-`{position}` is in no message, where a content part could stand."""
+`{position}` is in no message, so no content part can hold it."""
     )
     return f"""# Soft prompts for vLLM
 
 Made by `spt-ds export vllm`. vLLM itself was not run with this folder. A test sends these requests
-to a stand-in that reads embeddings as vLLM 0.33's source does.
+to a server of its own, which reads embeddings as vLLM 0.33's source does.
 
     vllm serve {config.model.base} --enable-prompt-embeds --chat-template-content-format openai
     pip install spt-ds
