@@ -85,7 +85,7 @@ def card_text(run: Trained, config: Config, judged: Evaluation | None, card: Car
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(config, card), sort_keys=False)}---\n",
         f"# {config.name}\n\n{_opening(config)}",
-        f"## Use\n\n{_use(config)}",
+        f"## Use\n\n{_use()}",
         f"## Training\n\n{_table(_training(run, config))}",
     ]
     if judged is not None:
@@ -131,13 +131,14 @@ def _opening(config: Config) -> str:
     )
 
 
-def _use(config: Config) -> str:
-    return f"""    pip install spt-ds
-    python -c "import spt_ds; print(spt_ds.load('ORG/NAME').reply(['i ski.'], ['hi!']).text)"
+def _use() -> str:
+    return f"""    import spt_ds
 
-`ORG/NAME` is this folder at the hub, or its path. `spt-ds chat` takes both, other commands the
-path.
-It was written by spt_ds {spt_ds.__version__} and holds safetensors, JSON and YAML alone."""
+    bot = spt_ds.load("ORG/NAME")
+    print(bot.reply(["i like to ski."], ["hi, what do you do?"]).text)
+
+`ORG/NAME` is this folder at the hub, or its path. `spt-ds chat` takes both, other commands take the
+path. It was written by spt_ds {spt_ds.__version__} and holds safetensors, JSON and YAML alone."""
 
 
 def _training(run: Trained, config: Config) -> list[tuple[str, str]]:

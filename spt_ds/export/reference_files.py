@@ -24,7 +24,6 @@ from spt_ds.display import shown
 from spt_ds.errors import CheckpointError
 from spt_ds.export.run_files import write_new, write_run
 from spt_ds.log import get_logger
-from spt_ds.model.base_files import PICKLE_FAULTS
 
 STATES = "mp_rank_00_model_states.pt"
 PLACES = ("", "best", "ds_ckpt/best")  # of that file, below what a user names
@@ -158,7 +157,7 @@ def _module(path: Path) -> Mapping[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that are refused in the end
             states = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, *PICKLE_FAULTS) as error:
+    except Exception as error:  # over bytes that are no checkpoint, a dozen unrelated classes
         raise CheckpointError(
             f"{path}: no checkpoint of tensors and plain data ({type(error).__name__}); it was not"
             f" run. Give the {STATES} of the reference's trainer"

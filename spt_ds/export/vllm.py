@@ -262,11 +262,10 @@ Made by `spt-ds export vllm`. vLLM itself was not run with this folder. A test s
 to a server of its own, which reads embeddings as vLLM 0.33's source does.
 
     vllm serve {config.model.base} --enable-prompt-embeds --chat-template-content-format openai
-    pip install spt-ds
     python {CLIENT} --url http://127.0.0.1:8000 --persona "i ski." "hi, what do you do?"
 
-`{TENSORS}` holds the bank [K, P, D] and the retriever. `{TABLE}` says where the base keeps its
-embedding table. `config.yaml` is the run's.
+The client needs spt_ds, and no GPU. `{TENSORS}` holds the bank [K, P, D] and the retriever.
+`{TABLE}` says where the base keeps its embedding table. `config.yaml` is the run's.
 
 {sends}
 

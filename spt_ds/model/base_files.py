@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import struct
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -272,7 +273,7 @@ def stored_shapes(path: str, files: list[str]) -> Shapes:
     for file in files:
         try:
             shapes |= _shapes(file)
-        except (OSError, SafetensorError, ValueError, *PICKLE_FAULTS) as error:
+        except (OSError, SafetensorError, ValueError, *_PICKLE_FAULTS) as error:
             reason = str(error).strip().partition("\n")[0]
             if isinstance(error, UnpicklingError):
                 reason = "a pickle of something else than tensors; it was not run"
@@ -284,7 +285,7 @@ def stored_shapes(path: str, files: list[str]) -> Shapes:
 
 
 # What `torch.load` raises over bytes that are no checkpoint.
-PICKLE_FAULTS = (
+_PICKLE_FAULTS = (
     ArithmeticError,
     AttributeError,
     EOFError,
@@ -292,6 +293,7 @@ PICKLE_FAULTS = (
     RuntimeError,
     TypeError,
     UnpicklingError,
+    struct.error,
 )
 
 
