@@ -5,6 +5,7 @@ Texts of others are escaped and stand in indented blocks, where Markdown and HTM
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -54,7 +55,9 @@ def is_public(given: Any) -> bool:
     `given` is a source as a configuration holds it, or a list of several.
     """
     if isinstance(given, str):
-        return bool(_PUBLIC.fullmatch(given))
+        name = given.split(":")[1] if ":" in given else ""
+        # `hub:` also reads a folder that is here.
+        return bool(_PUBLIC.fullmatch(given)) and not os.path.exists(name)
     return bool(given) and all(is_public(source["path"]) for source in given)
 
 

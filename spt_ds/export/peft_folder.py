@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
@@ -42,7 +42,8 @@ class Adapter(BaseModel):
     peft_type: Literal["PROMPT_TUNING"]
     task_type: Literal["CAUSAL_LM"]
     num_virtual_tokens: PositiveInt
-    token_dim: PositiveInt
+    # The retriever of a bank of one is D x D numbers: more than any base has would fill the memory.
+    token_dim: Annotated[int, Field(gt=0, le=1 << 15)]
     num_transformer_submodules: Literal[1] | None = 1
     base_model_name_or_path: str | None = None
     revision: str | None = None

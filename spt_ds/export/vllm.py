@@ -66,7 +66,8 @@ def export_vllm(run: Trained, out: Path, base: str | None) -> None:
     _check(run)
     public = public_config(run.config, base)
     table = _table_of(run.config)
-    tensors = {name: tensor.contiguous().clone() for name, tensor in run.tensors.items()}
+    held = {**run.tensors, "bank.weight": run.bank}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in held.items()}
 
     def fill(part: Path) -> None:
         save_file(tensors, part / TENSORS, metadata={"format": "pt"})
@@ -82,7 +83,6 @@ def export_vllm(run: Trained, out: Path, base: str | None) -> None:
 
 def _check(run: Trained) -> None:
     config = run.config
-    assert run.bank is not None  # raises for a run without prompts
     if config.generate.mode != "select" or config.generate.do_sample:
         raise ConfigError(
             f"{run.folder}: generate.mode is {config.generate.mode} and generate.do_sample"

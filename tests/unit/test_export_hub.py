@@ -4,6 +4,7 @@ it.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import HfApi
 
 import spt_ds
 from spt_ds import dist, generate
@@ -162,6 +164,15 @@ def test_which_data_others_have(source: Any, public: bool) -> None:
     assert is_public(source) == public
 
 
+def test_a_folder_that_is_here_is_no_data_set_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_public("hub:data/mine:train")
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    assert not is_public("hub:data/mine:train")
+
+
 @pytest.mark.parametrize(
     ("name", "is_one"),
     [("org/name", True), ("name", False), ("./org/name", False), ("/org/name", False)],
@@ -236,14 +247,17 @@ class FakeApi:
         self.asked: list[Any] = []
         self.files: dict[str, bytes] = {}
 
-    def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> None:
+    def create_repo(self, name: str, **options: bool) -> None:
+        inspect.signature(HfApi.create_repo).bind(self, name, **options)
+        private, exist_ok = options["private"], options["exist_ok"]
         self.asked.append((name, private, exist_ok))
         if self.fails:
             raise OSError("no")
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> Any:
-        self.files = files_of(folder_path)
-        return SimpleNamespace(commit_url=f"hub/{repo_id}")
+    def upload_folder(self, **given: Any) -> Any:
+        inspect.signature(HfApi.upload_folder).bind(self, **given)
+        self.files = files_of(given["folder_path"])
+        return SimpleNamespace(commit_url=f"hub/{given['repo_id']}")
 
 
 def test_push_sends_the_exported_folder(

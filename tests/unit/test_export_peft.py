@@ -220,6 +220,7 @@ FAULTS = {
     "encoder": (setting("task_type", "SEQ_2_SEQ_LM"), "only causal LMs"),
     "two modules": (setting("num_transformer_submodules", 2), "num_transformer_submodules"),
     "no tokens": (setting("num_virtual_tokens", 0), "num_virtual_tokens is 0"),
+    "a size of 2^30": (setting("token_dim", 1 << 30), "token_dim is 1073741824"),
     "other size": (setting("num_virtual_tokens", 3), "of shape (3, 16)"),
     "only pickled": (only_pickled, "pickled weights"),
     "cut": (cut, "cannot be read"),
