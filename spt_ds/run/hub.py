@@ -23,7 +23,8 @@ OF_A_STRANGER = ("model.allow_pickle=false", "data.cache_dir=null")
 def is_hub_id(name: str) -> bool:
     """Whether `org/name` is a run at the hub: a path that begins with a folder here is none."""
     org, slash, _ = name.partition("/")
-    return bool(slash and HUB_ID.fullmatch(name)) and not os.path.exists(org)
+    # `runs/NAME` is where training writes: a run that is not there is a mistake, no name to send.
+    return bool(slash and HUB_ID.fullmatch(name)) and org != "runs" and not os.path.exists(org)
 
 
 def fetched(name: str) -> Path:

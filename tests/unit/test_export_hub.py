@@ -175,7 +175,13 @@ def test_a_folder_that_is_here_is_no_data_set_of_the_hub(
 
 @pytest.mark.parametrize(
     ("name", "is_one"),
-    [("org/name", True), ("name", False), ("./org/name", False), ("/org/name", False)],
+    [
+        ("org/name", True),
+        ("name", False),
+        ("./org/name", False),
+        ("/org/name", False),
+        ("runs/a", False),
+    ],
 )
 def test_what_a_hub_id_is(
     name: str, is_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
