@@ -107,6 +107,12 @@ def _table_of(config: Config) -> dict[str, Any]:
             f"model.base: the embeddings of {path} are {type(table).__name__}, more than a table;"
             " the client cannot make them"
         )
+    if table.embedding_dim != lm.config.get_text_config().hidden_size:
+        raise ModelError(
+            f"model.base: the embeddings of {path} have {table.embedding_dim} numbers, its layers"
+            f" {lm.config.get_text_config().hidden_size}; vLLM takes embeddings of the layers' size"
+            " alone"
+        )
     own = next(
         names
         for names in aliases(lm)
@@ -177,11 +183,14 @@ class Router:
         body: dict[str, Any] = {"model": model, "max_tokens": options.max_new_tokens}
         body |= {"temperature": 0.0, "stop_token_ids": list(self._encoder.template.ends)}
         body["stop"] = list(options.stop)
-        messages = self._messages(context.persona, tuple(history)[context.dropped_turns :])
-        if self._server_writes(messages, context.context_ids):
+        part = {"type": "prompt_embeds", "data": _encoded(virtual)}
+        turns = tuple(history)[context.dropped_turns :]
+        messages = self._messages(context.persona, turns)
+        if messages and self._server_writes(messages, context.context_ids):
             path = "/v1/chat/completions"
-            part = {"type": "prompt_embeds", "data": _encoded(virtual)}
-            body["messages"] = _with_part(messages, part, self.config.prompts.position)
+            whole = messages[0 if self.config.prompts.position == "system" else -1]["content"]
+            whole[whole.index(_PLACE)] = part
+            body["messages"] = messages
             body["chat_template_kwargs"] = dict(self.config.data.template_variables)
         else:
             path, at = "/v1/completions", context.prompt_at
@@ -194,50 +203,46 @@ class Router:
         text = choice["text"] if "text" in choice else choice["message"]["content"]
         return cleaned(before_stop(text, self.config.generate.stop), rule_of(self.config)).strip()
 
-    def _messages(self, persona: Sequence[str], turns: Sequence[str]) -> list[dict[str, str]]:
-        system = system_text(self.config.data.instructions, persona)
-        texts = [("system", system)] if system else []
+    def _messages(self, persona: Sequence[str], turns: Sequence[str]) -> list[dict[str, Any]]:
+        """The messages in parts, with `_PLACE` where the prompt is to be; empty where it is in none
+        of them or the run's template is not the base's.
+        """
+        data, position = self.config.data, self.config.prompts.position
+        if position not in IN_A_MESSAGE or data.template != "chat" or not turns:
+            return []
+        system = system_text(data.instructions, persona)
+        parts = [("system", [_text(system)])] if system else []
         for number, turn in enumerate(turns):
             role = "user" if (len(turns) - number) % 2 else "assistant"
-            texts.append((role, turn.strip()))
-        return [{"role": role, "content": text} for role, text in texts]
+            parts.append((role, [_text(turn.strip())]))
+        if position == "last_turn":
+            parts[-1][1].append(_PLACE)
+        elif system:
+            parts[0][1].insert(0, _PLACE)
+        else:
+            parts.insert(0, ("system", [_PLACE]))
+        return [{"role": role, "content": content} for role, content in parts]
 
-    def _server_writes(self, messages: list[dict[str, str]], ids: list[int]) -> bool:
-        """Whether the base's template makes the run's `ids` of the messages.
+    def _server_writes(self, messages: list[dict[str, Any]], ids: list[int]) -> bool:
+        """Whether the base's template makes the run's `ids` of messages in parts.
 
-        It does not for a template of the run's own, one with today's date, or one that takes no
-        system message.
+        It does not where it takes no parts, no system message, or writes today's date.
         """
-        data = self.config.data
-        variables: dict[str, Any] = data.template_variables
-        if self.config.prompts.position not in IN_A_MESSAGE or data.template != "chat":
-            return False
-        if self.config.prompts.position == "system" and messages[0]["role"] != "system":
-            return False
+        variables: dict[str, Any] = self.config.data.template_variables
         try:
             own: Any = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False, **variables
             )
-        except TemplateError:
+        except (TemplateError, TypeError):  # a text and a list cannot be added
             return False
         return bool(own == ids)
 
 
-def _with_part(
-    messages: list[dict[str, str]], part: dict[str, str], position: str
-) -> list[dict[str, Any]]:
-    """The messages with the prompt at the head of the first or at the end of the last."""
-    parts: list[list[dict[str, str]]] = [
-        [{"type": "text", "text": message["content"]}] for message in messages
-    ]
-    if position == "system":
-        parts[0].insert(0, part)
-    else:
-        parts[-1].append(part)
-    return [
-        {"role": message["role"], "content": content}
-        for message, content in zip(messages, parts, strict=True)
-    ]
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+_PLACE = _text("")
 
 
 def _encoded(embeddings: torch.Tensor) -> str:
@@ -250,8 +255,9 @@ def _encoded(embeddings: torch.Tensor) -> str:
 def _recipe(config: Config) -> str:
     position, tokens = config.prompts.position, config.prompts.tokens
     sends = (
-        f"""Each request is a chat completion: {tokens} virtual tokens travel as a content part, and
-the server writes the text. Where it would write another, the whole text is sent as embeddings."""
+        f"""Where the base's template takes messages in parts and makes the run's text of them, a
+request is a chat completion with {tokens} virtual tokens as a content part. Elsewhere it is a
+completion that carries the whole text as embeddings."""
         if position in IN_A_MESSAGE
         else f"""Each request is a completion that carries the whole text as embeddings. A prompt at
 `{position}` is in no message, so no content part can hold it."""
@@ -269,6 +275,7 @@ The client needs spt_ds, and no GPU. `{TENSORS}` holds the bank [K, P, D] and th
 
 {sends}
 
+* vLLM refuses a text with the literal `<prompt_embeds>` in it.
 * The server reads embeddings with torch.load. Offer its port to this client alone.
 * A base in 16 bits rounds as the server's kernels do, so a reply may differ in a word.
 * Prefix caching compares blocks of tokens. Look at whether your version of vLLM tells two prompts

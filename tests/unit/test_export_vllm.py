@@ -153,65 +153,76 @@ def test_the_server_has_the_last_word(
     assert server.keys[-1] == "Bearer secret"
 
 
+# Takes messages in parts, as the templates of bases with pictures do.
+IN_PARTS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
 def chatted(lm: Any, tokenizer: Any, body: dict[str, Any]) -> str:
     """A chat completion as vLLM makes it: the template around a sign, which the part replaces."""
-    sign, parts, messages = "\ufdd0", [], []
+    sign, tensors = "\ufdd0", []
     for message in body["messages"]:
-        texts = []
-        for part in message["content"]:
+        for number, part in enumerate(message["content"]):
             if part["type"] == "prompt_embeds":
-                parts.append(decoded(part["data"]))
-            texts.append(part.get("text", sign))
-        messages.append({"role": message["role"], "content": "".join(texts)})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                tensors.append(decoded(part["data"]))
+                message["content"][number] = {"type": "text", "text": sign}
+    text = tokenizer.apply_chat_template(
+        body["messages"], tokenize=False, add_generation_prompt=True
+    )
     ends = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in text.split(sign)]
     table = lm.get_input_embeddings().weight
     before, after = (table[torch.tensor(ids, dtype=torch.int64)] for ids in ends)
-    return completed(lm, tokenizer.decode, torch.cat([before, parts[0], after]), body)
+    return completed(lm, tokenizer.decode, torch.cat([before, *tensors, after]), body)
 
 
 @pytest.mark.parametrize("position", ["system", "last_turn"])
-@pytest.mark.parametrize("family", ["smollm2", "gemma", "llama-3.1"])
-def test_a_prompt_inside_a_message_is_a_content_part(
-    family: str, position: str, tmp_path: Path
-) -> None:
-    """Gemma's template takes no system message, and that of Llama 3.1 writes today's date."""
+@pytest.mark.parametrize("family", ["in parts", "smollm2", "gemma", "llama-3.1"])
+def test_a_prompt_inside_a_message(family: str, position: str, tmp_path: Path) -> None:
+    """A content part only where the template takes parts. Gemma's takes no system message either,
+    and that of Llama 3.1 writes today's date.
+    """
     run = make_run(tmp_path, "llama", 3)
-    tokenizer = FAMILIES[family].tokenizer()
+    tokenizer = FAMILIES["smollm2" if family == "in parts" else family].tokenizer()
+    if family == "in parts":
+        tokenizer.chat_template = IN_PARTS
     lm = tiny_lm("llama", torch.float32, vocab_size=len(tokenizer), max_position_embeddings=160)
     lm.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
-    options = (
-        "data.template=chat",
-        f"prompts.position={position}",
-        "data.instructions=Be kind.",
-        "data.max_tokens=150",
-    )
-    router = exported(run, tmp_path / "out", *options)
-    config = RunFolder(tmp_path / "out").load_config()
-    bot = load(
-        run.path,
-        data__template="chat",
-        prompts__position=position,
-        data__max_tokens=150,
-        data__instructions="Be kind.",
-    )
-    for persona, history in DIALOGUES:
-        for prompt in (None, 0, 2):
-            ours = bot.reply(persona, history, prompt=prompt)
-            request = router.request("some/base", persona, history, prompt)
-            assert (request.prompt, config.prompts.position) == (ours.prompt, position)
-            if family == "smollm2":
-                assert request.path == "/v1/chat/completions"
-                text = chatted(lm, tokenizer, request.body)
-                answer: Any = {"choices": [{"message": {"content": text}}]}
-            else:
-                assert request.path == "/v1/completions"
-                embeds = decoded(request.body["prompt_embeds"])
-                text = completed(lm, tokenizer.decode, embeds, request.body)
-                answer = {"choices": [{"text": text}]}
-            assert router.reply(answer) == ours.text
+    for instructions in ("Be kind.", ""):
+        options: dict[str, Any] = {"data.template": "chat", "data.instructions": instructions}
+        options |= {"prompts.position": position, "data.max_tokens": 150}
+        out = tmp_path / f"out-{bool(instructions)}"
+        router = exported(run, out, *(f"{k}={json.dumps(v)}" for k, v in options.items()))
+        bot = load(run.path, **{key.replace(".", "__"): value for key, value in options.items()})
+        for persona, history in DIALOGUES:
+            for prompt in (None, 0, 2):
+                ours = bot.reply(persona, history, prompt=prompt)
+                request = router.request("some/base", persona, history, prompt)
+                assert request.prompt == ours.prompt
+                if family == "in parts":
+                    assert request.path == "/v1/chat/completions"
+                    text = chatted(lm, tokenizer, request.body)
+                    answer: Any = {"choices": [{"message": {"content": text}}]}
+                else:
+                    assert request.path == "/v1/completions"
+                    embeds = decoded(request.body["prompt_embeds"])
+                    text = completed(lm, tokenizer.decode, embeds, request.body)
+                    answer = {"choices": [{"text": text}]}
+                assert router.reply(answer) == ours.text
+
+
+def test_embeddings_of_another_size_than_the_layers_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, "opt_project", 2)
+    assert command.main(["vllm", str(run), str(tmp_path / "out"), "--base", "some/base"]) == 2
+    assert "have 12 numbers, its layers 16" in capsys.readouterr().err
 
 
 def test_what_one_request_cannot_say_is_refused(
