@@ -150,6 +150,8 @@ class Router:
                 f"{folder}: cannot be read ({type(error).__name__}: {error}); give what `spt-ds"
                 " export vllm` wrote, and the base that it names"
             ) from error
+        # As precise as the run: the server rounds to its own.
+        self._dtype = torch.float32 if config.model.base_bits == 32 else torch.bfloat16
         self.bank = tensors.pop("bank.weight")
         pad = self.tokenizer.pad_token_id
         assert isinstance(pad, int)
@@ -175,7 +177,7 @@ class Router:
         context = self._encoder.context(
             "dialogue", tuple(persona), tuple(history), options.max_new_tokens
         )
-        text = self.table[torch.tensor(context.context_ids)]
+        text = self.table[torch.tensor(context.context_ids)].to(self._dtype)
         with torch.no_grad():
             scores = self._retriever(self.bank, text.float().mean(dim=0, keepdim=True))[:, 0]
         chosen = int(scores.argmax()) if prompt is None else prompt
