@@ -13,6 +13,7 @@ from spt_ds import dist
 from spt_ds.audit.measured import Measured, Text
 from spt_ds.batch import Batch, Packed
 from spt_ds.data.loader import eval_batches
+from spt_ds.data.sampler import MicroSize
 from spt_ds.data.store import ExampleStore
 from spt_ds.engine.session import Session
 from spt_ds.model.attention import Layout
@@ -25,7 +26,7 @@ from spt_ds.model.spt import Spt
 @torch.no_grad()
 def measure(session: Session, store: ExampleStore) -> Measured:
     """Read each example under all prompts; every rank takes its share and gets the whole."""
-    world, micro = session.world, session.config.train.micro_batch
+    world, micro = session.world, MicroSize.of(session.config)
     # Every rank has as many batches, and those of the same sizes: their rows can be gathered.
     rows = [
         session.backbone(_measure_batch, session.spt, batch)
@@ -59,6 +60,8 @@ def _measure_batch(backbone: Backbone, spt: Spt, batch: Batch) -> torch.Tensor:
     every = bank[:, None].expand(-1, len(batch), -1, -1)
     hidden = target_states(backbone, packed, text, every, context)
     token_loss = spt.token_losses(backbone, packed, hidden)  # [K, n]
+    # -log of the mean probability over the prompts, token by token; by logarithms, as probabilities
+    # underflow.
     together = math.log(len(bank)) - (-token_loss).logsumexp(dim=0)  # [n]
     member = packed.of_response.to(token_loss.dtype)
     index = torch.tensor(batch.indices, device=text.device)
@@ -71,6 +74,7 @@ def _measure_batch(backbone: Backbone, spt: Spt, batch: Batch) -> torch.Tensor:
         pooled,
         _context_states(backbone, packed, text),
     ]
+    # One table is gathered once. float64 holds an index exactly beyond 2^24 too.
     return torch.cat([column.double() for column in columns], dim=1)
 
 

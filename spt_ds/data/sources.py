@@ -124,6 +124,7 @@ def build_store(
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     path = cache_root(cache_dir) / "examples" / key[:32]
+    # The description is written last, so where it is there the table is whole.
     if not (path / META).exists():
         started = time.monotonic()
         wanted = part.of(source, format, columns) if part else read(source, format, columns)
@@ -132,7 +133,8 @@ def build_store(
         try:
             _write(path, encoder, islice(wanted, max_examples or None), reserved, meta)
         except OSError as error:
-            if not (path / META).exists():  # else another process was first, with the same data
+            # Else another process was first, with the same data.
+            if not (path / META).exists():
                 raise DataError(
                     f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir"
                 ) from error

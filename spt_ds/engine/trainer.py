@@ -12,7 +12,7 @@ from spt_ds import dist
 from spt_ds.config.schema import Config
 from spt_ds.data.encode import Encoder
 from spt_ds.data.loader import PersonaDropout, TrainLoader, eval_batches
-from spt_ds.data.sampler import total_steps
+from spt_ds.data.sampler import MicroSize, total_steps
 from spt_ds.data.store import ExampleStore
 from spt_ds.engine.checkpoints import Checkpoints, RunState, begin_from_run
 from spt_ds.engine.engine import Engine
@@ -71,6 +71,8 @@ def open_trainer(
         # Only now: an unusable base or DeepSpeed file leaves no folder.
         dist.agreed(lambda: claim() if leads else None)
         session = open_session(config, base, placement, world)
+        # The lock was entered first, so it is released last: no other start comes in while this one
+        # cleans up.
         closing.callback(session.sharding.close)
         train, valid = open_split(session, "train"), open_split(session, "valid")
         total = steps_of(config, len(train))
@@ -114,7 +116,7 @@ def train_loader(session: Session, train: ExampleStore) -> TrainLoader:
     return TrainLoader(
         train,
         global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
+        micro=MicroSize.of(config),
         world=world.size,
         rank=world.rank,
         seed=config.train.seed,
@@ -151,6 +153,8 @@ class Trainer:
             )
             self.state = self.state.advance()
             self._record(out)
+            # A stop comes before this step's validation, and `_done` validates the last step
+            # itself.
             if out.stop or self.state.step == self.total:
                 break
             validated = self._due(self.config.train.eval_every_steps)
@@ -170,7 +174,7 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         world = self.engine.world
-        batches = eval_batches(self.valid, self.config.train.micro_batch, world.size, world.rank)
+        batches = eval_batches(self.valid, MicroSize.of(self.config), world.size, world.rank)
         values = self.engine.evaluate(batches)
         self.metrics.record(self.state.step, "valid", values)
         return values
@@ -213,6 +217,7 @@ class Trainer:
                 "world_size": self.engine.world.size,
                 "trained_parameters": trained,
             }
+            # Last of all: whoever finds this file may rely on the checkpoint.
             write_whole(self.folder.done, json.dumps(summary, indent=2))
             get_logger().info(f"done: {self.state.step} steps; run folder {self.folder}")
         return EXIT_DONE

@@ -12,21 +12,18 @@ examples, K prompts.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from spt_ds.batch import on_device
 from spt_ds.errors import ModelError
 from spt_ds.log import fallback, say_once
+from spt_ds.model.varlen import AttendTo, Rows, Segment
 
 PACKED = "spt_packed"  # the name under which transformers finds `packed_attention`
 KeyValue = tuple[torch.Tensor, torch.Tensor]
@@ -50,18 +47,23 @@ class Layout:
         return max(self.lens)
 
     @cached_property
-    def edges(self) -> torch.Tensor:
-        """int32 [R + 1], where rows begin and end; the variable-length kernels alone read it."""
-        return on_device([0, *accumulate(self.lens)], self.positions.device, torch.int32)
+    def rows(self) -> Rows:
+        """Where rows begin and end; the variable-length kernels alone read it."""
+        return Rows(self.lens, self.positions.device)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal within each row."""
+        # The branches take no gradient to these, so nothing here needs a graph.
         if self.record:
             self.recorded[layer] = (k.detach(), v.detach())
         if self.backend in ("varlen", "flash"):
-            return _variable_length(self.backend, q, k, v, self.edges, max(self.lens), scale)
+            q, k, v = _packed(q), _packed(k), _packed(v)
+            if self.backend == "flash":
+                return _flash(q, k, v, self.rows, scale)[None]
+            own = Segment(k.detach(), v.detach(), self.rows, self.rows, causal=True)
+            return _attend_to(q, k, v, [own], scale)
         out: torch.Tensor = _RowByRow.apply(q, k, v, self, layer, scale)
         return out
 
@@ -82,9 +84,10 @@ class Branches(Layout):
     not K times.
 
     Packed order is example-major: the K branches of example 0, then those of example 1. Each row of
-    this layout is one example's K branches together. No variable-length kernel takes such a tree,
-    so its attention is written out: the scores of a few branch tokens are small, and neither keys
-    of the context are copied nor pairs of tokens of different branches computed.
+    this layout is one example's K branches together. The variable-length kernels take such a tree
+    in two calls: all branches of an example on its context, and each branch on itself. Without them
+    it is written out row by row: the scores of a few branch tokens are small, and neither keys of
+    the context are copied nor pairs of tokens of different branches computed.
     """
 
     count: int  # K
@@ -94,6 +97,12 @@ class Branches(Layout):
     def reach(self) -> int:
         """Most tokens that one token can attend to: its context and its own branch."""
         return max(c + n // self.count for c, n in zip(self.context.lens, self.lens, strict=True))
+
+    @cached_property
+    def branches(self) -> Rows:
+        """Where each branch by itself begins and ends."""
+        lens = [n // self.count for n in self.lens for _ in range(self.count)]
+        return Rows(lens, self.positions.device)
 
     @cached_property
     def future(self) -> torch.Tensor:
@@ -113,6 +122,13 @@ class Branches(Layout):
                 f"layer {layer} kept no keys of the context; this base needs prompts.position:"
                 " before_text"
             )
+        # A kernel that attends to no key gives no finite log-sum-exp to merge by.
+        if self.backend in ("varlen", "flash") and min(self.context.lens) > 0:
+            context_k, context_v = map(_packed, self.context.recorded[layer])
+            read = Segment(context_k, context_v, self.rows, self.context.rows, causal=False)
+            q, k, v = _packed(q), _packed(k), _packed(v)
+            own = Segment(k.detach(), v.detach(), self.branches, self.branches, causal=True)
+            return _attend_to(q, k, v, [read, own], scale)
         out: torch.Tensor = _RowByRow.apply(q, k, v, self, layer, scale)
         return out
 
@@ -127,12 +143,16 @@ class Branches(Layout):
             tensor.split(self.context.lens, dim=2)[row] for tensor in self.context.recorded[layer]
         )
         n, groups = q.shape[2] // self.count, k.shape[1]
-        own_q = q.unflatten(2, (self.count, n)).unflatten(1, (groups, -1))  # [1, G, H / G, K, n, E]
+        # Scores are products of fp32: rounded to bf16 they would double the error of the output.
+        own_q = _precise(q).unflatten(2, (self.count, n)).unflatten(1, (groups, -1))
         own_k, own_v = (
-            tensor.unflatten(2, (self.count, n)).unsqueeze(2) for tensor in (k, v)
-        )  # [1, G, 1, K, n, E]
-        to_context = (own_q.flatten(2, 4) @ context_k.transpose(2, 3)).view(*own_q.shape[:5], -1)
+            tensor.unflatten(2, (self.count, n)).unsqueeze(2) for tensor in (_precise(k), v)
+        )  # [1, G, 1, K, n, E]; own_q is [1, G, H / G, K, n, E]
+        to_context = own_q.flatten(2, 4) @ _precise(context_k).transpose(2, 3)
+        to_context = to_context.view(*own_q.shape[:5], -1)
         to_own = (own_q @ own_k.transpose(4, 5)).masked_fill(self.future[:n, :n], float("-inf"))
+        # The scores of both parts share one softmax, so they are joined. To join the keys instead
+        # would copy the context once per branch.
         weights = _softmax(torch.cat([to_context, to_own], dim=5), scale).to(v.dtype)
         on_context, on_own = weights.split([context_k.shape[2], n], dim=5)
         out = (on_context.flatten(2, 4) @ context_v).view(own_q.shape) + on_own @ own_v
@@ -160,6 +180,8 @@ class _RowByRow(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.layout, ctx.layer, ctx.scale = layout, layer, scale
+        # Heads last, as transformers reads the result. Each row writes through a transposed view,
+        # so that no row is copied again.
         out = v.new_empty(1, q.shape[2], q.shape[1], v.shape[3])  # [1, N, H, E]
         rows = zip(
             *(tensor.split(layout.lens, dim=2) for tensor in (out.transpose(1, 2), q, k, v)),
@@ -178,12 +200,16 @@ class _RowByRow(torch.autograd.Function):
             tensor.split(layout.lens, dim=2) for tensor in (grads[0].transpose(1, 2), *saved, *into)
         )
         for row, (grad, *inputs_and_targets) in enumerate(zip(*pieces, strict=True)):
+            # The graph of one row at a time, freed before the next. A backward pass runs without
+            # grad mode, so it is switched on.
             own = [tensor.detach().requires_grad_() for tensor in inputs_and_targets[:3]]
             with torch.enable_grad():
                 out = layout.attend_row(row, ctx.layer, own[0], own[1], own[2], ctx.scale)
             parts = torch.autograd.grad(out, own, grad)
             for target, part in zip(inputs_and_targets[3:], parts, strict=True):
                 target.copy_(part)
+        # A context gets no gradient: its keys and values are in `layout`, which is no tensor that
+        # autograd follows. Nothing that trains precedes a context.
         return (*into, None, None, None)
 
 
@@ -203,12 +229,15 @@ def packed_attention(
             f"{type(module).__name__} does not hand keywords on to its attention: packed rows need"
             " that"
         )
+    # Up to this length a sliding window hides nothing, so a row needs no mask but the causal one. A
+    # longer row would be read wrongly without an error.
     window = kwargs.get("sliding_window")
     if window is not None and layout.reach > window:
         raise ModelError(
             f"rows of {layout.reach} tokens exceed this base's sliding window of {window}; lower"
             " data.max_tokens"
         )
+    # SDPA has no argument for these: to pass over them would give other numbers and no error.
     for unsupported in ("softcap", "s_aux"):
         if kwargs.get(unsupported) is not None:
             raise ModelError(
@@ -230,7 +259,7 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, stri
     """
     half_on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     package = _flash_package() if half_on_gpu else None
-    varlen = half_on_gpu and torch.cuda.get_device_capability() >= AMPERE and _has_varlen()
+    varlen = half_on_gpu and torch.cuda.get_device_capability() >= AMPERE
     why = f"{dtype} on {device.type}"
     if asked == "auto":
         used = "flash" if package else "varlen" if varlen else "sdpa"
@@ -245,7 +274,7 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, stri
         return used
     usable = {"flash": package is not None, "varlen": varlen}.get(asked, True)
     if not usable:
-        need = "the flash-attn package (2, or 4), " if asked == "flash" else "torch >= 2.11, "
+        need = "the flash-attn package (2, or 4), " if asked == "flash" else ""
         fallback(
             f"model.attention: {asked}",
             "sdpa",
@@ -284,23 +313,6 @@ def _flash_package() -> str | None:
     return None
 
 
-def _has_varlen() -> bool:
-    return (
-        importlib.util.find_spec("torch.nn.attention.varlen") is not None
-        and "window_size" in _varlen_options()
-    )
-
-
-@cache
-def _varlen_options() -> frozenset[str]:
-    """Names that torch's `varlen_attn` takes: `window_size` came with torch 2.11, `enable_gqa` with
-    2.12.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
 def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """The definition, with every score in memory: the twin that the kernels are tested against."""
     groups = q.shape[1] // k.shape[1]
@@ -312,42 +324,27 @@ def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
 
 def _softmax(scores: torch.Tensor, scale: float) -> torch.Tensor:
     """softmax(scale * scores) over the last dimension, in fp32 or better."""
-    precise = scores if scores.dtype == torch.float64 else scores.float()
-    return (precise * scale).softmax(-1)
+    return (_precise(scores) * scale).softmax(-1)
 
 
-def _variable_length(
-    backend: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    edges: torch.Tensor,
-    longest: int,
-    scale: float,
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    """[1, H, N, E] as the variable-length kernels take it: [N, H, E]."""
+    return tensor.squeeze(0).transpose(0, 1).contiguous()
+
+
+def _attend_to(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Sequence[Segment], scale: float
 ) -> torch.Tensor:
-    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (q, k, v))  # [N, H, E]
-    if backend == "flash":
-        return _flash(q, k, v, edges, longest, scale)[None]
-    from torch.nn.attention.varlen import varlen_attn
-
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1 and "enable_gqa" in _varlen_options():
-        options["enable_gqa"] = True
-    elif groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = varlen_attn(q, k, v, edges, edges, longest, longest, **options)
-    assert isinstance(out, torch.Tensor)
+    out: torch.Tensor = AttendTo.apply(q, k, v, segments, scale)
     return out[None]
 
 
 def _flash(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    edges: torch.Tensor,
-    longest: int,
-    scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, scale: float
 ) -> torch.Tensor:
     """q [N, H, E], k and v [N, G, E] -> [N, H, E]; the versions name these arguments alike."""
     if _flash_package() == "flash-attn 4":
@@ -358,10 +355,10 @@ def _flash(
         q,
         k,
         v,
-        cu_seqlens_q=edges,
-        cu_seqlens_k=edges,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        cu_seqlens_q=rows.edges,
+        cu_seqlens_k=rows.edges,
+        max_seqlen_q=rows.longest,
+        max_seqlen_k=rows.longest,
         softmax_scale=scale,
         causal=True,
     )

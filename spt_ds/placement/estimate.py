@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from spt_ds.config.method import SUFFIX_POSITIONS, TRAIN_THE_BASE
 from spt_ds.config.schema import Config
+from spt_ds.display import shown
 from spt_ds.errors import ModelError
 from spt_ds.placement.memory import GIB
 from spt_ds.placement.zero_plan import Kind
@@ -44,8 +45,15 @@ class BaseShape:
 
         def first(*names: str) -> int:
             for name in names:
-                if config.get(name) is not None:
-                    return int(config[name])
+                value = config.get(name)
+                if value is None:
+                    continue
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                    raise ModelError(
+                        f"the base's configuration: {name} is {shown(value)}, expected a whole"
+                        " number from 1 on"
+                    )
+                return value
             raise ModelError(
                 f"the base's configuration has none of {', '.join(names)}: its memory cannot be"
                 " planned"
@@ -202,18 +210,23 @@ def trainable_bytes(config: Config, shape: BaseShape) -> int:
 def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:
     """Most bytes that one micro-batch keeps for its backward pass.
 
-    In suffix placement a response is taken to be at most RESPONSE_TOKENS long.
+    In suffix placement a response is taken to be at most RESPONSE_TOKENS long. Of a micro-batch
+    that is limited by tokens all are taken to have a backward pass.
     """
     c, bits = config, config.model.base_bits
     suffix = c.prompts.position in SUFFIX_POSITIONS
     per_prompt = c.prompts.tokens + (
         min(RESPONSE_TOKENS, c.data.max_tokens) if suffix else c.data.max_tokens
     )
-    tokens = c.train.micro_batch * (c.losses.train_top_m or c.prompts.count) * per_prompt
+    # One example may be longer than the budget, and is then read by itself.
+    examples = 1 if c.train.micro_batch_tokens else c.train.micro_batch
+    tokens = examples * (c.losses.train_top_m or c.prompts.count) * per_prompt
+    tokens = max(tokens, c.train.micro_batch_tokens)
     trained = c.method.type in TRAIN_THE_BASE
     kept = shape.activation_bytes(tokens, bits, recompute=recompute, trained=trained)
     if suffix:
-        kept += shape.context_bytes(c.train.micro_batch * c.data.max_tokens, bits)
+        contexts = max(examples * c.data.max_tokens, c.train.micro_batch_tokens)
+        kept += shape.context_bytes(contexts, bits)
     return kept
 
 
@@ -222,5 +235,6 @@ def resident_bytes(shape: BaseShape, bits: int, kind: Kind, world_size: int) -> 
     base = shape.base_bytes(bits)
     if kind == "replicate":
         return base
+    # DeepSpeed counts elements. Those of a packed layer are bytes.
     gathered = min(base, LIVE_PARAMETERS * {32: 4, 16: 2}.get(bits, 1))
     return gathered + (base // world_size if kind == "zero3" else 0)

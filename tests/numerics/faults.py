@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from spt_ds.batch import Packed
-from spt_ds.model import attention, losses, reference, rows, spt
+from spt_ds.model import attention, losses, reference, rows, spt, varlen
 from spt_ds.model.attention import Branches, Layout
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.head import FrozenHead
@@ -168,6 +168,38 @@ def branch_heads_in_the_wrong_order(patch: pytest.MonkeyPatch) -> None:
         return out.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
     patch.setattr(Branches, "attend_row", broken)
+
+
+def segments_of_equal_share(patch: pytest.MonkeyPatch) -> None:
+    """Context and branch are averaged, whatever their scores add up to."""
+    right = varlen._merge
+    patch.setattr(
+        varlen,
+        "_merge",
+        lambda out, lse, more, more_lse: ((out + more) / 2, right(out, lse, more, more_lse)[1]),
+    )
+
+
+def segment_gradients_of_themselves(patch: pytest.MonkeyPatch) -> None:
+    """The backward pass takes each segment's weights as if the other one were not there."""
+    right = varlen._backward
+
+    def broken(
+        grad: Tensor, q: Tensor, segment: Any, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return right(grad, q, segment, *varlen._forward(q, segment, scale), scale)
+
+    patch.setattr(varlen, "_backward", broken)
+
+
+def the_context_has_no_gradient_to_queries(patch: pytest.MonkeyPatch) -> None:
+    right = varlen._backward
+
+    def broken(grad: Tensor, q: Tensor, segment: Any, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+        grad_q, grad_k, grad_v = right(grad, q, segment, *more)
+        return grad_q * segment.causal, grad_k, grad_v
+
+    patch.setattr(varlen, "_backward", broken)
 
 
 def swapped_kl(patch: pytest.MonkeyPatch) -> None:
@@ -352,6 +384,7 @@ def logits_one_precision_lower(patch: pytest.MonkeyPatch) -> None:
 
 
 SUFFIX = {"placement": "suffix"}
+VARLEN: dict[str, Any] = {**SUFFIX, "backend": "varlen"}
 MIXTURE = {"objective": "mixture"}
 FAULTS = [
     Fault("off_by_one_target", off_by_one_target, {}),
@@ -370,6 +403,9 @@ FAULTS = [
     Fault("branches_without_a_causal_mask", branches_without_a_causal_mask, SUFFIX),
     Fault("branch_heads_in_the_wrong_order", branch_heads_in_the_wrong_order, SUFFIX),
     Fault("key_heads_in_the_wrong_order", key_heads_in_the_wrong_order, {"backend": "eager"}),
+    Fault("segments_of_equal_share", segments_of_equal_share, VARLEN),
+    Fault("segment_gradients_of_themselves", segment_gradients_of_themselves, VARLEN),
+    Fault("the_context_has_no_gradient_to_queries", the_context_has_no_gradient_to_queries, VARLEN),
     Fault("swapped_kl", swapped_kl, {}),
     Fault("gold_not_detached", gold_not_detached, {}),
     Fault("swapped_temperatures", swapped_temperatures, {}),

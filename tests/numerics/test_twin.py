@@ -45,7 +45,7 @@ def ours(case: Case, batch: Batch) -> Step:
 
 
 @pytest.mark.parametrize("checkpointing", MODES)
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "varlen"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 @pytest.mark.parametrize("arch", ["opt", "llama"])

@@ -270,6 +270,19 @@ def test_recomputation_follows_from_sizes() -> None:
     assert choose_checkpointing(asked, needs_of(asked, shape, 2), "zero3", GIB)[0] == "reentrant"
 
 
+@pytest.mark.parametrize("position", ["before_text", "before_reply"])
+def test_a_budget_of_tokens_bounds_the_activations(position: str) -> None:
+    shape = shape_of("llama-2-7b")
+
+    def kept(budget: int) -> int:
+        train = {"micro_batch": 64, "micro_batch_tokens": budget}
+        return step_bytes(run(train=train, prompts={"position": position}), shape, recompute=False)
+
+    assert kept(1) < kept(8192) < kept(16384) < kept(0)
+    # In the limit it is proportional to the budget.
+    assert kept(200_000) / kept(100_000) == pytest.approx(2, rel=1e-6)
+
+
 def test_shared_contexts_need_less_than_rows_of_their_own() -> None:
     shape = shape_of("llama-2-7b")
     prefix, suffix = (run(prompts={"position": at}) for at in ("before_text", "before_reply"))

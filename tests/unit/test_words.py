@@ -24,7 +24,7 @@ DOCUMENTS = [
 COLUMNS = 100
 MOST_WORDS = 30
 # A sentence that lists things may be longer: four or more parts, parted by commas.
-LISTED, MOST_WORDS_OF_A_LIST = 3, 45
+LISTED, MOST_WORDS_OF_A_LIST = 3, 35
 # A phrase that a reader has to translate, and the common word for it.
 BANNED = {
     r"go(es|ing)? on": "resume, continue",

@@ -1,0 +1,116 @@
+"""Operations that a training micro-batch dispatches in each decoder layer, forward and backward.
+
+    python -m benchmarks.launches [--examples 4,16] [--prompts 4]
+
+On a GPU each of them is about one kernel launch, and a small layer is bound by their number. They
+are counted on tensors that have shapes and no values, so no GPU is needed: a Llama of two layers
+and one of three are run, and their difference is one layer. Views and names of the same memory do
+not count. Limit: in suffix placement the variable-length kernels take at most 200 a layer, and in
+both placements as many for any number of examples. The last line is one JSON object, the exit code
+is 1 where a limit is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from spt_ds.batch import Batch
+from spt_ds.config.load import load_config
+from spt_ds.model.attention import PACKED
+from spt_ds.model.backbone import Backbone
+from spt_ds.model.reference import functions_of
+from spt_ds.model.spt import Spt, build_trainables
+
+BACKENDS = ("sdpa", "varlen")
+PLACEMENTS = {"prefix": "before_text", "suffix": "before_reply"}
+MOST_A_LAYER = 200
+VOCABULARY = 64
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts operations by name, but those that only give memory another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aliases = [one.alias_info for one in func._schema.returns]
+        view = any(alias is not None and not alias.is_write for alias in aliases)
+        if not view and func is not torch.ops.aten._unsafe_view.default:
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def micro_batch(examples: int) -> Batch:
+    """Contexts of about 150 tokens and replies of about 12, all of different lengths."""
+    contexts = tuple(140 + row for row in range(examples))
+    responses = tuple(10 + row % 5 for row in range(examples))
+    context_ids, response_ids = (np.ones(sum(lens), np.int64) for lens in (contexts, responses))
+    weights = (1.0,) * examples
+    return Batch(context_ids, response_ids, contexts, responses, tuple(range(examples)), weights)
+
+
+def step(layers: int, backend: str, placement: str, examples: int, prompts: int) -> Counter[str]:
+    """Operations of one micro-batch through a base of so many layers."""
+    base = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    position = PLACEMENTS[placement]
+    options = [f"prompts.count={prompts}", f"prompts.position={position}", "losses.contrastive=0"]
+    config = load_config("demo", options)
+    lm = AutoModelForCausalLM.from_config(base, dtype=torch.bfloat16, attn_implementation=PACKED)
+    backbone = Backbone(lm, backend)
+    functions = functions_of(config.reference, 0)
+    spt = Spt(config, build_trainables(config, backbone, functions, [], 0), functions)
+    backbone.to("meta")
+    spt.trainables.to("meta")
+    batch = micro_batch(examples)
+    with Dispatched() as dispatched:
+        out = backbone(spt.micro_losses, batch, examples, len(batch.response_ids))
+        out.total.backward()
+    return dispatched.counts
+
+
+def per_layer(backend: str, placement: str, examples: int, prompts: int = 4) -> int:
+    """Operations of one decoder layer."""
+    counts = [step(layers, backend, placement, examples, prompts).total() for layers in (2, 3)]
+    return counts[1] - counts[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--examples", default="4,16", help="of a micro-batch (default 4,16)")
+    parser.add_argument("--prompts", type=int, default=4, help="K (default 4)")
+    args = parser.parse_args()
+    sizes = [int(text) for text in args.examples.split(",")]
+    rows, kept = [], True
+    for placement in PLACEMENTS:
+        for backend in BACKENDS:
+            counts = {size: per_layer(backend, placement, size, args.prompts) for size in sizes}
+            rows.append({"placement": placement, "attention": backend, "per_layer": counts})
+            shown = ", ".join(f"{count} at B = {size}" for size, count in counts.items())
+            print(f"{placement:7} {backend:7} {shown}")
+            if backend == "varlen":
+                kept &= len(set(counts.values())) == 1
+                kept &= placement == "prefix" or max(counts.values()) <= MOST_A_LAYER
+    print(json.dumps({"rows": rows, "kept": kept}))
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,19 @@
+"""A layer dispatches a fixed number of operations, however many examples a micro-batch has."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.launches import MOST_A_LAYER, per_layer
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix"])
+def test_launches_do_not_grow_with_the_examples(placement: str) -> None:
+    few, many = (per_layer("varlen", placement, examples) for examples in (2, 16))
+    assert few == many <= MOST_A_LAYER
+
+
+def test_the_count_sees_a_loop_over_rows() -> None:
+    """Row by row, as on a CPU."""
+    few, many = (per_layer("sdpa", "suffix", examples) for examples in (2, 4))
+    assert few < many
