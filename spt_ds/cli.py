@@ -29,6 +29,12 @@ COMMANDS = {
     ),
     "summary": ("spt_ds.summary", "losses, scores and prompt usage of a run"),
     "bench": ("spt_ds.costs.command", "a training step at a given shape, against a naive version"),
+    "export": ("spt_ds.export.command", "a run for PEFT, the hub or vLLM"),
+    "push": ("spt_ds.export.push_command", "upload a run to the hub"),
+    "import": (
+        "spt_ds.export.import_command",
+        "a run of a reference checkpoint or a PEFT folder",
+    ),
     "quantize": ("spt_ds.quantize", "write a base once in 4 or 8 bits"),
     "plan": (
         "spt_ds.plan.command",

@@ -82,6 +82,19 @@ class Prediction(BaseModel):
     context_tokens: Tokens | None = Field(None, description="a whole number from 0 on")
 
 
+Texts = Annotated[tuple[Text, ...], BeforeValidator(lambda given: () if given is None else given)]
+
+
+class PredictionInDialogue(Prediction):
+    """A line of the predictions with the dialogue around it, which the scores do not need."""
+
+    turn: Count | None = Field(None, description="null or a whole number from 0 on")
+    """Number of the utterance in its dialogue, from 0; None where the file does not tell."""
+    persona: Texts = Field((), description="a list of strings")
+    history: Texts = Field((), description="a list of strings")
+    """Utterances from the first on; the last one is the partner's."""
+
+
 Row = TypeVar("Row", bound=Prediction)
 
 

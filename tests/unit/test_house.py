@@ -32,7 +32,7 @@ LAYERS = [
     {"placement", "run"},
     {"evaluate"},
     {"engine"},
-    {"api", "audit", "costs", "report", "sweep"},
+    {"api", "audit", "costs", "export", "report", "sweep"},
     {
         "__init__",
         "chat",
@@ -71,6 +71,9 @@ WITHOUT_TORCH = [
     "spt_ds.cli",
     "spt_ds.summary",
     "spt_ds.audit.command",
+    "spt_ds.export.command",
+    "spt_ds.export.import_command",
+    "spt_ds.export.push_command",
 ]
 
 
