@@ -77,7 +77,7 @@ def main() -> None:
 
 def _distance(got: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     gaps = [
-        (mine.double() - theirs.double()).norm() / theirs.double().norm()
+        (mine.detach().double() - theirs.detach().double()).norm() / theirs.detach().double().norm()
         for mine, theirs in zip(got, right, strict=True)
     ]
     return float(torch.stack(gaps).max())
