@@ -77,8 +77,8 @@ def test_scores_equal_the_twin(arch: str, position: str) -> None:
 @pytest.mark.parametrize("position", POSITIONS)
 def test_the_prompt_is_that_of_the_best_score(position: str) -> None:
     _, spt, batch = scene("llama", position)
-    lm, parts = twin_lm("llama", torch.float64), twin_parts(spt)
-    table: Any = lm.get_input_embeddings()
+    lm: Any = twin_lm("llama", torch.float64)
+    table, parts = lm.get_input_embeddings(), twin_parts(spt)
     with torch.no_grad():
         best = [
             max(range(3), key=lambda k: float(score(parts, k, table(context))))
