@@ -39,7 +39,7 @@ LAYERS = [
         "cli",
         "doctor",
         "generate",
-        "plan_command",
+        "plan",
         "quantize",
         "slurm_command",
         "summary",
@@ -63,7 +63,7 @@ COMMENT_PERCENT = (3, 5)  # of the lines that are not blank, those that are comm
 WITHOUT_TORCH = [
     "spt_ds.config.load",
     "spt_ds.placement.choose",
-    "spt_ds.plan_command",
+    "spt_ds.plan.command",
     "spt_ds.run.job",
     "spt_ds.evaluate.text_metrics",
     "spt_ds.data.readers",
