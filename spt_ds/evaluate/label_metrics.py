@@ -80,7 +80,8 @@ def f1_macro(golds: Sequence[str], answers: Sequence[str], labels: Sequence[str]
         f1 = 2.0 * right / np.maximum(given + wanted, 1.0)
         return 100.0 * f1.mean(axis=1)
 
-    return Sums(rows, finish)
+    # At the end of its scale it is so in every example, as a mean is.
+    return Sums(rows, finish, is_mean=True)
 
 
 def errors(golds: Sequence[str], answers: Sequence[str]) -> dict[str, Statistic]:

@@ -10,23 +10,27 @@ from pathlib import Path
 from typing import Any
 
 LABELS = ("red", "blue", "green")
+HINTS = ("fire", "the sea", "grass")  # of each label: nothing but practice says which is whose
 FILLER = ("the box", "a cup", "my hat", "his coat", "the chair")
 
 
 def lamp_files(folder: Path, split: str, questions: int, seed: int = 0) -> Path:
-    """Write `SPLIT_questions.json` and its answers: the label is the one that the profile's items
-    all have, and the question tells nothing of it.
+    """Write `SPLIT_questions.json` and its answers: the label follows from what the profile's items
+    have in common, and the question tells nothing of it.
     """
     draw = random.Random(seed)
     asked, golds = [], []
     for number in range(questions):
-        label = LABELS[number % len(LABELS)]
+        kind = number % len(LABELS)
         profile = [
-            {"id": f"{number}-{n}", "text": draw.choice(FILLER), "tag": label} for n in range(2)
+            {"id": f"{number}-{n}", "text": draw.choice(FILLER), "tag": HINTS[kind]}
+            for n in range(2)
         ]
         key = str(100 + number)
-        asked.append({"id": key, "input": f"tag of {draw.choice(FILLER)} ?", "profile": profile})
-        golds.append({"id": key, "output": label})
+        asked.append(
+            {"id": key, "input": f"which colour has {draw.choice(FILLER)} ?", "profile": profile}
+        )
+        golds.append({"id": key, "output": LABELS[kind]})
     path = folder / f"{split}_questions.json"
     path.write_text(json.dumps(asked, indent=1), encoding="utf-8")
     answers = {"task": "LaMP_2M", "golds": golds}
