@@ -15,7 +15,8 @@ import spt_ds
 from spt_ds import dist
 from spt_ds.config.generation import GenerateConfig
 from spt_ds.config.load import load_config
-from spt_ds.engine.session import open_split
+from spt_ds.data.template import make_template
+from spt_ds.engine.session import open_split, open_untrained, template_style
 from spt_ds.errors import ConfigError
 from spt_ds.generate import main as generate
 from spt_ds.train import main as train
@@ -107,6 +108,24 @@ def test_a_conversation_reads_what_precedes_the_prompt_once(folder: Path) -> Non
         fresh = spt_ds.load(folder / "last_turn", generate__max_new_tokens=4)
         assert fresh.reply(["i ski."], history).tokens == reply.tokens
         history.append(reply.text or "ok")
+
+
+def test_a_bank_begins_with_texts_in_the_template(folder: Path) -> None:
+    """Each prompt is the embeddings of its text as the template writes a persona."""
+    given = ["prompts.count=2", "prompts.tokens=12", "prompts.init=template"]
+    given += ["prompts.init_texts=[i ski., i teach music.]", "data.max_tokens=180"]
+    words = options(folder, "init", *given)
+    config = load_config("demo", [word for word in words[4:] if word != "--set"])
+    session: Any = open_untrained(config, None, dist.init(60))
+    template = make_template(session.tokenizer, template_style(config))
+    table: Any = session.backbone.lm.get_input_embeddings()
+    for k, text in enumerate(config.prompts.init_texts):
+        ids = template.system(text)
+        begun = [ids[p % len(ids)] for p in range(12)]
+        assert session.tokenizer.decode(begun).startswith("<|im_start|>system\ni ")
+        bank = session.spt.trainables.bank.weight[k]
+        assert torch.equal(bank, table(torch.tensor(begun)).float())
+    session.sharding.close()
 
 
 def test_a_run_keeps_the_text_of_its_jinja_file(folder: Path) -> None:
