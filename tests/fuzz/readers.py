@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -97,6 +98,18 @@ COMPLETIONS = [
 COLUMNS = {"persona": "profile", "prompt": "q: 1", "completion": "a"}
 BY_COLUMN = [{"profile": "i ski.\ni swim.", "q: 1": "what?", "a": "that", "prompt": 1}]
 ROWS = b'id,profile,"q: 1",a\n1,"i ski.\ni swim.",what?,that\n2,"[""i run.""]",[x] so,yes\n'
+QUESTIONS = [
+    {"id": "1", "input": "which?", "profile": [{"id": "2", "tag": "a b", "text": "so."}, {"x": 3}]},
+    {"id": 2, "input": "what?", "profile": []},
+]
+ANSWERS = {"task": "LaMP_2M", "golds": [{"id": "1", "output": "a b"}, {"id": "2", "output": 4}]}
+ASKED = (
+    b"persona_id,question_id,user_question_or_message,correct_answer,all_options,shared_context_id,"
+    b"end_index_in_shared_context\n"
+    b"0,q0,which?,(b),\"['(a) one', '(b) two']\",c,2\n"
+    b'0,q1,what?,two,"[""one"", ""two""]",d,0\n'
+)
+HISTORIES = [{"c": TALK, "e": TALK[:1]}, {"d": []}]
 SPC_ROW = {
     "user 1 personas": "i ski.\ni swim.",
     "user 2 personas": "i read.",
@@ -160,6 +173,20 @@ def _read(
         examples[-1].history,
         examples[-1].response,
     )
+
+
+def _pair(drawn: str, other: str, good: bytes) -> Callable[[bytes, Path], None]:
+    """Read a source of two files, of which one is drawn."""
+
+    def run(content: bytes, folder: Path) -> None:
+        (folder / other).write_bytes(good)
+        if "questions" in drawn:
+            _read(drawn, content, folder)
+        else:
+            (folder / drawn).write_bytes(content)
+            _read(other, good, folder)
+
+    return run
 
 
 def hub(content: bytes, folder: Path) -> None:
@@ -237,6 +264,28 @@ TARGETS = [
         share=0.5,
     ),
     Target("rows", texts(ROWS), functools.partial(_read, "x.csv", columns=COLUMNS)),
+    Target(
+        "lamp",
+        documents(QUESTIONS) | texts(json.dumps(QUESTIONS, indent=1).encode()),
+        _pair("x_questions.json", "x_outputs.json", json.dumps(ANSWERS).encode()),
+    ),
+    Target(
+        "lamp-answers",
+        documents(ANSWERS),
+        _pair("x_outputs.json", "x_questions.json", json.dumps(QUESTIONS).encode()),
+        share=0.5,
+    ),
+    Target(
+        "personamem",
+        texts(ASKED),
+        _pair("questions.csv", "shared_contexts.jsonl", json_lines(HISTORIES)),
+    ),
+    Target(
+        "histories",
+        documents(HISTORIES, dump=json_lines),
+        _pair("shared_contexts.jsonl", "questions.csv", ASKED),
+        share=0.5,
+    ),
     Target("hub", documents(EXAMPLES, RECORDS, dump=literal), hub),
     Target("persona", texts(b"\xef\xbb\xbfi ski.\n\ni swim.\n"), persona, share=0.5),
 ]
