@@ -67,10 +67,13 @@ def columns(line: str) -> int:
 
 
 def comments(source: str) -> int:
-    """Lines that bear a comment for a reader, on their own or behind code."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    found = [token.string for token in tokens if token.type == tokenize.COMMENT]
-    return sum(not comment.startswith(("# noqa", "# type:")) for comment in found)
+    """Lines that are a comment for a reader; one behind code does not count."""
+    return sum(
+        token.type == tokenize.COMMENT
+        and not token.line[: token.start[1]].strip()
+        and not token.string.startswith(("# noqa", "# type:", "#!"))
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+    )
 
 
 def measure(package: Path) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
             f"a conversation takes one process, this is one of {size}; start it without a launcher"
         )
     folder = RunFolder(run)
-    if not os.path.isfile(folder.config):  # pathlib raises on a name that no file can have
+    # os.path answers False to a name that no file can have; pathlib raises.
+    if not os.path.isfile(folder.config):
         raise ConfigError(
             f"{run}: no {folder.config.name} in it; give the folder of a run that was trained"
         )
@@ -149,6 +150,8 @@ class Bot:
                         yield text[shown:]
                         shown = len(text)
             finally:
+                # Before the pool is left, which waits for its thread: a closed generator must not
+                # wait for the whole reply.
                 hooks.stopped.set()
             reply = future.result()
         if rest := reply.text[shown:]:

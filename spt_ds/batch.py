@@ -90,9 +90,8 @@ class Packed:
     apart_positions: torch.Tensor  # int64 [sum of heads], from the beginning of each context
     inside: torch.Tensor  # int64, index in `ids` of the rows' text; empty: all of it, in order
     source: torch.Tensor  # int64 [N1], index of each packed token in [B * P virtual ; rows' text]
-    positions: (
-        torch.Tensor
-    )  # int64 [N1], from the row's beginning, or that of the context before it
+    # int64 [N1], from the row's beginning, or that of the context before it
+    positions: torch.Tensor
     row_start: torch.Tensor  # int64 [N1], where the row of each packed token begins
     row_tokens: torch.Tensor  # int64 [N1], length of the row of each packed token
     reads: torch.Tensor  # int64 [n], packed tokens whose next token is a target

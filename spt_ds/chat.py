@@ -136,8 +136,10 @@ class Conversation:
             [*self.turns[-1].history, self.turns[-1].reply.text] if self.turns else []
         )
         history.append(message)
+        # Noted before the reply is asked for, so that /retry has it after a stop or an error.
         persona, self.unanswered = self.persona or (), message
         try:
+            # Closed at once: a generator that is only dropped may decode on in its thread.
             with contextlib.closing(
                 self.bot.stream(persona, history, prompt=self.prompt)
             ) as pieces:
@@ -228,6 +230,7 @@ def _show(pieces: Generator[str, None, Reply]) -> Reply:
     """Print pieces as they come and return what the generator returns."""
     while True:
         try:
+            # Not a `for` loop, which throws away what the generator returns.
             show(next(pieces), end="")
         except StopIteration as end:
             reply: Reply = end.value

@@ -31,8 +31,8 @@ COMMANDS = {
     "bench": ("spt_ds.costs.command", "a training step at a given shape, against a naive version"),
     "quantize": ("spt_ds.quantize", "write a base once in 4 or 8 bits"),
     "plan": (
-        "spt_ds.plan_command",
-        "where the base of a run would live, and why, without loading it",
+        "spt_ds.plan.command",
+        "where the base of a run would live, what fits, and how long a run takes",
     ),
     "slurm": ("spt_ds.slurm_command", "the job scripts of a cluster, listed or copied"),
     "doctor": ("spt_ds.doctor", "check machine, ranks and network before a run"),
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     if args and args[0] in COMMANDS:
-        if args[0] == "quantize":  # its module is the one that cannot wait with them
+        # Its module imports torch at its top, so this must be said before.
+        if args[0] == "quantize":
             say_loading()
         module = importlib.import_module(COMMANDS[args[0]][0])
         entry = config_main if args[0] == "config" else module.main

@@ -78,6 +78,7 @@ def launch_variables(environment: Mapping[str, str]) -> dict[str, int]:
                 f"{partial[0]} is set but not its partner; set both RANK and WORLD_SIZE, or neither"
             )
         return dict(zip(_PLACE, (0, 1, 0, 1), strict=True))
+    # torchrun and deepspeed share the first three names. The fourth shows which of them it was.
     alike = [names for names in candidates if names[:3] == candidates[0][:3]]
     names = next((names for names in alike if names[3] in environment), alike[0])
     told = [
@@ -105,6 +106,8 @@ def _srun_address(environment: Mapping[str, str]) -> dict[str, str]:
     told = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if told.returncode:
         return {}
+    # Every task works out the same port without a word to the others, and two steps on one node
+    # hardly ever share it.
     number = int(environment["SLURM_JOB_ID"]) * 101 + int(environment["SLURM_STEP_ID"])
     return {"MASTER_ADDR": told.stdout.split()[0], "MASTER_PORT": str(20000 + number % 12000)}
 
@@ -147,8 +150,10 @@ def init(timeout_s: int) -> World:
             "start with `deepspeed --num_gpus N --module spt_ds.train ...` to use them"
         )
     if not dist.is_initialized():
+        # DeepSpeed reads its place from torchrun's names, whichever launcher there was.
         os.environ.update({key: str(value) for key, value in place.items()})
         timeout = datetime.timedelta(seconds=timeout_s)
+        # A lone process takes no port, so any number of them can run on a host.
         store = dist.HashStore() if size == 1 else None  # type: ignore[attr-defined]
         if store is None and "MASTER_ADDR" not in os.environ:
             os.environ.update(_srun_address(os.environ))
@@ -188,7 +193,8 @@ def explain_loss(error: BaseException) -> str | None:
         return None
     host = socket.gethostname()
     gone: list[int] = []
-    give_up_s = time.monotonic() + 1.0  # a killed process closes its connections before it is gone
+    # A killed process closes its connections before it is gone.
+    give_up_s = time.monotonic() + 1.0
     while not gone and time.monotonic() < give_up_s:
         gone = [
             rank
@@ -214,6 +220,7 @@ def _alive(pid: int) -> bool:
     """Whether a process of this host runs; one that nobody has buried yet does not."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            # The name of a program is in brackets and may itself hold blanks and brackets.
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return not os.path.isdir("/proc/self")  # not Linux: nothing is known
@@ -246,7 +253,9 @@ def gather_json(value: Any) -> list[Any]:
     """Return every rank's `value` (anything JSON can hold), in rank order, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
+    # JSON and not `all_gather_object`, which pickles: a pickle runs code where it is read.
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
+    # Gathered tensors must have one shape, so lengths travel first and the rows are padded.
     lengths = all_gather(torch.tensor([len(data)], device=data.device))[:, 0].tolist()
     padded = torch.zeros(max(lengths), dtype=torch.uint8, device=data.device)
     padded[: len(data)] = data
@@ -305,8 +314,11 @@ def agreed(work: Callable[[], Result]) -> Result:
     try:
         result = work()
     except errors.SptError as error:
+        # Errors of other classes are faults of the code. Such a rank ends, and the others learn of
+        # it from the lost connection.
         problem, mine = [type(error).__name__, str(error)], error
     first = next((found for found in gather_json(problem) if found), None)
+    # A rank with an error of its own raises that one, which has its traceback.
     if mine is not None:
         raise mine
     if first is not None:

@@ -82,11 +82,13 @@ def _report(args: argparse.Namespace) -> int:
     try:
         if not args.distributed:
             findings += [Finding("ok", f"{name}: {value}") for name, value in _job(args, 1).items()]
+        # A rank that cannot run does not join. The others say so when their time is up.
         elif any(finding.level == "FAIL" for finding in findings):
             findings = [_of_rank(finding) for finding in findings if finding.level != "ok"]
         else:
             findings, everybody_knows = across_ranks(args, findings), True
     except SptError as error:
+        # Over ranks every process prints here: the error alone, not each one's list.
         findings = [*([] if args.distributed else findings), Finding("FAIL", str(error))]
     if not everybody_knows or os.environ.get("RANK", "0") == "0":
         print("\n".join(finding.line() for finding in findings), flush=True)
@@ -190,6 +192,7 @@ def across_ranks(args: argparse.Namespace, here: list[Finding]) -> list[Finding]
         ) from error
     met = time.monotonic() - begin
     dist.barrier()
+    # Behind a barrier, so that all ranks read their clocks in nearly the same moment.
     mine = dist.agreed(lambda: _facts(args, world.size))
     facts: list[dict[str, Any]] = dist.gather_json(mine)
     local = dist.gather_json([finding.line() for finding in here if finding.level != "ok"])
@@ -292,6 +295,7 @@ def _bandwidth(dist: Any) -> float:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensor = torch.ones(MEASURED_MIB * 2**18, device=device)
+    # A GPU only queues the reduction: without a wait the time would be that of the queue.
     wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = []
     for _ in range(REPEATS + 1):  # the first warms up

@@ -27,6 +27,8 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines([text] if isinstance(text, str) else text)
+        # A kill leaves the old file or the new one. A power cut may leave neither, because nothing
+        # is flushed here: `new_folder` with `to_disk` and checkpoints outlive one.
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -62,6 +64,7 @@ def new_folder(path: Path, *, to_disk: bool = False) -> Iterator[Path]:
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))  # no name of another's
     try:
         yield part
+        # The mask can only be read by setting it.
         mask = os.umask(0)
         os.umask(mask)
         part.chmod(0o777 & ~mask)  # mkdtemp lets only the owner in

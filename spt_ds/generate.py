@@ -114,6 +114,8 @@ def _generate(
 
 def identity(config: Config, marker: str, data_hash: str) -> str:
     """All that replies depend on: only where it is the same are replies of another start kept."""
+    # Not `engine`, `data` and the like: where the base lives changes no reply, and data has its own
+    # hash.
     sections = config.model_dump(
         mode="json",
         include={"model", "method", "prompts", "retriever", "losses", "reference", "generate"},

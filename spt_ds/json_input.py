@@ -63,13 +63,18 @@ def load_json(text: str | bytes, *, finite: bool = False) -> Any:
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
+    # Most texts have fewer brackets than that and cannot be too deep: counting them is cheap.
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(text)
     try:
         value = (_FINITE if finite else _DECODER).decode(text)
     except _Refused as error:
+        # The parser does not tell its hooks where they are: the last place of the text is a good
+        # guess.
         at = max(text.rfind(error.text), 0)
         raise json.JSONDecodeError(str(error), text, at) from None
+    # Only an escape can bring half a pair in. Whole pairs are written the same way, so the value
+    # decides.
     if escape := _SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")

@@ -167,7 +167,8 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            self._refused = True  # what is in a buffer would be refused again at the end
+            # What is left in a buffer would be refused again at the end.
+            self._refused = True
             if isinstance(error, BrokenPipeError) or self.fileno() != 1:
                 return len(data)
             raise SptError(f"the standard output cannot be written ({error.strerror})") from error

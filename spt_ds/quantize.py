@@ -118,6 +118,8 @@ def _fill(part: Path, config: ModelConfig, base: PretrainedConfig, path: str) ->
     source = open_source(lm, config, path, torch.device("cpu"))
     errors: dict[str, float] = {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # A generator: layers are quantised while files are written, so memory holds one file and one
+    # layer.
     finished = finished_modules(lm, config, source, device, errors)
     total = _write_files(part, _files(finished))
     report(lm, errors, Packing.of(config))
@@ -139,8 +141,11 @@ def _files(finished: Iterator[tuple[str, nn.Module]]) -> Iterator[Tensors]:
             if id(parameter) not in written:
                 tensors[f"{name}.{key}"] = parameter.detach().cpu()
         if isinstance(module, QuantLinear):
+            # Nothing shares the bytes of a quantised layer, so they may go at once.
             del module.packed
         else:
+            # The weights themselves are kept: the id of one that is freed could be given to
+            # another.
             written |= {id(parameter): parameter for parameter in module.parameters(recurse=False)}
         if sum(t.numel() * t.element_size() for t in tensors.values()) >= FILE_BYTES:
             yield tensors

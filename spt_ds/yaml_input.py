@@ -61,6 +61,8 @@ class _StrictLoader(yaml.SafeLoader):
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
+        # A node gets its size when it is finished: a reference to an unfinished one is inside of
+        # it.
         if reference and node not in self._sizes:
             raise _fault("a list or mapping that holds itself", mark)
         if node is not None and not reference:

@@ -56,8 +56,11 @@ def _gate(measured: Measured, name: str, kind: str, fit: Fit) -> Gate:
     predicted, mean = np.zeros_like(targets), np.zeros_like(targets)
     for fold in range(FOLDS):
         out = folds == fold
+        # Scaled by the other folds alone: the dialogues that judge a gate must not shape it in any
+        # way.
         centre, spread = features[~out].mean(axis=0), features[~out].std(axis=0) + 1e-9
         scaled = (features - centre) / spread
+        # R2 is over what a gate without features would predict, which knows the other folds only.
         mean[out] = targets[~out].mean(axis=0)
         predicted[out] = fit(scaled[~out], targets[~out], scaled[out])
     r2 = 1.0 - np.square(targets - predicted).sum() / np.square(targets - mean).sum()
@@ -73,6 +76,7 @@ def ridge(features: Floats, targets: Floats, new: Floats) -> Floats:
     for penalty in RIDGES:
         kept = values**2 / (values**2 + penalty)
         rest = targets - mean - left @ (kept[:, None] * projected)
+        # The 1 is for the mean, which is fitted as well.
         score = np.square(rest).mean() / (1.0 - (1.0 + kept.sum()) / count) ** 2
         if score < best:
             weights = values / (values**2 + penalty)
@@ -90,6 +94,7 @@ def network(features: Floats, targets: Floats, new: Floats) -> Floats:
         nn.Parameter(torch.randn(size, generator=generator) * size[1] ** -0.5) for size in sizes
     )
     bias = nn.Parameter(torch.zeros(UNITS))
+    # AdamW multiplies the decay by the rate: a step takes the share DECAY off.
     optimizer = torch.optim.AdamW([first, second, bias], lr=RATE, weight_decay=DECAY / RATE)
 
     def predict(rows: torch.Tensor) -> torch.Tensor:

@@ -113,6 +113,7 @@ def judge(
     `others` are [N] losses of the same replies by other runs, `kinds` a label of each example.
     """
     judge = Judge(measured)
+    # The mean over the prompts is what a random choice expects. Nothing is drawn.
     selected, random = measured.of(measured.selected), measured.losses.mean(axis=1)
     rows = [judge.row("best single prompt", judge.single)]
     if measured.count > 1:
@@ -144,6 +145,8 @@ def judge(
         usage_entropy=entropy(usage),
         best_usage=best.tolist(),
         accuracy=float((measured.selected == measured.best).mean()),
+        # So often two independent draws agree, one with the frequencies of the selected prompts and
+        # one with those of the best.
         accuracy_by_chance=float(usage @ best / len(measured.best) ** 2),
         kinds=counted,
         kind_accuracy=kind_accuracy(counted) if kinds else None,
@@ -152,6 +155,8 @@ def judge(
 
 def best_single(measured: Measured) -> Ints:
     """[N] the one prompt that is best for all, chosen on the other half of the dialogues."""
+    # Chosen on some dialogues and judged on others: on the same ones the best of K prompts would
+    # partly be the luckiest.
     halves, chosen = measured.folds(2), np.zeros(len(measured.tokens), dtype=np.int64)
     for half in (0, 1):
         chosen[halves == half] = measured.losses[halves != half].sum(axis=0).argmin()

@@ -59,6 +59,8 @@ def _measure_batch(backbone: Backbone, spt: Spt, batch: Batch) -> torch.Tensor:
     every = bank[:, None].expand(-1, len(batch), -1, -1)
     hidden = target_states(backbone, packed, text, every, context)
     token_loss = spt.token_losses(backbone, packed, hidden)  # [K, n]
+    # -log of the mean probability over the prompts, token by token; by logarithms, as probabilities
+    # underflow.
     together = math.log(len(bank)) - (-token_loss).logsumexp(dim=0)  # [n]
     member = packed.of_response.to(token_loss.dtype)
     index = torch.tensor(batch.indices, device=text.device)
@@ -71,6 +73,7 @@ def _measure_batch(backbone: Backbone, spt: Spt, batch: Batch) -> torch.Tensor:
         pooled,
         _context_states(backbone, packed, text),
     ]
+    # One table is gathered once. float64 holds an index exactly beyond 2^24 too.
     return torch.cat([column.double() for column in columns], dim=1)
 
 

@@ -30,6 +30,8 @@ def verdict(audit: Audit) -> Verdict:
         return Verdict("one prompt", "The bank has one prompt: there is nothing to choose.")
     rows = {row.name: row for row in audit.rows}
     selected = rows["selected prompt"]
+    # In this order, because each verdict would mislead where one before it holds: a bank that has
+    # collapsed is not "no better than one".
     most = max(audit.usage)
     if most >= ALL * audit.examples:
         prompt, share = audit.usage.index(most), most / audit.examples

@@ -85,6 +85,7 @@ class GenerateConfig(Section):
                 f"min_new_tokens is {self.min_new_tokens}, max_new_tokens only"
                 f" {self.max_new_tokens}"
             )
+        # An option that would do nothing is refused: who sets it expects an effect.
         needs = {
             "temperature": "do_sample: true",
             "top_k": "do_sample: true",

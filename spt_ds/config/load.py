@@ -73,6 +73,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     upgrade(tree, overwrite=False)
     for override in overrides:
         _apply(tree, override)
+        # After each override: of an old and a new name of one option the later one counts.
         upgrade(tree, overwrite=True)
     return _validate(name, tree, Config)
 
@@ -195,6 +196,7 @@ def _describe(item: Any, model: type[BaseModel]) -> str:
         near = difflib.get_close_matches(str(item["loc"][-1]), known, 1)
         elsewhere = [p for p in key_paths(model) if p.rsplit(".", 1)[-1] == str(item["loc"][-1])]
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        # A key of this very name in another section is likelier meant than a similar one here.
         if elsewhere:
             hint = f"did you mean {elsewhere[0]!r}?"
         return f"{path}: unknown key; {hint}"

@@ -117,6 +117,8 @@ class Config(Section):
         return self
 
     def _trainable_base(self, kind: str) -> None:
+        # What trains is always fp32. Adapters are so over a base of 16 bits too, a whole base only
+        # at 32.
         allowed = {"lora": (16, 32), "full": (32,)}[kind]
         if self.model.base_bits not in allowed:
             raise ValueError(

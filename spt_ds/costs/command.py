@@ -118,10 +118,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _in_own_process(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]:
+    # Not a fork, which would begin with the memory of this process and count it.
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(case, prompts, args, send))
     process.start()
+    # Else this process holds the pipe open, and a child that dies is waited for without end.
     send.close()
     try:
         result: dict[str, Any] = receive.recv()

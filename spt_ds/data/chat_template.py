@@ -30,6 +30,7 @@ class ChatTemplate:
         self._stretches = Stretches(tokenizer)
         specials = self._stretches.specials
         self._frames = Frames(tokenizer, style, specials)
+        # Checked without the place of the prompt: what the tokenizer renders by itself has none.
         _check(Frames(tokenizer, replace(style, position="before_text"), specials), self._stretches)
         self.begins_with_bos = self._frames.begins_with_bos()
         frame = self._frames.frame(True, 1)

@@ -81,8 +81,11 @@ class Frames:
         self._tokenizer = tokenizer
         self._style = style
         self._template = template_text(tokenizer, style)
+        # A pattern takes the first alternative that fits: a token that begins another must come
+        # after it.
         longest_first = sorted(specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # On the instance: a cache on the method would keep every instance alive.
         self.frame = lru_cache(maxsize=4096)(self._frame)
 
     def begins_with_bos(self) -> bool:
@@ -165,6 +168,8 @@ class Frames:
             except TemplateError as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
+            # A template may drop a system text or merge turns without an error. The missing sign
+            # shows it.
             signs = {match[0] for match in _SIGN.finditer(context)}
             if wanted <= signs and whole.count(_sign(REPLY)) == 1:
                 return context, whole, way

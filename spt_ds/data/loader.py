@@ -62,9 +62,12 @@ class TrainLoader:
         loader = DataLoader(
             self._windows,
             batch_size=None,
+            # A window follows from its step: a run that resumes begins at its step and reads
+            # nothing before it.
             sampler=count(start_step),
             num_workers=self._workers,
             prefetch_factor=_PREFETCH if self._workers else None,
+            # Without it the loader would turn the arrays into tensors.
             collate_fn=_same,
         )
         for window in loader:

@@ -157,7 +157,8 @@ def nearest_first(sentences: tuple[str, ...], query: str) -> np.ndarray:
     return np.argsort(-scores, kind="stable")
 
 
-@lru_cache(maxsize=4)  # the examples of a dialogue follow one another
+# The examples of a dialogue, which share a persona, follow one another.
+@lru_cache(maxsize=4)
 def _index(sentences: tuple[str, ...]) -> Any:
     """The index of a persona; None where no sentence has a word."""
     import bm25s

@@ -102,6 +102,7 @@ def digest(source: str, format: Format = "auto") -> str:
     For a hub data set it is that of its name and content fingerprint.
     """
     if source.startswith("hub:"):
+        # `datasets` keeps a hash of the content and has no public name for it.
         fingerprint = f"{source} {load_hub(source)._fingerprint}"
         return hashlib.sha256(fingerprint.encode()).hexdigest()
     path = resolve(source)
@@ -159,6 +160,7 @@ class Part:
 
         DataError where a part would be empty.
         """
+        # Sorted by hash: the order does not depend on that of the file.
         groups = sorted({self._rank(example) for example in read(source, format, columns)})
         test, valid = (
             max(1, round(share * len(groups))) if share else 0 for share in (self.test, self.valid)
@@ -179,6 +181,7 @@ class Part:
         group = (
             "\n".join(example.persona)
             if self.by == "persona"
+            # Both views of a conversation go into one part, because they hold the same texts.
             else conversation_of(example.dialogue_id)
         )
         return hashlib.sha256(f"{self.seed}:{group}".encode()).digest()[:16]
@@ -221,9 +224,8 @@ def load_hub(source: str) -> Any:
 
     try:
         return datasets.load_dataset(name, config or None, split=split or "train")
-    except (
-        Exception
-    ) as error:  # network, authentication and data-set faults come as a dozen unrelated classes
+    except Exception as error:
+        # Network, authentication and data-set faults come as a dozen unrelated classes.
         raise DataError(
             f"data source {source!r}: cannot load it ({type(error).__name__}: {error}); without a"
             " network give a local file instead (ParlAI text, CSV or JSONL), a split without a"

@@ -84,6 +84,7 @@ def _example(record: Record, origin: str, name: str) -> Example:
         else checked_text(str(given), "dialogue_id", origin)
     )
     turn = len(history) if (given := record.get("turn")) is None else given
+    # Not `isinstance`: true is an int to Python.
     if type(turn) is not int or not 0 <= turn <= MAX_TURN:
         raise DataError(
             f'{origin}: "turn" must be a whole number from 0 on, got {shown(turn)}; the'
@@ -126,6 +127,8 @@ def _completion_examples(record: Record, origin: str, name: str) -> Iterator[Exa
     persona = _persona(record, origin, needed=False)
     if isinstance(prompt, (list, tuple)):
         talk = _talk(prompt, "prompt", origin)
+        # Speakers alternate. The user is last after an odd number of turns, or an even one where
+        # the assistant opens.
         if len(talk.turns) % 2 == talk.owner_opens:
             raise DataError(
                 f'{origin}: "prompt" ends with the assistant; it must end with the user'

@@ -36,6 +36,7 @@ def worked_examples(
     encoder = Encoder(tokenizer, room, replace(style, overflow="error"))
     # BOS comes once at the very beginning, not before each example.
     bos = int(encoder.template.begins_with_bos)
+    # Each is encoded with the BOS that is cut off below, so that token gets room of its own.
     encoder.max_tokens += bos
     # One example of a dialogue: two would show the same persona and mostly the same turns.
     for index in random.Random(seed).sample(range(len(train)), len(train)):

@@ -130,6 +130,7 @@ def build_store(
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     path = cache_root(cache_dir) / "examples" / key[:32]
+    # The description is written last, so where it is there the table is whole.
     if not (path / META).exists():
         started = time.monotonic()
         encoder = Encoder(tokenizer, max_tokens, style)
@@ -138,15 +139,20 @@ def build_store(
         try:
             _write(path, encoder, wanted, reserved, {"key": key, "source": source, **parts})
         except OSError as error:
-            if not (path / META).exists():  # else another process was first, with the same data
-                raise DataError(
-                    f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir"
-                ) from error
+            # Else another process was first, with the same data.
+            if not (path / META).exists():
+                raise _unwritable(path, error) from error
         seconds = time.monotonic() - started
         get_logger().info(f"tokenised {source} into {path} in {seconds:.1f} s")
     store = ExampleStore(path)
     _tell_what_was_cut(store, max_tokens, style)
     return store
+
+
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir"
+    )
 
 
 def _with_choices(

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
@@ -23,9 +23,6 @@ from spt_ds.data.mixture import Mixture
 from spt_ds.data.sampler import window_indices
 from spt_ds.errors import DataError
 from spt_ds.json_input import read_json
-
-if TYPE_CHECKING:
-    pass
 
 TABLE, META = "examples.arrow", "store.json"
 FEATURES = Features(
@@ -117,6 +114,7 @@ class ExampleStore:
         self.truncated = int((dropped > 0).sum())  # examples that lost turns
         self.choice_len = table.column("choice_len").to_numpy()  # of each example's longest answer
         self.cut = int(np.asarray(table.column("cut")).sum())  # whose persona or last turn was cut
+        # Only these columns: a row of the whole table would bring its texts along for every batch.
         self._ids = data.select_columns(["context_ids", "response_ids"]).with_format("arrow")
         self._texts = data.select_columns(["persona", "history"])
 

@@ -43,6 +43,7 @@ class Stretches:
         }
         ids: Any = tokenizer.convert_tokens_to_ids(list(added))
         self._id_of = dict(zip(added, ids, strict=True))
+        # A copy, because the stand-ins must not get into the tokenizer that the run decodes with.
         self._tokenizer = copy.deepcopy(tokenizer)
         self._tokenizer.add_tokens(
             [_ordinary(self._stand_in[token], original) for token, original in added.items()]

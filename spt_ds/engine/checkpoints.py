@@ -84,6 +84,7 @@ class Checkpoints:
         path = self.folder / name
         saved = dist.agreed(lambda: newest[1] if newest else checkpoint.load(path))
         engine = self.engine
+        # The file is the same on all ranks, so what does not fit fails on all of them alike.
         checkpoint.restore_trainables(engine.trainables, saved.trainables, path)
         checkpoint.restore_optimizer(engine.optimizer, engine.names, saved.optimizer, path)
         state = dist.agreed(lambda: _state_of(saved, path))
@@ -103,8 +104,11 @@ class Checkpoints:
         def write() -> None:
             if self.engine.world.rank == 0:
                 checkpoint.save(self.folder, self._contents(state))
+                # Older ones go only when the new one is whole on the disk.
                 checkpoint.prune(self.folder, settings.keep_last, state.best_step, state.step)
 
+        # `agreed` is the only collective here, and every rank comes to it: none can be left waiting
+        # for a rank whose disk is full.
         try:
             dist.agreed(write)
         except CheckpointError as error:  # raised on every rank together

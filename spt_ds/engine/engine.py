@@ -146,6 +146,7 @@ class Engine:
         loss = losses.balance(own + (everyone - own.detach()))
         (weight * loss).backward()
         last = len(losses.factors(self.config.losses)) - 1
+        # Every rank has the same loss, and the reduction adds them up.
         self.sums.losses[last] += loss.detach() / self.world.size
 
     def _raise_non_finite(self, step: int, window: Window, outs: list[MicroLosses]) -> NoReturn:
@@ -153,6 +154,7 @@ class Engine:
         for batch, out in zip(window.micro, outs, strict=True):
             wrong = (out.bad > 0) | ~torch.isfinite(out.scores).all(dim=0)  # [B]
             bad += [batch.indices[row] for row in wrong.nonzero().flatten().tolist()]
+        # A collective is safe here: the sums are the same on all ranks, so all of them are here.
         by_rank = [
             f"rank {rank}: examples {rows}"
             for rank, rows in enumerate(dist.gather_json(bad))
@@ -175,6 +177,7 @@ class Engine:
         names = [*list(losses.factors(settings))[:-1], *COUNTED]
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.world.device)
         for batch in batches:
+            # Divided by 1: the counts of the whole set are known at the end only.
             out: MicroLosses = self.backbone(self.spt.micro_losses, batch, 1, 1)
             weights = out.packed.weights.to(sums.dtype)  # [B], 0 for a filler
             tokens = weights * out.packed.response_tokens  # [B]

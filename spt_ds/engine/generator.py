@@ -44,6 +44,7 @@ from spt_ds.run.lock import only_start
 
 def plan_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
     """Cut the examples, longest first, into batches of like length, for any number of ranks."""
+    # Stable: examples of one length keep their order, and batches are the same everywhere.
     order = np.argsort(-lengths.astype(np.int64), kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -105,6 +106,8 @@ class Generator:
         dist.agreed(self._make_parts)
         done = set(dist.broadcast_json(sorted(self._finished()) if world.rank == 0 else None))
         batches = plan_batches(self.store.lengths.context, self.session.config.generate.batch_size)
+        # A batch with one missing reply is decoded as a whole: with other companions its rows would
+        # be rounded in another way.
         todo = [rows for rows in batches if not done.issuperset(rows)]
         rounds = -(-len(todo) // world.size)
         stream = ErrorStream()
@@ -133,6 +136,8 @@ class Generator:
     def _make_parts(self) -> None:
         try:
             self.parts.mkdir(parents=True, exist_ok=True)
+            # Each rank mends the file that it appends to. Files of ranks that this start does not
+            # have are read only.
             _drop_cut_line(self.own_part)
         except OSError as error:
             raise self._refused(self.parts, error) from error
@@ -205,6 +210,7 @@ class Generator:
     def _is_done(self, final: Path) -> bool:
         try:
             record = read_json(self.out.record)
+            # The digest too: a predictions file that somebody edited is made again.
             return [record["identity"], record["predictions_sha256"]] == [
                 self.identity,
                 sha256(final),
@@ -213,6 +219,7 @@ class Generator:
             return False
 
     def _merge(self, final: Path) -> None:
+        # By index, because a batch that was decoded again may be in the files of two ranks.
         lines = {line["index"]: line for line in self._read_parts()}
         missing = len(self.store) - len(lines)
         if missing:
@@ -234,6 +241,7 @@ class Generator:
                 "checkpoint": self.checkpoint,
                 "rows_per_example": self._rows_per_example,
             }
+            # The record is written last: its digest vouches for the file before it.
             config = self.session.config.model_dump(mode="json")
             write_whole(self.out.record, json.dumps({**record, "config": config}, indent=1) + "\n")
         except OSError as error:

@@ -56,6 +56,7 @@ class Metrics:
         """Drop lines of what a killed run did after its last checkpoint: it is done again."""
         if self._path.is_file():
             lines = self._path.read_bytes().split(b"\n")
+            # As pairs, because a step's training line (False) comes before its validation (True).
             first_lost = (step, True) if revalidates else (step + 1, False)
             kept = [line for line in lines if line and _mark(line) < first_lost]
             write_whole(self._path, "".join(f"{line.decode()}\n" for line in kept))

@@ -15,10 +15,14 @@ def build_optimizer(optim: OptimConfig, trainables: Trainables) -> torch.optim.A
     named = list(trainables.named_parameters())
     bank = [parameter for name, parameter in named if name.startswith("bank.")]
     rest = [parameter for name, parameter in named if not name.startswith("bank.")]
+    # The rate without schedule is kept in the group, because `set_lr` overwrites `lr` at every
+    # step.
     groups = [
         {"params": bank, "base_lr": optim.prompts_lr or optim.lr},
         {"params": rest, "base_lr": optim.lr},
     ]
+    # The bank comes first here and in `named_parameters`: checkpoints pair names and parameters by
+    # their order.
     return torch.optim.AdamW(
         groups,
         lr=optim.lr,

@@ -61,6 +61,7 @@ class ReplyText:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _holds_stop(self, tokens: list[int]) -> bool:
+        # All of the reply is decoded each time: a stop text may run over several tokens.
         text = self._decoded(tokens)
         return any(stop in text for stop in self.stop)
 

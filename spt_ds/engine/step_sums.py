@@ -40,7 +40,8 @@ class StepSums:
         """Add one micro-batch; the last loss of an objective is that of a whole window."""
         self.losses[: len(out.parts)] += out.parts
         self.bad += out.bad.sum()
-        # A filler row has weight 0 and so chooses no prompt.
+        # A filler row has weight 0 and so chooses no prompt. A GPU adds in any order, but sums of 0
+        # and 1 are exact.
         self.usage.index_add_(0, out.scores.argmax(dim=0), out.packed.weights)
 
 

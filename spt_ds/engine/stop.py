@@ -44,7 +44,10 @@ class StopRequests:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason == "SIGINT":
-            os._exit(130)  # asked twice by hand: end now, the last checkpoint is the state
+            # Asked twice by hand: end now. The last checkpoint is the state of the run.
+            os._exit(130)
+        # Only noted: the signal may have come in the middle of a collective, and the loop acts
+        # after it.
         self.reason = signal.Signals(number).name
 
     def poll(self) -> tuple[float, float]:
@@ -60,5 +63,6 @@ class StopRequests:
 def _take(path: Path) -> bool:
     there = path.exists()
     if there:
+        # The user may take it back in the same moment.
         path.unlink(missing_ok=True)
     return there

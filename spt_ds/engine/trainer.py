@@ -71,6 +71,8 @@ def open_trainer(
         # Only now: an unusable base or DeepSpeed file leaves no folder.
         dist.agreed(lambda: claim() if leads else None)
         session = open_session(config, base, placement, world)
+        # The lock was entered first, so it is released last: no other start comes in while this one
+        # cleans up.
         closing.callback(session.sharding.close)
         train, valid = open_split(session, "train"), open_split(session, "valid")
         total = steps_of(config, len(train))
@@ -151,6 +153,8 @@ class Trainer:
             )
             self.state = self.state.advance()
             self._record(out)
+            # A stop comes before this step's validation, and `_done` validates the last step
+            # itself.
             if out.stop or self.state.step == self.total:
                 break
             validated = self._due(self.config.train.eval_every_steps)
@@ -213,6 +217,7 @@ class Trainer:
                 "world_size": self.engine.world.size,
                 "trained_parameters": trained,
             }
+            # Last of all: whoever finds this file may rely on the checkpoint.
             write_whole(self.folder.done, json.dumps(summary, indent=2))
             get_logger().info(f"done: {self.state.step} steps; run folder {self.folder}")
         return EXIT_DONE

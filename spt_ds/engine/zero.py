@@ -31,7 +31,8 @@ class Sharding:
     def __init__(self, plan: ZeroPlan, device: torch.device) -> None:
         self.plan = plan
         self.device = device
-        self._loading: Any = None  # while it lives, `from_pretrained` shards: in the whole process
+        # While it lives `from_pretrained` shards, anywhere in the process.
+        self._loading: Any = None
         self._engine: Any = None
 
     @property
@@ -101,12 +102,32 @@ class Sharding:
         for module in root.modules():
             if type(module) is nn.Linear:
                 module.__class__ = FrozenLinear
+        if self.plan.offload != "nvme":  # its swapper has buffers for a few weights at a time
+            _gather_whole_layers(root)
         self._engine = deepspeed.initialize(model=root, config=self.plan.engine_config)[0]
         self._loading = None
         # The engine's own forward refuses a plain `loss.backward()`; the module has the hooks that
         # gather and release.
         wrapped: nn.Module = self._engine.module
         return wrapped
+
+
+def _gather_whole_layers(root: nn.Module) -> None:
+    """Let DeepSpeed gather and release each decoder layer as one.
+
+    Its hooks cost the host time in every module that they are in. A layer has a dozen modules, and
+    they all compute together: one gather of all its weights waits no longer than the first of many.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    # The classes that transformers never splits over devices are its decoder layers.
+    names = [
+        name
+        for module in root.modules()
+        for name in getattr(module, "_no_split_modules", None) or ()
+    ]
+    if names:
+        set_z3_leaf_modules(root, sorted(set(names)), raise_if_not_found=False)
 
 
 def _rename_bytes(module: nn.Module) -> None:

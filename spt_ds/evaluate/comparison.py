@@ -167,6 +167,7 @@ def compare(
     other settings than the baseline.
     """
     given = [*([] if baseline is None else [baseline]), *runs]
+    # By their resolved paths: a baseline that is also among the runs is read once.
     folders = list({Path(folder).resolve(): Path(folder) for folder in given}.values())
     scored = [read_run(folder) for folder in folders]
     for run in scored[1:]:
@@ -200,6 +201,7 @@ def _check_comparable(base: ScoredRun, other: ScoredRun) -> None:
 def _group(name: str, runs: list[ScoredRun]) -> Group:
     shared = [m.key for m in METRICS if all(m.key in run.scores.values for run in runs)]
     columns = {key: [run.scores.values[key] for run in runs] for key in shared}
+    # fsum rounds once, so the order of the runs does not change the mean.
     mean = {key: math.fsum(values) / len(values) for key, values in columns.items()}
     std = (
         {key: statistics.stdev(values) for key, values in columns.items()} if len(runs) > 1 else {}
@@ -210,6 +212,7 @@ def _group(name: str, runs: list[ScoredRun]) -> Group:
 def _tests(group: Group, baseline: Group) -> dict[str, Paired]:
     """The group minus the baseline, by metric; empty where predictions or dialogues are missing."""
     ours, theirs = _metrics(group), _metrics(baseline)
+    # The mean of a row is over all of its runs. A test on some of them would be of another number.
     if len(ours) < len(group.runs) or len(theirs) < len(baseline.runs):
         return {}
     return tested_gains(ours, theirs)
@@ -240,6 +243,7 @@ def _notes(group: Group) -> Iterator[str]:
 
 
 def _percent(gain: float, base: float) -> float | None:
+    # A base near 0 can make the quotient infinite, which no table and no JSON file can hold.
     percent = 100.0 * gain / base if base else math.inf
     return percent if math.isfinite(percent) else None
 

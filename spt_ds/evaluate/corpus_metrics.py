@@ -69,7 +69,8 @@ def tested_gains(
         check_same_examples(files[0].file, other.file)
     if max(files[0].file.units) == 0:
         return {}
-    apart = {"prompt_entropy"}  # banks of two sizes have no common table of counts
+    # Banks of two sizes have no common table of counts.
+    apart = {"prompt_entropy"}
     if other_tokens(files):
         apart.add("ppl_token")
     return {
@@ -106,6 +107,7 @@ def corpus_metrics(
         **_diversity(replies, ead_vocabulary),
         **_reply_lengths(replies),
     }
+    # As functions: what is skipped is never computed, and a missing library is never imported.
     families: tuple[tuple[str, str | None, Callable[[], dict[str, Statistic]]], ...] = (
         (
             "ROUGE",
@@ -128,6 +130,8 @@ def corpus_metrics(
         else:
             skipped[name] = missing
     dialogues = file.units
+    # Dialogues are the units of every interval: the turns of one share a persona and are no
+    # independent draws.
     of_dialogues = {
         metric.key: grouped(of_examples[metric.key], dialogues)
         for metric in METRICS
@@ -142,6 +146,8 @@ def prompt_rows(file: PredictionFile[Any]) -> Floats:
     K is the number of scores, or without scores one more than the largest prompt seen.
     """
     chosen = [row.prompt for row in file.rows if row.prompt is not None]
+    # A prompt that never spoke is known from the scores alone, and entropy needs the size of the
+    # bank.
     bank = len(file.rows[0].scores) or max(chosen, default=-1) + 1
     rows = np.zeros((len(chosen), bank))
     rows[np.arange(len(chosen)), chosen] = 1.0
@@ -190,6 +196,8 @@ def _perplexity(file: PredictionFile[Any]) -> dict[str, Statistic]:
     nll = np.asarray([row.nll_sum for row in file.rows], dtype=np.float64)
     tokens = np.asarray([row.nll_tokens for row in file.rows], dtype=np.float64)
     words = np.asarray([len(row.reference.split()) for row in file.rows], dtype=np.float64)
+    # Sums over sums, so that each token counts the same. A mean of per-reply perplexities would be
+    # led by the few worst ones.
     return {"ppl_token": ratio(nll, tokens, np.exp), "ppl_word": ratio(nll, words, np.exp)}
 
 

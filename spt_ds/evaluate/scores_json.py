@@ -112,6 +112,7 @@ def load_scores(path: Path) -> Scores:
             f"{path}: {key}: {shortened(fault['msg'])}; write the file again with: spt-ds evaluate"
             f" {path.parent}"
         ) from error
+    # pydantic takes NaN and 1e300 for numbers; tables and differences of scores do not.
     numbers = [*scores.values.values(), *itertools.chain(*scores.intervals.values())]
     if not all(abs(number) <= LARGEST for number in numbers):  # false for what is no number too
         raise DataError(
@@ -133,5 +134,6 @@ def _lengths(metrics: CorpusMetrics) -> dict[str, dict[str, float]]:
 
 
 def _versions() -> dict[str, str]:
+    # Not by import: bert-score would load torch for its version alone.
     present = [name for name in LIBRARIES if find_spec(name.replace("-", "_")) is not None]
     return {name: metadata.version(name) for name in present}

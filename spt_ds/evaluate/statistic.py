@@ -44,6 +44,8 @@ class Sums:
 
     def leave_one_out(self) -> Floats:
         """The metric `[U]` over all units but one, for each one."""
+        # One subtraction per unit instead of a sum over the others, because the metric is a
+        # function of sums.
         return self.finish(self.rows.sum(axis=0) - self.rows)
 
     def of(self, units: Sequence[int]) -> Sums:
@@ -135,6 +137,7 @@ def grouped(statistic: Statistic, groups: Sequence[int]) -> Statistic:
     count = max(groups) + 1
     if isinstance(statistic, Sums):
         rows = np.zeros((count, statistic.rows.shape[1]))
+        # Not `rows[groups] += ...`, which adds a group that comes several times only once.
         np.add.at(rows, np.asarray(groups), statistic.rows)
         return replace(statistic, rows=rows)
     grams: list[list[str]] = [[] for _ in range(count)]

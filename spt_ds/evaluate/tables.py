@@ -89,6 +89,7 @@ def write_files(
     written.
     """
     texts = {
+        # NaN is no JSON. Python would write it, and other readers would fail on the file.
         "json": json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "csv": long.csv(),
         "md": wide.markdown(),

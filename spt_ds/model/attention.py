@@ -55,6 +55,7 @@ class Layout:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """q [1, H, N, E], k and v [1, G, N, E] -> [1, N, H, E], causal within each row."""
+        # The branches take no gradient to these, so nothing here needs a graph.
         if self.record:
             self.recorded[layer] = (k.detach(), v.detach())
         if self.backend in ("varlen", "flash"):
@@ -150,6 +151,8 @@ class Branches(Layout):
         to_context = own_q.flatten(2, 4) @ _precise(context_k).transpose(2, 3)
         to_context = to_context.view(*own_q.shape[:5], -1)
         to_own = (own_q @ own_k.transpose(4, 5)).masked_fill(self.future[:n, :n], float("-inf"))
+        # The scores of both parts share one softmax, so they are joined. To join the keys instead
+        # would copy the context once per branch.
         weights = _softmax(torch.cat([to_context, to_own], dim=5), scale).to(v.dtype)
         on_context, on_own = weights.split([context_k.shape[2], n], dim=5)
         out = (on_context.flatten(2, 4) @ context_v).view(own_q.shape) + on_own @ own_v
@@ -177,6 +180,8 @@ class _RowByRow(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.layout, ctx.layer, ctx.scale = layout, layer, scale
+        # Heads last, as transformers reads the result. Each row writes through a transposed view,
+        # so that no row is copied again.
         out = v.new_empty(1, q.shape[2], q.shape[1], v.shape[3])  # [1, N, H, E]
         rows = zip(
             *(tensor.split(layout.lens, dim=2) for tensor in (out.transpose(1, 2), q, k, v)),
@@ -195,12 +200,16 @@ class _RowByRow(torch.autograd.Function):
             tensor.split(layout.lens, dim=2) for tensor in (grads[0].transpose(1, 2), *saved, *into)
         )
         for row, (grad, *inputs_and_targets) in enumerate(zip(*pieces, strict=True)):
+            # The graph of one row at a time, freed before the next. A backward pass runs without
+            # grad mode, so it is switched on.
             own = [tensor.detach().requires_grad_() for tensor in inputs_and_targets[:3]]
             with torch.enable_grad():
                 out = layout.attend_row(row, ctx.layer, own[0], own[1], own[2], ctx.scale)
             parts = torch.autograd.grad(out, own, grad)
             for target, part in zip(inputs_and_targets[3:], parts, strict=True):
                 target.copy_(part)
+        # A context gets no gradient: its keys and values are in `layout`, which is no tensor that
+        # autograd follows. Nothing that trains precedes a context.
         return (*into, None, None, None)
 
 
@@ -220,12 +229,15 @@ def packed_attention(
             f"{type(module).__name__} does not hand keywords on to its attention: packed rows need"
             " that"
         )
+    # Up to this length a sliding window hides nothing, so a row needs no mask but the causal one. A
+    # longer row would be read wrongly without an error.
     window = kwargs.get("sliding_window")
     if window is not None and layout.reach > window:
         raise ModelError(
             f"rows of {layout.reach} tokens exceed this base's sliding window of {window}; lower"
             " data.max_tokens"
         )
+    # SDPA has no argument for these: to pass over them would give other numbers and no error.
     for unsupported in ("softcap", "s_aux"):
         if kwargs.get(unsupported) is not None:
             raise ModelError(

@@ -166,6 +166,7 @@ def _compare(backbone: Backbone, what: str, ours: Logits, own: Logits) -> float:
     """Return the largest difference, of a row's largest logit; refuse one above the tolerance."""
     gaps = [(a - b).abs().max() / b.abs().max() for a, b in zip(ours, own, strict=True)]
     gap, allowed = float(torch.stack(gaps).max()), TOLERANCE[own[0].dtype]
+    # Not `gap > allowed`: logits that are NaN must be refused too.
     if not gap <= allowed:
         raise ModelError(
             f"{type(backbone.lm).__name__}: {what} give other logits than the base's own forward"

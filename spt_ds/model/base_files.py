@@ -56,6 +56,7 @@ def base_path(name: str) -> str:
     """Return the folder or hub id of `model.base`; `embedded` is the base that is shipped."""
     if name == "embedded":
         return str(resources.files("spt_ds") / "assets" / "base")
+    # A hub id has one slash at most, as in `org/name`.
     looks_local = name.startswith((".", os.sep)) or name.count("/") > 1
     if os.sep in name and looks_local and not os.path.exists(name):
         raise ModelError(
@@ -80,6 +81,7 @@ def check_settings(path: str, revision: str | None, *, needed: bool = True) -> N
             f"model.base: {CONFIG} of {path} has {redirects[0]}, which names files outside a base's"
             " own; remove the key and store the weights as model.safetensors"
         )
+    # transformers would follow it to the base that the adapter names, which was not checked.
     if _file(path, revision, "adapter_config.json") is not None:
         raise ModelError(
             f"model.base: {path} holds an adapter (adapter_config.json), not a base; merge it into"
@@ -204,6 +206,7 @@ def weight_files(path: str, revision: str | None, *, pickled: bool) -> list[str]
             f"model.base: no weights can be loaded from {path}: it holds shards of a training state"
             " (shard-...); store the weights as model.safetensors"
         )
+    # In this order, so that a pickle is read only where a base has no safetensors file.
     names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
     if pickled:
         names += [WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
@@ -300,5 +303,6 @@ def _shapes(file: str) -> Shapes:
         with safe_open(file, framework="pt") as handle:
             keys = list(handle.keys())
             return {key: tuple(handle.get_slice(key).get_shape()) for key in keys}
+    # On the meta device a tensor has a shape and no numbers, however large it is.
     tensors = torch.load(file, map_location="meta", weights_only=True)
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}

@@ -166,6 +166,7 @@ class _HeadLoss(torch.autograd.Function):
             logits = product(chunk, weight, room[: len(chunk)])
             if bias is not None:
                 logits += bias if bias_scale is None else bias_scale[part, None] * bias
+            # Read first: the next lines turn `logits` into exponentials in place.
             picked = logits.gather(1, targets[part, None])[:, 0]
             top = logits.amax(dim=1, keepdim=True)
             weights = logits.sub_(top).exp_()
@@ -173,6 +174,7 @@ class _HeadLoss(torch.autograd.Function):
             losses[part] = (total.log() + top)[:, 0] - picked
             if wants_hidden or wants_scale:
                 slope = weights.div_(total)  # softmax minus one-hot: d loss / d logits
+                # One target per row: no two additions meet, so their order on a GPU cannot matter.
                 slope.scatter_add_(1, targets[part, None], slope.new_full((len(slope), 1), -1.0))
                 if grad_hidden is not None:
                     rounded = slope if slopes is room else slopes[: len(chunk)].copy_(slope)

@@ -100,6 +100,8 @@ def stored_lm(config: ModelConfig, base: PretrainedConfig, path: str, dtype: tor
         attn_implementation=PACKED,
         revision=config.revision,
         trust_remote_code=False,
+        # None takes what is there, safetensors first. True refuses a pickle even where nothing else
+        # is.
         use_safetensors=None if config.allow_pickle else True,
     )
 
@@ -120,14 +122,17 @@ def check_weights(config: ModelConfig, base: PretrainedConfig) -> None:
     layer instead.
     """
     path = base_path(config.base)
+    # The cheap refusals come first: the weight files of a hub base may be downloaded next.
     _refuse_other_quantisation(base, config, path)
     generation_config(config, path)
     files = weight_files(path, config.revision, pickled=config.allow_pickle)
+    # From here on the number of stored tensors bounds what config.json may ask for.
     shapes = stored_shapes(path, files)
     with (
         _reading(f"config.json of {path} describes no model that can be built"),
         torch.device("meta"),
-        set_quantized_state(),  # keeps transformers from sharding weights that are not there
+        # Keeps transformers from sharding weights that are not there.
+        set_quantized_state(),
         _modules_of(len(shapes), path),
     ):
         empty = new_lm(base)

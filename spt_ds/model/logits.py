@@ -33,6 +33,7 @@ class FuseRows(LogitsProcessor):
         """logits [K * B, V], prompt-major -> the same shape."""
         count, size = self.weights.shape
         weights = self.weights.to(logits.dtype)
+        # All K rows get the mixture. They then choose the same token and stay one reply.
         mixed = torch.einsum("kb,kbv->bv", weights, logits.view(count, size, -1))
         return mixed.repeat(count, 1)
 
@@ -52,6 +53,7 @@ class MixRows(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """logits [K * B, V], prompt-major -> the same shape."""
         count, size = self.weights.shape
+        # At the first call `input_ids` has no column yet, because a row of embeddings has no ids.
         if self._told is not None:
             tokens = input_ids[:, -1].view(count, size, 1)
             self._posterior = self._posterior + self._told.gather(2, tokens)[..., 0]
@@ -77,6 +79,8 @@ class GumbelNoise(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """logits [rows, V] -> the same shape."""
+        # A generator is read once per token, so its n-th draw belongs to the n-th token of the
+        # reply. It is one of the CPU, whose numbers do not depend on the GPU.
         # Drawn once per key and position: fused rows share it, as they share the token.
         drawn = {
             key: -torch.empty(logits.shape[1]).exponential_(generator=generator).log()
@@ -99,6 +103,8 @@ def constraints(
         steps.append(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
     if options.min_new_tokens:
         least = options.min_new_tokens
+        # The prompt has length 0 here: `input_ids` holds new tokens alone where rows are
+        # embeddings.
         steps.append(MinNewTokensLengthLogitsProcessor(0, least, list(ends), device=str(device)))
     return steps
 
@@ -116,4 +122,5 @@ def sampling(
         steps.append(TopKLogitsWarper(options.top_k))
     if options.top_p < 1.0:
         steps.append(TopPLogitsWarper(options.top_p))
+    # The noise comes last: what top_k and top_p removed is at -inf, where no noise brings it back.
     return [*steps, GumbelNoise(keys, seed)]

@@ -58,6 +58,7 @@ def selection(
 
     The gold side is detached: the retriever learns from the losses, not the other way round.
     """
+    # Both sides stay logarithms: a prompt whose share underflows to 0 would give 0 * log 0, a NaN.
     gold = (-nll.detach() / tau_gold).log_softmax(dim=0)
     similar = (scores / tau_sim).log_softmax(dim=0)
     return (gold.exp() * (gold - similar)).sum(dim=0)
@@ -72,6 +73,8 @@ def mixture(
     negative log-likelihood of a reply by one prompt drawn from pi; a larger T lets more prompts
     learn from each reply. The gradient weighs each prompt by its posterior share.
     """
+    # S is a sum over a whole reply. exp(-S) of a hundred nats is 0 in fp32, so the sum over prompts
+    # is taken of logarithms.
     prior = (scores / tau_sim).log_softmax(dim=0)
     return -temperature * (prior - totals / temperature).logsumexp(dim=0)
 

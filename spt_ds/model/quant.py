@@ -28,9 +28,13 @@ from bitsandbytes.functional import create_dynamic_map, get_4bit_type  # noqa: E
 # On the host pieces are small: layers come to lie between freed pieces, and the C library cannot
 # give those holes back. Pieces of 2^20 left 700 MiB of holes in a base of 160 MiB.
 CHUNK = {"cpu": 2**16, "cuda": 2**20}
-SCALE_BLOCK = 256  # scales that share one scale under double quantisation, as in bitsandbytes
-ALIGN_BYTES = 4  # ZeRO-3 views partitions as 16-bit and 32-bit numbers in places
+# Scales that share one scale under double quantisation, as in bitsandbytes.
+SCALE_BLOCK = 256
+# ZeRO-3 views partitions as 16-bit and 32-bit numbers in places.
+ALIGN_BYTES = 4
 
+# The kernels and not bitsandbytes' layers, which keep scales outside the weight: ZeRO-3 would leave
+# those whole on every rank.
 _ops: Any = torch.ops.bitsandbytes
 
 
@@ -116,12 +120,15 @@ def quantise(
                 values, code_book("int8", device), packing.block_size
             )
         else:
+            # Two 4-bit codes share a byte, so an odd number of weights gets a zero behind it.
             values = nn.functional.pad(values, (0, values.numel() % 2))
             quantised, absmax = _ops.quantize_4bit(
                 values, packing.block_size, packing.book, torch.uint8
             )
         codes[bytes_], scales[blocks] = quantised.view(-1), absmax
     if packing.double_quant:
+        # Scales are all positive, and the code book has values of both signs: without their mean
+        # half of it would not be used.
         offset = scales.mean()
         quantised, absmax = _ops.quantize_blockwise(
             scales - offset, code_book("int8", device), SCALE_BLOCK
@@ -141,7 +148,8 @@ def _error(flat: torch.Tensor, packed: torch.Tensor, packing: Packing) -> float:
             codes[bytes_], scales[blocks], (1, values.numel()), packing, torch.float32
         )
         wrong += float((got[0] - values).square_().sum())
-        total += float(values.square().sum())  # not in place: `values` may be the weight itself
+        # Not in place: `values` may be the weight itself.
+        total += float(values.square().sum())
     return (wrong / total) ** 0.5 if total else 0.0
 
 

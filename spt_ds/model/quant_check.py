@@ -54,6 +54,7 @@ def layers_checked(lm: nn.Module) -> Iterator[None]:
         return forward
 
     for name, layer in layers.items():
+        # Not a forward hook: ZeRO-3's own hook is older, runs first and releases the bytes.
         layer.forward = checked(name, layer)  # type: ignore[method-assign,assignment]
     try:
         yield
@@ -76,6 +77,7 @@ def _fault(layer: QuantLinear, x: torch.Tensor, out: torch.Tensor) -> str:
         return "its bytes are not those that were loaded"
     weight = reference(layer.stored, layer.shape, layer.packing, x.dtype)
     gap = _largest_gap(layer.dequantised(x.dtype), weight)
+    # Not `gap > ROUNDINGS`: a NaN must count as a fault.
     if not gap <= ROUNDINGS:
         return f"a dequantised weight is {gap:.3g} units in the last place off"
     precise = torch.promote_types(x.dtype, torch.float32)
@@ -114,6 +116,7 @@ def reference(
     for part, bytes_, blocks in chunks(numel, packing, packed.device):
         index = codes[bytes_].long()
         if packing.bits == 4:
+            # The first weight of a pair is in the high half of its byte.
             index = torch.stack([index >> 4, index & 15], dim=1).view(-1)
         values = book[index[: part.stop - part.start]]
         out[part] = (

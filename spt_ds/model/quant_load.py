@@ -63,7 +63,8 @@ def skeleton(base: PretrainedConfig, dtype: torch.dtype) -> Any:
     """The causal LM of `base` with real buffers and with Parameters that have no memory."""
     with (
         _parameters_on_meta(),
-        set_quantized_state(),  # keeps transformers from sharding empty weights
+        # Keeps transformers from sharding empty weights.
+        set_quantized_state(),
     ):
         return new_lm(base, dtype).eval()
 
@@ -77,6 +78,8 @@ def _parameters_on_meta() -> Iterator[None]:
             param = _frozen(param.detach().to("meta"))
         original(module, name, param)
 
+    # Not `torch.device("meta")`: it would take the numbers of the buffers too, and no checkpoint
+    # holds those (the frequencies of RoPE).
     nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
     try:
         yield
@@ -94,15 +97,18 @@ def finished_modules(
     quantised here.
     """
     packing, to_quantise = Packing.of(config), _layers_to_quantise(lm, config)
-    done: dict[
-        int, tuple[nn.Parameter, nn.Parameter]
-    ] = {}  # meta -> real; holding both keeps their ids apart
+    # Empty weight -> real one. Both are held, so that no id is given to another weight.
+    done: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    # `named_modules` lists parents first. The list is made before the loop, because quantised
+    # layers replace modules of the tree.
     for name, module in reversed(list(lm.named_modules())):
         empty = {key: p for key, p in module.named_parameters(recurse=False) if id(p) not in done}
         tensors = source(name, module) if empty else {}
         if name in to_quantise:
             assert isinstance(module, nn.Linear)
             if "packed" in tensors:
+                # A copy, because the source is a mapped file: a view would hold on to the file's
+                # pages.
                 packed = tensors["packed"].to(device, copy=True)
             else:
                 packed, errors[name] = quantise(tensors["weight"], packing, device)
@@ -118,6 +124,8 @@ def finished_modules(
                 done[id(meta)] = meta, _frozen(tensors[key].to(device, meta.dtype, copy=True))
             for key, meta in list(module.named_parameters(recurse=False)):
                 setattr(module, key, done[id(meta)][1])
+        # A module whose weights are all shared was filled by the first owner and has nothing to
+        # shard.
         if empty:
             yield name, module
 

@@ -59,6 +59,8 @@ def _draw(lm: Any, name: str, module: nn.Module, device: torch.device) -> dict[s
         )
         for key, p in module._parameters.items()
     }
+    # Keyed by the module's name: the numbers do not depend on the order of layers, nor on what was
+    # drawn before. The process's own generator is left alone.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(keyed_seed(0, f"base:{name}"))
         lm._init_weights(drawn)
@@ -71,6 +73,8 @@ class _Checkpoint:
     def __init__(self, lm: Any, path: str, files: Iterable[Mapping[str, torch.Tensor]]) -> None:
         self.path = path
         stored = [(key, file) for file in files for key in file]
+        # A folder of `spt-ds quantize` has the model's own names, and `packed`, which no renaming
+        # knows.
         renamed = not hasattr(lm.config, SECTION)
         self.holders = (
             _by_model_name(lm, stored, path)
@@ -81,6 +85,7 @@ class _Checkpoint:
         for name, parameter in lm.named_parameters(remove_duplicate=False):
             self.aliases.setdefault(id(parameter), []).append(name)
         self._check(lm)
+        # Some bases store buffers. No module's own weights include them, so they are filled here.
         for name, buffer in lm.named_buffers():
             if name in self.holders:
                 buffer.copy_(self._read(name))
@@ -89,6 +94,7 @@ class _Checkpoint:
         out = {}
         for key, like in module.named_parameters(recurse=False):
             stored = next((n for n in self.aliases[id(like)] if n in self.holders), None)
+            # `_check` has shown that nothing is missing: this weight is stored in packed form.
             if stored is None:
                 out["packed"] = self._read(f"{name}.packed")
                 continue
@@ -138,7 +144,8 @@ def _by_model_name(
 def _open(file: str) -> Mapping[str, torch.Tensor]:
     if file.endswith(".safetensors"):
         return _SafeFile(file)
-    if not zipfile.is_zipfile(file):  # written before torch 1.6: it cannot be mapped
+    # A file from before torch 1.6, which cannot be mapped.
+    if not zipfile.is_zipfile(file):
         raise ValueError(
             f"{file} is in a format that can only be loaded whole; convert it to safetensors"
         )

@@ -47,6 +47,8 @@ class Retriever(nn.Module):
         if keys:
             self.keys = nn.Parameter(torch.randn(keys, size, generator=generator) * size**-0.5)
         else:
+            # A shared layer is one module under two names. `named_parameters` lists it once, so
+            # optimizer and checkpoints hold it once.
             self.prompt = self.context if shared else _linear(size, generator)
         self.activation = activation
 

@@ -83,6 +83,7 @@ def build_trainables(
     Must run inside a call of the root module: it reads rows of the (possibly sharded) embedding
     table. `init_ids` are the token ids of `prompts.init_texts`.
     """
+    # A generator of the CPU, whatever the device: the first values do not depend on the hardware.
     generator = torch.Generator().manual_seed(seed)
     shape = (config.prompts.count, config.prompts.tokens, backbone.embed_size)
     device = backbone.lm.get_input_embeddings().weight.device

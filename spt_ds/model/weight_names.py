@@ -35,6 +35,7 @@ def model_names(lm: Any, keys: Iterable[str], path: str) -> dict[str, tuple[str,
         name, converter = rename_source_key(
             key, renamings, converters, lm.base_model_prefix, expected
         )
+        # A renaming meant for older files may also fit a key that has the model's own name already.
         if name not in expected and key in expected:
             name, converter = key, None
         if name in expected:
@@ -91,6 +92,7 @@ def check_shapes(lm: Any, stored: Shapes, path: str) -> None:
     expected = lm.state_dict()
     ignored = lm._keys_to_ignore_on_load_missing or ()
     missing = []
+    # Tied weights are stored once, under any of their names.
     for alias in aliases(lm):
         held = [name for name in alias if name in by_name or name in merged]
         if not held and not any(re.search(pattern, alias[0]) for pattern in ignored):

@@ -62,22 +62,21 @@ def place_base(config: Config, needs: Needs, world_size: int, memory: Memory) ->
     asked = config.engine.placement
     if asked != "auto":
         return asked, f"placement: {asked} (as configured)"
-    host_bytes, gathered = memory.host_bytes, needs.resident["zero3_offload"]
-    room = memory.rank_bytes - FIXED_BYTES - needs.trainables - needs.recomputed
+    host_bytes = memory.host_bytes
     sizes = (
         f"base {needs.base / GIB:.2f} GiB at {config.model.base_bits} bits,"
-        f" {max(room, 0) / GIB:.2f} GiB left for it on each rank"
+        f" {max(room(needs, memory), 0) / GIB:.2f} GiB left for it on each rank"
     )
     kind: Kind
     if config.method.type in TRAIN_THE_BASE:
-        if needs.base > room:
+        if not fits("replicate", needs, world_size, memory):
             raise EngineError(_no_room_to_train(config, sizes))
         kind, why = "replicate", f"method.type: {config.method.type} trains weights in it"
-    elif needs.base <= room:
+    elif fits("replicate", needs, world_size, memory):
         kind, why = "replicate", "sharding would only add communication"
-    elif world_size > 1 and needs.resident["zero3"] <= room:
+    elif fits("zero3", needs, world_size, memory):
         kind, why = "zero3", f"a share of 1/{world_size} and what is gathered fit"
-    elif host_bytes is not None and gathered <= room and needs.share <= host_bytes - FIXED_BYTES:
+    elif host_bytes is not None and fits("zero3_offload", needs, world_size, memory):
         kind = "zero3_offload"
         why = (
             f"a share of 1/{world_size} and what is gathered do not fit; the share,"
@@ -87,10 +86,26 @@ def place_base(config: Config, needs: Needs, world_size: int, memory: Memory) ->
     else:
         need = (
             f"a share of 1/{world_size} is {needs.share / GIB:.2f} GiB, what is gathered at one"
-            f" time {gathered / GIB:.2f} GiB"
+            f" time {needs.resident['zero3_offload'] / GIB:.2f} GiB"
         )
         raise EngineError(_no_place(f"{sizes}; {need}", host_bytes))
     return kind, f"placement: {kind} ({sizes}: {why})"
+
+
+def room(needs: Needs, memory: Memory) -> int:
+    """Bytes that are left for the base on a rank whose layers are recomputed."""
+    return memory.rank_bytes - FIXED_BYTES - needs.trainables - needs.recomputed
+
+
+def fits(kind: Kind, needs: Needs, world_size: int, memory: Memory) -> bool:
+    """Whether the base can live there, in the memory that `auto` plans with."""
+    if kind == "zero3" and world_size == 1:
+        return False
+    if kind == "zero3_offload":
+        host_bytes = memory.host_bytes
+        if host_bytes is None or needs.share > host_bytes - FIXED_BYTES:
+            return False
+    return needs.resident[kind] <= room(needs, memory)
 
 
 def _no_room_to_train(config: Config, sizes: str) -> str:

@@ -98,7 +98,8 @@ class _Checker:
         """Check `tree` and return its plan; raise ConfigError with all problems."""
         acting = self.walk("", tree)
         zero = acting.setdefault("zero_optimization", {})
-        if self.found.problems:  # the checks across keys need well-formed values
+        # The checks across keys need well-formed values.
+        if self.found.problems:
             self.fail()
         stage, offload = (
             zero.setdefault("stage", 0),
@@ -163,6 +164,8 @@ class _Checker:
                 self.compare(path, key, value)
             elif key.use == "inert":
                 self.found.inert.append(path)
+            # "auto" is DeepSpeed's default, which it takes where a key is left out. Of these three
+            # keys it means ours, which `ds_machine` works out.
             elif value != "auto" or name in (
                 "nvme_path",
                 "zero_hpz_partition_size",
@@ -287,6 +290,7 @@ def _suggest(section: str, name: str) -> str:
         for home, table in SECTIONS.items()
         if word in table and home != section
     ]
+    # A key that exists elsewhere was put in the wrong place. It is no misspelling of one from here.
     if homes and best < 1:
         return f"it belongs in {' or '.join(homes)}"
     if best < 0.6:

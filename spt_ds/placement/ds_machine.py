@@ -139,6 +139,7 @@ def _nvme_folder(path: str | None) -> Path | None:
 
 
 def _async_io_builds() -> bool:
+    # It is only asked whether it could build: the build itself takes minutes.
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     return bool(AsyncIOBuilder().is_compatible(verbose=False))

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from spt_ds.config.method import SUFFIX_POSITIONS, TRAIN_THE_BASE
 from spt_ds.config.schema import Config
+from spt_ds.display import shown
 from spt_ds.errors import ModelError
 from spt_ds.placement.memory import GIB
 from spt_ds.placement.zero_plan import Kind
@@ -44,8 +45,15 @@ class BaseShape:
 
         def first(*names: str) -> int:
             for name in names:
-                if config.get(name) is not None:
-                    return int(config[name])
+                value = config.get(name)
+                if value is None:
+                    continue
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                    raise ModelError(
+                        f"the base's configuration: {name} is {shown(value)}, expected a whole"
+                        " number from 1 on"
+                    )
+                return value
             raise ModelError(
                 f"the base's configuration has none of {', '.join(names)}: its memory cannot be"
                 " planned"
@@ -222,5 +230,6 @@ def resident_bytes(shape: BaseShape, bits: int, kind: Kind, world_size: int) -> 
     base = shape.base_bytes(bits)
     if kind == "replicate":
         return base
+    # DeepSpeed counts elements. Those of a packed layer are bytes.
     gathered = min(base, LIVE_PARAMETERS * {32: 4, 16: 2}.get(bits, 1))
     return gathered + (base // world_size if kind == "zero3" else 0)

@@ -233,9 +233,11 @@ def _svg(figure: Any, name: str, alt: str, bound: str) -> Markup:
     body = re.search(r"<svg[^>]*>(.*)</svg>", text, re.DOTALL)
     assert box is not None, "matplotlib wrote no SVG"
     assert body is not None, "matplotlib wrote no SVG"
+    # matplotlib writes its date and version, and a style that would hold for the whole page.
     inner = re.sub(
         r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", body[1], flags=re.DOTALL
     )
+    # Ids must differ within a page, and matplotlib gives two plots the same ones.
     for old, new in (
         ('id="', f'id="{name}-'),
         ('xlink:href="#', f'href="#{name}-'),

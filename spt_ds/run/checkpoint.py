@@ -78,6 +78,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         temporary.mkdir()
         for name, data in (*files.items(), (MARKER, json.dumps(marker, indent=2).encode())):
             _write(temporary / name, data)
+        # Before the rename: a power cut must not leave the final name on a folder whose files are
+        # not there yet.
         sync(temporary)
         shutil.rmtree(final, ignore_errors=True)  # left by a kill without its marker
         temporary.rename(final)
@@ -95,6 +97,7 @@ def load(path: Path) -> Checkpoint:
     """Read and verify one checkpoint; raise CheckpointError saying what is wrong with it."""
     files = _verified(path)
     try:
+        # Parsed from the bytes that were verified: the files are not read a second time.
         state = load_json(files[STATE])
         tensors = load_tensors(files[TRAINABLES]), load_tensors(files[OPTIMIZER])
     except (SafetensorError, ValueError) as error:
@@ -125,6 +128,7 @@ def _name(step: object) -> str | None:
 
 def load_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
     """Return the newest good checkpoint of a run; a warning names each damaged one before it."""
+    # Names sort as the steps do, because the numbers are padded with zeros.
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             return path, load(path)
@@ -200,7 +204,8 @@ def prune(folder: Path, keep_last: int, best: int | None, saved: int) -> None:
     for path in complete[:-keep_last]:
         if best is None or path.name != f"step-{best:08d}":
             try:
-                (path / MARKER).unlink()  # first of all no longer a checkpoint, then gone
+                # The marker goes first: what a kill leaves behind is then no checkpoint.
+                (path / MARKER).unlink()
             except OSError as error:
                 raise CheckpointError(
                     f"{path}: cannot be removed ({error.strerror}); look at its owner"
@@ -236,6 +241,7 @@ def restore_optimizer(
     for key, value in tensors.items():
         name, _, kind = key.rpartition(".")
         moments.setdefault(name, {})[kind] = value
+    # All of them are checked before the first is put back.
     for name, kinds in moments.items():
         fits = name in named and all(
             value.shape == (torch.Size() if kind == "step" else named[name].shape)
@@ -249,6 +255,7 @@ def restore_optimizer(
     for name, kinds in moments.items():
         parameter = named[name]
         optimizer.state[parameter] = {
+            # AdamW keeps its step counts on the CPU, whatever the device of the parameter.
             kind: value.clone() if kind == "step" else value.to(parameter.device).clone()
             for kind, value in kinds.items()
         }

@@ -26,7 +26,8 @@ def run_command(
     args = parser.parse_args(argv)
     try:
         code = work(args) or EXIT_DONE
-        flush_output()  # a disk that refuses it is noticed here, and not after the exit code
+        # A disk that refuses the output is noticed here, before there is an exit code.
+        flush_output()
         return code
     except SptError as error:
         told = error
@@ -35,7 +36,8 @@ def run_command(
             raise
         told = mended
     with contextlib.suppress(SptError):
-        flush_output()  # what was printed before stands before the error, also in a log
+        # What was printed before must come before the error, in a log too.
+        flush_output()
     print(f"{parser.prog}: {told}", file=sys.stderr)
     return EXIT_USER_ERROR
 

@@ -167,6 +167,8 @@ class RunFolder:
         self.check(config)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            # First of all: at no moment may it vouch for a configuration that it was not written
+            # under.
             self.done.unlink(missing_ok=True)
             write_whole(self.config, dump_config(config))
             write_whole(self.environment, json.dumps(environment(), indent=2))

@@ -97,7 +97,8 @@ def _explained(error: Exception) -> tuple[str, bool]:
 
 def exit_with(code: int) -> None:
     """End the process now, even where a thread still waits for a dead rank."""
-    with contextlib.suppress(SptError):  # a full disk behind the output changes no code
+    # A full disk behind the output changes no exit code.
+    with contextlib.suppress(SptError):
         flush_output()
     sys.stderr.flush()
     os._exit(code)
@@ -136,13 +137,15 @@ def _speak(folder: RunFolder | None, message: str, host: str = "") -> None:
                 if cause.exists():
                     return
                 cause.parent.mkdir(exist_ok=True)
+                # Made only where it is not there yet: of two ranks that fail together one gets it.
                 cause.with_name(cause.name + (host and f"-{host}")).touch(exist_ok=False)
             except FileExistsError:
                 return
             except OSError:
                 pass  # a full disk must not hide the message
         elif _rank() != "0":
-            return  # there is no folder yet: what fails this early fails together
+            # There is no folder yet: what fails this early fails on all ranks together.
+            return
     # On a line of its own: a progress bar may stand where the cursor is.
     text = printable(f"\nspt-ds [rank {_rank()}] {message}", keep="\n\t")
     print(text, file=sys.stderr, flush=True)

@@ -80,6 +80,7 @@ class _Lock:
                 f"{self.folder}: cannot be written ({error.strerror or error}); {self.mend}"
             ) from error
         _held.add(self.key)
+        # A daemon, so that a rank which ends without `release` is not kept alive by it.
         self.thread = threading.Thread(target=self._beat, daemon=True, name="folder lock")
         self.thread.start()
 
@@ -87,13 +88,19 @@ class _Lock:
         """Take the lock; False where its last owner removed the file in the same moment."""
         self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
+            # The kernel's lock alone is no proof: on some shared file systems two hosts get it at
+            # once.
             locked = self._lock()
             earlier = os.pread(self.file, BYTES, 0)
             # What a killed owner of this machine left needs no proof: the kernel freed its lock.
             known = locked and _parsed(earlier).get("machine") == self.owner["machine"]
             if earlier and not known:
                 self._wait_for_beat(earlier)
-                self._lock()  # reading the file anew has freed it
+                # The wait has opened and closed the file, and to close any descriptor of a file
+                # frees the process's record locks on it.
+                self._lock()
+            # The last owner may have removed the file between the open and the lock. This one would
+            # then hold a file that nobody else can find.
             if not self._is_there():
                 os.close(self.file)
                 return False
@@ -116,6 +123,8 @@ class _Lock:
         until = None
         while True:
             try:
+                # Not `flock`, which a forked data worker would inherit and hold after its parent's
+                # death.
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: somebody holds it
@@ -141,7 +150,8 @@ class _Lock:
         while time.monotonic() - quiet_since < PATIENCE_S:
             time.sleep(min(1.0, PATIENCE_S / 10))
             try:
-                now = self.path.read_bytes()  # opened anew: NFS looks for new contents only then
+                # Opened again each time: NFS looks for new contents only then.
+                now = self.path.read_bytes()
             except FileNotFoundError:
                 return  # it ended in the meantime
             if now in (earlier, b""):
@@ -221,11 +231,14 @@ class _Lock:
 
     def release(self) -> None:
         self.ended.set()
-        self.thread.join()  # its descriptor is closed below, and may then be another file's
+        # Its descriptor is closed below, and the number may then be another file's.
+        self.thread.join()
         _held.discard(self.key)
         with contextlib.suppress(OSError):
             if self._is_there():
-                self.path.unlink()  # before it is freed: whoever opens it now looks once more
+                # Before the lock is freed: whoever opens the file now finds that it is gone and
+                # looks once more.
+                self.path.unlink()
         os.close(self.file)
 
 

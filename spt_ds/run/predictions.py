@@ -105,6 +105,7 @@ class PredictionFile(Generic[Row]):
 
         It is equal for two files of the same examples in the same order.
         """
+        # As JSON lists: where one text ends and the next begins counts too.
         pairs = [[row.id, row.reference] for row in self.rows]
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
@@ -137,6 +138,7 @@ def read_rows(path: str | Path, row_type: type[Row]) -> PredictionFile[Row]:
     digest = hashlib.sha256()
     rows: list[Row] = []
     for number, line in enumerate(lines_of(path), start=1):
+        # Hashed while it is parsed: rows and digest belong to one read of the file.
         digest.update(line)
         source = f"{path}:{number}"
         row = _row(source, line, row_type)
@@ -197,6 +199,8 @@ def lines_of(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file with their ends. Only a line feed ends one."""
     try:
         with path.open("rb") as file:
+            # One byte more than is allowed shows that a line is too long, without the rest of it in
+            # memory.
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")):
                 if len(line) > MAX_LINE_BYTES:
                     raise DataError(
@@ -230,6 +234,7 @@ def _told(error: ValidationError, given: dict[str, Any], row_type: type[Row]) ->
     name = str(fault["loc"][0])
     words = row_type.model_fields[name].description
     if name not in given:
+        # Names of other fields are no misspelling of this one.
         near = difflib.get_close_matches(name, given.keys() - row_type.model_fields.keys(), 1)
         hint = f"; did you mean '{name}' by '{near[0]}'?" if near else f"; it is {words}"
         return f"field '{name}' is missing{hint}"
@@ -254,6 +259,7 @@ def _check_fit(source: str, row: Prediction) -> None:
         raise DataError(
             f"{source}: fields 'nll_sum' and 'nll_tokens' come together; give both or neither"
         )
+    # The scores divide by tokens and by words, so both perplexities must be finite.
     if row.nll_sum > MAX_NATS * min(row.nll_tokens, len(row.reference.split())):
         raise DataError(
             f"{source}: field 'nll_sum' is {row.nll_sum!r}, more than {MAX_NATS} nats a token or"

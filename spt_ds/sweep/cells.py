@@ -135,6 +135,7 @@ def load_cells(
     _check_keys(path, sweep, overrides)
     root = out or Path("runs") / sweep.name
     count = len(sweep.configs) * math.prod(len(values) for values in sweep.grid.values())
+    # Counted before any cell is made: a few long axes would fill the memory.
     if count > MOST_CELLS:
         raise ConfigError(
             f"{path}: the grid makes {count} cells, allowed are {MOST_CELLS}; shorten its axes"
@@ -162,6 +163,7 @@ def load_cells(
 def _cells(
     path: Path, sweep: SweepFile, entry: Entry, root: Path, overrides: Sequence[str]
 ) -> Iterator[Cell]:
+    # First next to the sweep file, so that it can be started from any folder.
     beside = path.parent / entry.config
     source = (
         str(beside)
@@ -179,6 +181,7 @@ def _cells(
         row = ".".join([name, *parts])
         folder = root / (f"{row}.seed-{place[SEED]}" if SEED in place else row)
         given = [f"{key}={_yaml(value)}" for key, value in {**sweep.set, **entry.set}.items()]
+        # Later ones win. An axis is never overridden, and the name is always the row's.
         options = (
             *given,
             *overrides,
@@ -246,4 +249,5 @@ def _slug(value: object) -> str:
 
 
 def _yaml(value: object) -> str:
+    # JSON is YAML too, and quotes: a text that looks like a number stays a text.
     return json.dumps(value, ensure_ascii=False)

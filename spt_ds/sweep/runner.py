@@ -36,7 +36,8 @@ class Runner:
         self._slots: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()
         for devices in _share_out(jobs, ranks):
             self._slots.put(devices)
-        self._lock = threading.Lock()
+        # A second signal may interrupt the handler of the first while that one holds it.
+        self._lock = threading.RLock()
         self._live: set[subprocess.Popen[bytes]] = set()
         self.stopped = False
 
@@ -138,8 +139,10 @@ class Runner:
         if len(devices) == 1:
             environment["CUDA_VISIBLE_DEVICES"] = devices[0]
         elif devices:
-            environment.pop("CUDA_VISIBLE_DEVICES", None)  # --include names them
+            # `--include` names the devices.
+            environment.pop("CUDA_VISIBLE_DEVICES", None)
         with self._lock:
+            # Under the lock: a process that starts after the request would not hear of it.
             if self.stopped:
                 return -signal.SIGTERM
             process = subprocess.Popen(
@@ -148,6 +151,8 @@ class Runner:
                 stdout=log,
                 stderr=log,
                 env=environment,
+                # In a group of its own: Ctrl-C reaches this process alone, which then asks the
+                # steps to stop.
                 start_new_session=True,
             )
             self._live.add(process)

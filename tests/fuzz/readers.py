@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import yaml
+from hypothesis import strategies as st
 
 from spt_ds import chat, cli
 from spt_ds.config.load import load_config
@@ -23,7 +24,7 @@ from spt_ds.placement.ds_check import plan_of_file
 from spt_ds.placement.estimate import BaseShape
 from spt_ds.shipped import ds_config_path
 from spt_ds.sweep.cells import load_cells
-from tests.fuzz.inputs import documents, json_lines, texts
+from tests.fuzz.inputs import Document, documents, edited_bytes, json_lines, pack, texts, unpack
 from tests.fuzz.judge import Target
 from tests.helpers.tokenizers import byte_tokenizer
 
@@ -98,18 +99,27 @@ COMPLETIONS = [
 COLUMNS = {"persona": "profile", "prompt": "q: 1", "completion": "a"}
 BY_COLUMN = [{"profile": "i ski.\ni swim.", "q: 1": "what?", "a": "that", "prompt": 1}]
 ROWS = b'id,profile,"q: 1",a\n1,"i ski.\ni swim.",what?,that\n2,"[""i run.""]",[x] so,yes\n'
-QUESTIONS = [
-    {"id": "1", "input": "which?", "profile": [{"id": "2", "tag": "a b", "text": "so."}, {"x": 3}]},
-    {"id": 2, "input": "what?", "profile": []},
-]
-ANSWERS = {"task": "LaMP_2M", "golds": [{"id": "1", "output": "a b"}, {"id": "2", "output": 4}]}
-ASKED = (
-    b"persona_id,question_id,user_question_or_message,correct_answer,all_options,shared_context_id,"
-    b"end_index_in_shared_context\n"
-    b"0,q0,which?,(b),\"['(a) one', '(b) two']\",c,2\n"
-    b'0,q1,what?,two,"[""one"", ""two""]",d,0\n'
-)
-HISTORIES = [{"c": TALK, "e": TALK[:1]}, {"d": []}]
+LAMP = {
+    "x_questions.json": json.dumps(
+        [
+            {"id": "1", "input": "score?", "profile": [{"id": 7, "text": "good", "score": "5"}]},
+            {"id": "2", "input": "and\nthis?", "profile": []},
+        ],
+        indent=1,
+    ).encode(),
+    "x_outputs.json": json.dumps(
+        {"task": "LaMP_3", "golds": [{"id": "1", "output": "5"}, {"id": "2", "output": 1}]}
+    ).encode(),
+}
+PERSONAMEM = {
+    "questions_x.csv": (
+        b"persona_id,question_id,user_question_or_message,correct_answer,all_options,"
+        b"shared_context_id,end_index_in_shared_context\n"
+        b"""0,q0,What do I like?,(b),"['(a) tea', ""(b) it's skis""]",c,2\n"""
+        b"""0,q1,"Well,\nwhat?",(a),"[""(a) yes"", ""(b) no""]",c,0\n"""
+    ),
+    "shared_contexts_x.jsonl": json_lines([{"c": [TALK[0], *TALK[2:]]}]),
+}
 SPC_ROW = {
     "user 1 personas": "i ski.\ni swim.",
     "user 2 personas": "i read.",
@@ -175,18 +185,20 @@ def _read(
     )
 
 
-def _pair(drawn: str, other: str, good: bytes) -> Callable[[bytes, Path], None]:
-    """Read a source of two files, of which one is drawn."""
+def _beside(good: Mapping[str, bytes], content: bytes, folder: Path) -> None:
+    """Read a source of two files, of which the input holds one or both."""
+    files = unpack(content, dict(good))
+    first, second = good
+    if second in files:
+        (folder / second).write_bytes(files[second])
+    _read(first, files.get(first, b""), folder)
 
-    def run(content: bytes, folder: Path) -> None:
-        (folder / other).write_bytes(good)
-        if "questions" in drawn:
-            _read(drawn, content, folder)
-        else:
-            (folder / drawn).write_bytes(content)
-            _read(other, good, folder)
 
-    return run
+def _pair(good: Mapping[str, bytes]) -> Document:
+    """Files near the good ones: one of the two is edited."""
+    return st.sampled_from(sorted(good)).flatmap(
+        lambda name: edited_bytes(good[name]).map(lambda text: pack({name: text}))
+    )
 
 
 def hub(content: bytes, folder: Path) -> None:
@@ -264,28 +276,8 @@ TARGETS = [
         share=0.5,
     ),
     Target("rows", texts(ROWS), functools.partial(_read, "x.csv", columns=COLUMNS)),
-    Target(
-        "lamp",
-        documents(QUESTIONS) | texts(json.dumps(QUESTIONS, indent=1).encode()),
-        _pair("x_questions.json", "x_outputs.json", json.dumps(ANSWERS).encode()),
-    ),
-    Target(
-        "lamp-answers",
-        documents(ANSWERS),
-        _pair("x_outputs.json", "x_questions.json", json.dumps(QUESTIONS).encode()),
-        share=0.5,
-    ),
-    Target(
-        "personamem",
-        texts(ASKED),
-        _pair("questions.csv", "shared_contexts.jsonl", json_lines(HISTORIES)),
-    ),
-    Target(
-        "histories",
-        documents(HISTORIES, dump=json_lines),
-        _pair("shared_contexts.jsonl", "questions.csv", ASKED),
-        share=0.5,
-    ),
+    Target("lamp", _pair(LAMP), functools.partial(_beside, LAMP)),
+    Target("personamem", _pair(PERSONAMEM), functools.partial(_beside, PERSONAMEM)),
     Target("hub", documents(EXAMPLES, RECORDS, dump=literal), hub),
     Target("persona", texts(b"\xef\xbb\xbfi ski.\n\ni swim.\n"), persona, share=0.5),
 ]

@@ -31,7 +31,6 @@ main(sys.argv[1:])
         "generate tests/data/run_0_1_0/run",
         "chat tests/data/run_0_1_0/run",
         "quantize embedded out",
-        "plan --config demo",
         "doctor",
         "bench step",
         "sweep benchmarks/fusion.yaml --out OUT",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.house import columns, functions, import_cycle, imports, measure
+from benchmarks.house import columns, comments, functions, import_cycle, imports, measure
 from spt_ds.config.load import key_paths, load_config, recipe_names
 from spt_ds.config.schema import Config
 
@@ -39,7 +39,7 @@ LAYERS = [
         "cli",
         "doctor",
         "generate",
-        "plan_command",
+        "plan",
         "quantize",
         "slurm_command",
         "summary",
@@ -59,11 +59,11 @@ FENCES = {
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 400, 60, 100
 MEDIAN_FILE_LINES = (120, 200)
-COMMENT_PERCENT = (3, 5)  # of the lines that are not blank, those that bear a comment
+COMMENT_PERCENT = (3, 5)  # of the lines that are not blank, those that are comments
 WITHOUT_TORCH = [
     "spt_ds.config.load",
     "spt_ds.placement.choose",
-    "spt_ds.plan_command",
+    "spt_ds.plan.command",
     "spt_ds.run.job",
     "spt_ds.evaluate.text_metrics",
     "spt_ds.data.readers",
@@ -168,12 +168,20 @@ def test_the_package_as_a_whole() -> None:
 def test_a_cycle_and_comments_are_seen(tmp_path: Path) -> None:
     package = tmp_path / "house"
     package.mkdir()
-    (package / "one.py").write_text("from house import two  # why\n\nx = 1\n")
+    (package / "one.py").write_text("# why\nfrom house import two  # behind code\n\n")
     (package / "two.py").write_text("def work():\n    from house import one\n    return one\n")
     assert import_cycle(package) == []
     assert measure(package)["comment_percent"] == 20  # 1 of 5 lines
     (package / "two.py").write_text("import house.one\n")
     assert sorted(set(import_cycle(package))) == ["house.one", "house.two"]
+
+
+def test_only_comments_on_their_own_lines_count() -> None:
+    behind = "x = [\n    1,  # behind code\n]  # behind code\ny = '# a string'\n"
+    assert comments(behind) == 0
+    assert comments("#!/usr/bin/env python\n# type: ignore\n# noqa: E501\nx = 1\n") == 0
+    assert comments("# why\nx = [\n    # why\n    1,\n]\nif x:\n    # why\n    x = []\n") == 3
+    assert comments("# a sentence\n# of two lines\nx = 1\n") == 2
 
 
 def test_init_files_are_empty_but_the_root() -> None:

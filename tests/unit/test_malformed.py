@@ -1,205 +1,242 @@
-"""Three hundred malformed files, thirty for each reader: each gives one error that says where.
+"""Three hundred malformed files: each gives one clear error that names its place, and no other.
 
-A file is a valid one with one thing broken: bytes, a line, a field, a key or a value. What stays
-valid is left out. Other exceptions and errors without a place fail.
+The files are made from valid ones of each kind, by changes that are drawn from a fixed seed. A
+change after which a file can still be read is drawn again and not counted.
 """
 
 from __future__ import annotations
 
-import copy
+import csv
+import io
 import json
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from spt_ds.config.data import Format
-from spt_ds.data.encode import Encoder
-from spt_ds.data.readers import read
-from spt_ds.errors import SptError
-from tests.fuzz.readers import COMPLETIONS, CSV, EXAMPLES, MESSAGES, PARLAI
+from spt_ds.data.readers import detect, read
+from spt_ds.errors import DataError, SptError
 from tests.helpers.tasks import TALK, lamp_files, personamem_files, personamem_row
-from tests.helpers.tokenizers import byte_tokenizer
 
-EACH = 30
-DRAWS = 3000  # for one reader at most
-Write = Callable[[Path], Path]
-WRONG: list[Any] = [None, 3, -1, 1.5, True, "", " ", "\x00", [], [[]], ["x"], {}, {"x": 1}, "x"]
-ROWS = (
-    'id,persona,prompt,completion,choices\n1,"i ski.\ni swim.",what?,that,"[""that"", ""this""]"\n'
-    '2,"[""i run.""]",so?,yes,\n'
+FILES = 300
+Change = Callable[[bytes, random.Random], bytes]
+
+
+class Kind(NamedTuple):
+    """Valid files of one reader."""
+
+    format: str
+    source: str
+    files: dict[str, bytes]
+    changed: str  # the one that is broken
+
+
+def lines(*records: object) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def table(*rows: list[str]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def kinds(folder: Path) -> dict[str, Kind]:
+    """Each way in which a file may hold dialogues; LaMP and PersonaMem have two files each."""
+    folder.mkdir()
+    system = {"role": "system", "content": "i ski."}
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    turns = {"persona": ["i ski."], "turns": ["hi", "hello", "bye"], "first_speaker": "self"}
+    example = {"persona": ["i ski."], "history": ["hi"], "response": "hello", "turn": 1}
+    choice = {"prompt": "tea?", "completion": "yes", "choices": ["yes", "no"]}
+    spoken = "User 1: hi\nUser 2: hello, you\nUser 1: bye"
+    texts = {
+        "parlai": (
+            "a.txt",
+            b"1 your persona: i ski.\n2 hi\tgood day\n3 bye\tso long\n1 hello\tyes\n2 so?\tok\n",
+        ),
+        "spc": (
+            "a.csv",
+            table(
+                ["user 1 personas", "user 2 personas", "Best Generated Conversation"],
+                ["i ski.\ni swim.", "i read.", spoken],
+                ["i sing.", "i run.", spoken],
+            ),
+        ),
+        "csv": (
+            "a.csv",
+            table(
+                ["id", "persona", "history", "response", "turn"],
+                ["a", "i ski.", '["hi", "hello", "so?"]', "no, never", "3"],
+                ["b", '["i ski.", "i row."]', '["hi"]', "yes", ""],
+            ),
+        ),
+        "example": ("a.jsonl", lines(example, example, {**example, "dialogue_id": "d"})),
+        "dialogue": ("a.jsonl", lines(turns, {**turns, "first_speaker": "partner"})),
+        "messages": ("a.jsonl", lines({"messages": [system, *talk]}, {"messages": talk * 2})),
+        "completion": (
+            "a.jsonl",
+            lines(choice, {"prompt": [system, *talk[:1]], "completion": talk[1:]}, choice),
+        ),
+    }
+    found = {}
+    for name, (file, content) in texts.items():
+        format = {"parlai": "parlai", "spc": "csv", "csv": "csv"}.get(name, "jsonl")
+        found[name] = Kind(format, file, {file: content}, file)
+    lamp = lamp_files(folder, "dev", 3)
+    rows = [personamem_row(number, "c1" if number else "c0", number) for number in range(4)]
+    mem = personamem_files(folder, rows, {"c0": TALK, "c1": TALK[::-1]})
+    for name, path in (("lamp", lamp), ("personamem", mem)):
+        both = {
+            file.name: file.read_bytes()
+            for file in folder.iterdir()
+            if (file.suffix == ".json") == (name == "lamp")
+        }
+        for file in both:
+            found[f"{name} {file.partition('.')[0]}"] = Kind(name, path.name, both, file)
+    return found
+
+
+# Changes to the bytes of a file -----------------------------------------------------------------
+
+
+def cut_off(content: bytes, draw: random.Random) -> bytes:
+    return content[: draw.randrange(1, len(content))]
+
+
+def without_a_piece(content: bytes, draw: random.Random) -> bytes:
+    start = draw.randrange(len(content) - 1)
+    return content[:start] + content[start + draw.randint(1, 12) :]
+
+
+def with_a_piece_more(content: bytes, draw: random.Random) -> bytes:
+    pieces = (b"\xff", b"\xed\xa0\x80", b'"', b"[", b"}", b",", b"\t", b"\n", b"\x00", b"\\ud800")
+    start = draw.randrange(len(content))
+    return content[:start] + draw.choice(pieces) + content[start:]
+
+
+def with_a_line_moved(content: bytes, draw: random.Random) -> bytes:
+    every = content.splitlines(keepends=True)
+    line = every.pop(draw.randrange(len(every)))
+    every.insert(draw.randint(0, len(every)), line)
+    return b"".join(every)
+
+
+def with_another_value(content: bytes, draw: random.Random) -> bytes:
+    """A JSON value, or a cell, of another kind."""
+    start = draw.randrange(len(content))
+    match = re.compile(rb'"[^"\\\n]*"|\b\d+\b|\[|\]|\{|\}|[^,\n]+').search(content, start)
+    if match is None:
+        return content
+    values = (b"null", b"-1", b"1e999", b"{}", b"[]", b'""', b"true", b'" "', b'{"a": [1]}')
+    return content[: match.start()] + draw.choice(values) + content[match.end() :]
+
+
+CHANGES: tuple[Change, ...] = (
+    cut_off,
+    without_a_piece,
+    with_a_piece_more,
+    with_a_line_moved,
+    with_another_value,
 )
 
 
-def json_lines(rows: list[Any]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+def write(kind: Kind, folder: Path, content: bytes) -> Path:
+    for name, valid in kind.files.items():
+        (folder / name).write_bytes(content if name == kind.changed else valid)
+    return folder / kind.source
 
 
-def plain(name: str, content: bytes) -> Write:
-    def write(folder: Path) -> Path:
-        (folder / name).write_bytes(content)
-        return folder / name
-
-    return write
+def read_all(kind: Kind, path: Path) -> list[Any]:
+    return list(read(str(path), kind.format))  # type: ignore[arg-type]
 
 
-def lamp(folder: Path) -> Path:
-    return lamp_files(folder, "dev", 4)
-
-
-def personamem(folder: Path) -> Path:
-    rows = [personamem_row(0, "c", 3), personamem_row(1, "d", 5), personamem_row(2, "c", 0)]
-    return personamem_files(folder, rows, {"c": TALK, "d": TALK[1:] + TALK[:1]})
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A valid source, and the file of it that is broken."""
-
-    name: str
-    write: Write
-    broken: str
-    format: Format = "auto"
-
-
-ASKED: dict[str, Any] = {"history": ["hi"], "response": "hello", "choices": ["hello", "bye"]}
-CHOSEN = [{"persona": ["i ski."], **ASKED}, *EXAMPLES]
-READERS = [
-    Reader("parlai", plain("a.txt", PARLAI), "a.txt", "parlai"),
-    Reader("spc", plain("a.csv", CSV), "a.csv"),
-    Reader("csv", plain("a.csv", ROWS.encode()), "a.csv"),
-    Reader("jsonl", plain("a.jsonl", json_lines(CHOSEN)), "a.jsonl"),
-    Reader("messages", plain("a.jsonl", json_lines(MESSAGES)), "a.jsonl"),
-    Reader("completions", plain("a.jsonl", json_lines(COMPLETIONS)), "a.jsonl"),
-    Reader("lamp questions", lamp, "dev_questions.json", "lamp"),
-    Reader("lamp answers", lamp, "dev_outputs.json", "lamp"),
-    Reader("personamem questions", personamem, "questions_32k.csv", "personamem"),
-    Reader("personamem histories", personamem, "shared_contexts_32k.jsonl", "personamem"),
-]
-
-
-# Ways to break a file ---------------------------------------------------------------------------
-
-
-def other_bytes(draw: random.Random, content: bytes) -> bytes:
-    """A few bytes are lost, doubled or replaced; or the end is."""
-    at, size = draw.randrange(len(content)), draw.randint(1, 4)
-    new = draw.choice([b"", b"\xff", b'"', b"\n", b"\x00", b"{", b"]", b",", content[at:][:9] * 2])
-    return content[:at] + new + (b"" if draw.random() < 0.1 else content[at + size :])
-
-
-def other_lines(draw: random.Random, content: bytes) -> bytes:
-    """A line is lost, doubled, moved or cut."""
-    lines = content.splitlines(keepends=True)
-    at = draw.randrange(len(lines))
-    line = lines.pop(at)
-    new = draw.choice(
-        [b"", line + line, line[: len(line) // 2] + b"\n", line.lstrip(b"0123456789")]
-    )
-    lines.insert(draw.randrange(len(lines) + 1) if draw.random() < 0.3 else at, new)
-    return b"".join(lines)
-
-
-def other_fields(draw: random.Random, content: bytes) -> bytes:
-    """What stands between two separators is lost or replaced."""
-    parts = re.split(rb"([,\t\n])", content)
-    at = draw.randrange(0, len(parts), 2)
-    parts[at] = draw.choice([b"", b" ", b"x", b'"x', b"-1", b"[1]"])
-    return b"".join(parts)
-
-
-def places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of each value inside."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    for key, value in list(items):
-        yield tree, key
-        if isinstance(value, (dict, list)):
-            yield from places(value)
-
-
-def other_values(draw: random.Random, content: bytes) -> bytes:
-    """A value of a JSON document, or of one of its lines, is another; or its key is."""
-    text = content.decode()
-    whole = not text.startswith("{") or text.count("\n") < 2
-    trees = [json.loads(text)] if whole else [json.loads(line) for line in text.splitlines()]
-    tree = draw.choice(trees)
-    container, key = draw.choice(list(places(tree)))
-    wrong = copy.deepcopy(draw.choice(WRONG))
-    if draw.random() < 0.3 and isinstance(container, dict):
-        container[f"{key}s"] = container.pop(key)
-    else:
-        container[key] = wrong
-    return json.dumps(trees[0], indent=1).encode() if whole else json_lines(trees)
-
-
-def broken(draw: random.Random, name: str, content: bytes) -> bytes:
-    ways = [other_bytes, other_lines, other_fields]
-    if ".json" in name:
-        ways = [other_bytes, other_lines, other_values, other_values]
-    return draw.choice(ways)(draw, content)
-
-
-# What the reader says ---------------------------------------------------------------------------
-
-
-def fault(reader: Reader, folder: Path) -> str | None:
-    """The message of the error that reading and encoding gives; None where there is none."""
-    try:
-        encoder = Encoder(byte_tokenizer(), 100_000)
-        for example in read(str(_path(reader, folder)), reader.format):
-            encoder.example(example, reserved=8)
-    except SptError as error:
-        return str(error)
-    return None
-
-
-def _path(reader: Reader, folder: Path) -> Path:
-    return folder / {"lamp": "dev_questions.json", "personamem": "questions_32k.csv"}.get(
-        reader.format, reader.broken
-    )
-
-
-def has_place(message: str, folder: Path) -> bool:
-    """Whether it begins with a file of ours and a line, a byte or a key in it."""
-    place = r"(:\d+:|: golds\[\d+\]|: .*\"golds\"|: not JSON at (line|column) \d+|: .*byte \d+)"
-    return re.match(rf"{re.escape(str(folder))}/[\w.]+{place}", message) is not None
-
-
-@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
-def test_each_malformed_file_gives_one_error_with_its_place(
-    reader: Reader, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    draw, outcomes = random.Random(f"malformed {reader.name}"), Counter[str]()
-    reader.write(tmp_path)
-    assert fault(reader, tmp_path) is None, "the file must be valid before it is broken"
-    good = (tmp_path / reader.broken).read_bytes()
-    seen = {good}
-    while outcomes["error"] < EACH:
-        assert outcomes.total() < DRAWS, outcomes
-        content = broken(draw, reader.broken, good)
+def malformed(kind: Kind, folder: Path, draw: random.Random) -> Iterator[tuple[bytes, SptError]]:
+    """Changed files that cannot be read, each another one, with the error that they give."""
+    valid, seen = kind.files[kind.changed], {kind.files[kind.changed]}
+    while True:
+        content = draw.choice(CHANGES)(valid, draw)
         if content in seen:
             continue
         seen.add(content)
-        (tmp_path / reader.broken).write_bytes(content)
-        message = fault(reader, tmp_path)
-        if message is None:
-            outcomes["still valid"] += 1
-        elif re.search(r"holds no example|the file is empty", message):
-            outcomes["nothing left"] += 1  # of which no line can tell
-        else:
-            assert has_place(message, tmp_path), message
-            assert len(message.splitlines()) == 1, message
-            assert "Traceback" not in message + caplog.text
-            outcomes["error"] += 1
+        path = write(kind, folder, content)
+        try:
+            assert read_all(kind, path)
+        except SptError as error:
+            yield content, error
 
 
-def test_there_are_three_hundred_and_every_format_is_read() -> None:
-    assert EACH * len(READERS) == 300
-    assert {reader.name.split()[0] for reader in READERS} == {
-        *("parlai", "spc", "csv", "jsonl", "messages", "completions", "lamp", "personamem"),
-    }
+def check(error: SptError, kind: Kind, folder: Path) -> bool:
+    """Whether a message names a line or a key; what holds for every message is asserted."""
+    text = str(error)
+    assert isinstance(error, DataError)
+    assert len(text.splitlines()) == 1
+    assert len(text) - text.count(str(folder)) * len(str(folder)) < 600
+    assert text.isprintable()
+    # One of the two files of the source, then what is wrong with it.
+    files = "|".join(re.escape(str(folder / name)) for name in kind.files)
+    match = re.match(rf"({files})(:\d+)?: (?P<rest>.{{12,}})", text)
+    assert match is not None, text
+    return (
+        match[2] is not None or re.search(r'golds\[\d+\]|"\w+"|line \d+', match["rest"]) is not None
+    )
+
+
+def test_the_files_are_valid_before_the_change(tmp_path: Path) -> None:
+    for name, kind in kinds(tmp_path / "valid").items():
+        path = write(kind, tmp_path, kind.files[kind.changed])
+        assert len(read_all(kind, path)) >= 2, name
+        assert detect(path) == kind.format
+
+
+def test_three_hundred_malformed_files_give_one_clear_error_each(tmp_path: Path) -> None:
+    every = kinds(tmp_path / "valid")
+    share = -(-FILES // len(every))
+    counted = dict.fromkeys(every, 0)
+    words: dict[str, set[str]] = {name: set() for name in every}
+    for name, kind in every.items():
+        folder = tmp_path / name.replace(" ", "-")
+        folder.mkdir()
+        for content, error in malformed(kind, folder, random.Random(f"malformed {name}")):
+            # A file without a single example has no line to name: it is checked, and not counted.
+            counted[name] += check(error, kind, folder)
+            words[name].add(re.sub(r"\d+|'.*'", "", str(error)))
+            # The same file gives the same error again.
+            with pytest.raises(DataError) as again:
+                read_all(kind, write(kind, folder, content))
+            assert str(again.value) == str(error)
+            if counted[name] == share:
+                break
+    assert counted == dict.fromkeys(every, share)
+    assert sum(counted.values()) >= FILES
+    # Not one fault over and over: each reader tells several apart.
+    assert min(map(len, words.values())) >= 4, words
+
+
+def test_a_change_that_leaves_a_file_valid_is_not_counted(tmp_path: Path) -> None:
+    kind = kinds(tmp_path / "valid")["messages"]
+    harmless = [kind.files["a.jsonl"].replace(b"hello", b"good day")] * 5
+    contents = iter([*harmless, b'{"messages": 1}\n'])
+    changes = pytest.MonkeyPatch()
+    with changes.context() as patch:
+        patch.setattr(f"{__name__}.CHANGES", (lambda content, draw: next(contents),))
+        content, error = next(malformed(kind, tmp_path, random.Random(0)))
+    assert content == b'{"messages": 1}\n'
+    assert '"messages" must be a list' in str(error)
+
+
+def test_the_check_sees_what_is_no_clear_error(tmp_path: Path) -> None:
+    kind = kinds(tmp_path / "valid")["messages"]
+    path = tmp_path / "a.jsonl"
+    assert check(DataError(f'{path}:3: "turns" is missing here'), kind, tmp_path)
+    assert not check(DataError(f"{path}: the file is empty, so"), kind, tmp_path)
+    for unclear in (
+        "no place: it is wrong",
+        f"{path}:1: two\nlines of it",
+        f"{path}:1: {'x' * 900}",
+    ):
+        with pytest.raises(AssertionError):
+            check(DataError(unclear), kind, tmp_path)

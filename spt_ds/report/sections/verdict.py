@@ -109,6 +109,7 @@ def _compared(first: str, other: str, metrics: Mapping[str, CorpusMetrics]) -> s
     better, worse, unsure = [], [], []
     for key in (key for key in HEADLINES if key in gains):
         pair, metric = gains[key], METRIC_OF[key]
+        # The same as a p-value of 0.05 or more: both come from one standard error.
         if pair.low <= 0.0 <= pair.high:
             unsure.append(metric.label)
         elif (pair.difference < 0.0) == metric.less_is_better:
