@@ -57,13 +57,22 @@ def objects_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if len(text) > MAX_LINE_BYTES:
                     raise DataError(f"{path}:{line}: an object is longer than 16 MiB; {_MEND}")
                 break
-            yield f"{path}:{line}", parse_object(f"{path}:{line}", text[:end], _MEND)
+            yield f"{path}:{line}", _object(path, line, text[:end])
             line, text = line + text.count("\n", 0, end), text[end:]
             comma, scan = False, _Scan()
         if ended and text.strip():
             raise DataError(f"{path}:{line}: {shown(text.strip()[:20])} after the list; {_MEND}")
     if not ended:
         raise DataError(f"{path}:{line}: the file ends inside the list; {_MEND}")
+
+
+def _object(path: Path, line: int, text: str) -> dict[str, Any]:
+    origin = f"{path}:{line}"
+    try:
+        return parse_object(origin, text, _MEND)
+    except DataError:
+        # Once more, with the lines before it: the message is to count them from the file's first.
+        return parse_object(origin, "\n" * (line - 1) + text, _MEND)
 
 
 class _Scan:

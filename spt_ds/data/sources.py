@@ -141,14 +141,18 @@ def build_store(
         except OSError as error:
             # Else another process was first, with the same data.
             if not (path / META).exists():
-                raise DataError(
-                    f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir"
-                ) from error
+                raise _unwritable(path, error) from error
         seconds = time.monotonic() - started
         get_logger().info(f"tokenised {source} into {path} in {seconds:.1f} s")
     store = ExampleStore(path)
     _tell_what_was_cut(store, max_tokens, style)
     return store
+
+
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir"
+    )
 
 
 def _with_choices(

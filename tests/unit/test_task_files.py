@@ -11,7 +11,7 @@ import pytest
 from spt_ds.config.load import load_config
 from spt_ds.data import json_array
 from spt_ds.data.dialogue import Example
-from spt_ds.data.encode import PLAIN
+from spt_ds.data.encode import PLAIN, ContextStyle, Encoder
 from spt_ds.data.json_array import objects_of
 from spt_ds.data.readers import detect, digest, read
 from spt_ds.data.sources import open_sources
@@ -88,7 +88,8 @@ def test_a_file_is_read_object_by_object(tmp_path: Path, monkeypatch: pytest.Mon
         ("[,{}]", 1, "not JSON"),
         ('[{"a": 1}', 1, "ends inside"),
         ('[\n{"a": "x}]', 2, "ends inside"),
-        ('[\n{"a": x}]', 2, "not JSON at column 7"),
+        ('[\n{"a": x}]', 2, "not JSON at line 2"),
+        ('[\n{"a": 1},\n{\n"a": x}]', 3, "not JSON at line 4"),
         ("[{}]\n[]", 1, "after the list"),
         ("[" + "{" * 3 + '"a": ' + "[" * 99 + "]" * 99, 1, "inside the list"),
         ('[\n{"a": "\xff"}]', 2, "not UTF-8"),
@@ -253,3 +254,21 @@ def test_faults_of_the_options_are_named(options: list[str], words: str) -> None
     with pytest.raises(ConfigError, match=words):
         load_config("demo", options)
     assert load_config("demo", ["data.choices=[1, 2.5]"]).data.choices == ("1", "2.5")
+
+
+def test_what_a_question_asks_for_is_found_in_a_long_history(tmp_path: Path) -> None:
+    """As the recipe reads PersonaMem: the window holds some messages, the right one among them."""
+    pytest.importorskip("bm25s")
+    said = [
+        {"role": "user", "content": f"User: Today I saw street number {n}."} for n in range(400)
+    ]
+    said[250] = {"role": "user", "content": "User: My violin is older than I am."}
+    asked = personamem_row(0, "c", 400, user_question_or_message="How old is my violin?")
+    path = personamem_files(tmp_path, [asked], {"c": said})
+    style = ContextStyle(overflow="retrieve")
+    (example,) = read(str(path))
+    encoded = Encoder(byte_tokenizer(), 600, style).example(example, reserved=32)
+    assert encoded.cut
+    assert len(encoded.context_ids) <= 568
+    assert "User: My violin is older than I am." in encoded.persona
+    assert [bytes(ids[:-1]).decode() for ids in encoded.choice_ids] == [f" {o}" for o in OPTIONS]
