@@ -33,6 +33,7 @@ FREE_OPTIONS = {
     "train.micro_batch_tokens",
     "data.workers",
     "data.cache_dir",
+    "data.choices",
     "data.test",
     "data.max_test_examples",
     "model.activation_checkpointing",
