@@ -73,6 +73,7 @@ KNOWN_BASES: Mapping[str, Mapping[str, Any]] = {
     "meta-llama/Llama-3.2-3B-Instruct": _gated(
         "llama", 3072, 28, (24, 8), 8192, 128256, tied=True, head_size=128
     ),
+    "Qwen/Qwen2.5-1.5B-Instruct": _gated("qwen2", 1536, 28, (12, 2), 8960, 151936, tied=True),
     "Qwen/Qwen2.5-7B-Instruct": _gated("qwen2", 3584, 28, (28, 4), 18944, 152064),
     "Qwen/Qwen3-8B": _gated("qwen3", 4096, 36, (32, 8), 12288, 151936, head_size=128),
     "google/gemma-3-1b-it": _gated(

@@ -34,6 +34,7 @@ PUBLISHED = {
     "meta-llama/Llama-3.1-405B-Instruct": 405.854,
     "meta-llama/Llama-3.2-1B-Instruct": 1.236,
     "meta-llama/Llama-3.2-3B-Instruct": 3.213,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1.544,
     "Qwen/Qwen2.5-7B-Instruct": 7.616,
     "Qwen/Qwen3-8B": 8.191,
     "google/gemma-3-1b-it": 1.000,
