@@ -27,10 +27,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"batch", "display", "files", "rng"},
     {"errors", "yaml_input"},
-    {"config", "json_input", "log", "shipped"},
+    {"log"},
+    {"config", "json_input", "shipped"},
     {"data", "dist", "model"},
     {"placement", "run"},
-    {"evaluate"},
+    {"evaluate", "track"},
     {"engine"},
     {"api", "audit", "costs", "report", "sweep"},
     {

@@ -1,0 +1,183 @@
+"""One logger per service: it opens or continues the service's run and passes numbers on.
+
+Each is opened and used on one thread of its own, which may block or raise as it likes. Addresses
+and keys come from the environment variables that each service documents; none is an option here.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from spt_ds.config.load import options_of
+from spt_ds.config.schema import Config
+from spt_ds.run.folder import RunFolder
+
+PROJECT = "spt_ds"  # where the environment names no project or experiment
+MLFLOW_PARAMETER_CHARACTERS = 500  # of a value; older servers refuse more
+
+
+class Logger(Protocol):
+    """Where the numbers of a run go."""
+
+    where: str
+    """Where a user finds them."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the numbers of `step`, by names such as `train/loss`."""
+
+    def close(self) -> None:
+        """Pass on what is left, and end the run."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a logger is opened with."""
+
+    config: Config
+    folder: RunFolder
+    id: str | None
+    """What the service knows the run by; None in its first start."""
+    keep: Callable[[str], None]
+    """Keeps such an id for later starts."""
+    first_step: int
+    """The first step whose lines this start makes (again)."""
+
+    def own_id(self, variable: str) -> str:
+        """The kept id, or that of an environment variable, or a new one, which is kept first: a
+        start that is killed while it opens leaves no second run.
+        """
+        found = self.id or os.environ.get(variable) or uuid.uuid4().hex[:16]
+        if found != self.id:
+            self.keep(found)
+        return found
+
+
+class TensorBoard:
+    """Event files in the run folder."""
+
+    def __init__(self, opening: Opening) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.where = f"tensorboard --logdir {opening.folder.tensorboard}"
+        # Readers drop the events of earlier starts from this step on.
+        self._writer = SummaryWriter(str(opening.folder.tensorboard), purge_step=opening.first_step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        # By itself it flushes every two minutes, and a killed run would lose these steps.
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases; WANDB_API_KEY, WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE."""
+
+    def __init__(self, opening: Opening) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=opening.own_id("WANDB_RUN_ID"),
+            resume="allow",
+            name=opening.config.name,
+            dir=str(opening.folder.path),
+            config=opening.config.model_dump(mode="json"),
+            # What the terminal shows stays there, and nobody is asked for a key.
+            settings=wandb.Settings(
+                console="off", silent=True, login_timeout=1, allow_val_change=True
+            ),
+        )
+        self.where = self._run.url or f"{opening.folder}/wandb (offline; `wandb sync` sends it)"
+        # Its own counter only goes up, and a run that resumes begins at an earlier step.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Mlflow:
+    """MLflow; MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, MLFLOW_RUN_ID."""
+
+    def __init__(self, opening: Opening) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient()
+        kept = opening.id or os.environ.get("MLFLOW_RUN_ID")
+        self._run_id = kept or self._new_run(opening)
+        if opening.id != self._run_id:
+            opening.keep(self._run_id)
+        self.where = f"run {self._run_id}"
+        self._client.update_run(self._run_id, status="RUNNING")
+
+    def _new_run(self, opening: Opening) -> str:
+        from mlflow.entities import Param
+
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            experiment_id = self._client.create_experiment(name)
+        else:
+            experiment_id = experiment.experiment_id
+        run = self._client.create_run(experiment_id, run_name=opening.config.name)
+        # Once only: a parameter cannot change, and a resumed run may change some options.
+        options = options_of(opening.config, "json")
+        parameters = [
+            Param(key, str(value)[:MLFLOW_PARAMETER_CHARACTERS]) for key, value in options.items()
+        ]
+        self._client.log_batch(run.info.run_id, params=parameters[:100])
+        self._client.log_batch(run.info.run_id, params=parameters[100:])
+        run_id: str = run.info.run_id
+        return run_id
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        metrics = [Metric(name, value, now_ms, step) for name, value in values.items()]
+        self._client.log_batch(self._run_id, metrics=metrics)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+
+class Trackio:
+    """trackio; TRACKIO_DIR, TRACKIO_SPACE_ID, HF_TOKEN."""
+
+    def __init__(self, opening: Opening) -> None:
+        import trackio
+
+        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        name = f"{opening.config.name}-{opening.own_id('TRACKIO_RUN_ID')}"
+        self.where = f"run {name} of project {project}"
+        self._run = trackio.init(
+            project=project,
+            name=name,
+            resume="allow",
+            config=options_of(opening.config, "json"),
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+LOGGERS: dict[str, Callable[[Opening], Logger]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "mlflow": Mlflow,
+    "trackio": Trackio,
+}
