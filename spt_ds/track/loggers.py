@@ -6,16 +6,22 @@ and keys come from the environment variables that each service documents; none i
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from spt_ds.config.load import options_of
 from spt_ds.config.schema import Config
+from spt_ds.files import write_whole
+from spt_ds.json_input import read_json
 from spt_ds.run.folder import RunFolder
+from spt_ds.run.metrics_file import Mark
 
 PROJECT = "spt_ds"  # where the environment names no project or experiment
 MLFLOW_PARAMETER_CHARACTERS = 500  # of a value; older servers refuse more
@@ -26,6 +32,8 @@ class Logger(Protocol):
 
     where: str
     """Where a user finds them."""
+    has: Mark
+    """The last line that is there already, as far as can be known; what follows it is sent."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Take the numbers of `step`, by names such as `train/loss`."""
@@ -46,6 +54,10 @@ class Opening:
     """Keeps such an id for later starts."""
     first_step: int
     """The first step whose lines this start makes (again)."""
+    sent: Mark
+    """The last line that an earlier start handed over. Where the service keeps lines in memory, a
+    kill may have lost some of them.
+    """
 
     def own_id(self, variable: str) -> str:
         """The kept id, or that of an environment variable, or a new one, which is kept first: a
@@ -64,7 +76,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.where = f"tensorboard --logdir {opening.folder.tensorboard}"
-        # Readers drop the events of earlier starts from this step on.
+        # Readers drop the events of earlier starts from this step on, whole steps.
+        self.has = min(opening.sent, Mark(opening.first_step - 1, True))
         self._writer = SummaryWriter(str(opening.folder.tensorboard), purge_step=opening.first_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -95,16 +108,41 @@ class Wandb:
                 console="off", silent=True, login_timeout=1, allow_val_change=True
             ),
         )
-        self.where = self._run.url or f"{opening.folder}/wandb (offline; `wandb sync` sends it)"
-        # Its own counter only goes up, and a run that resumes begins at an earlier step.
+        self._torn = opening.folder.trackers / "wandb-offline.json"
+        self.has = self._has_offline(opening) if self._run.offline else self._has_online()
+        self.where = self._run.sync_dir if self._run.offline else self._run.url or self._run.id
+        # Its own counter only goes up, and here it numbers the lines.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
+    def _has_online(self) -> Mark:
+        """The last line that the server knows, by which it lets a run resume."""
+        last = self._run.starting_step - 1
+        return Mark(last // 2, bool(last % 2))
+
+    def _has_offline(self, opening: Opening) -> Mark:
+        """The last line before the newest folder that a kill has torn.
+
+        The folder is written in blocks, so a kill loses lines of minutes. It gets another name,
+        which `wandb sync` does not look for, and the lines are written again.
+        """
+        has = opening.sent
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            torn = read_json(self._torn)
+            has = Mark(*torn["has"])
+            folder = opening.folder.path / "wandb" / Path(torn["folder"]).name
+            folder.rename(folder.with_name(f"torn-{folder.name}"))
+        record = {"folder": Path(self._run.sync_dir).name, "has": list(has)}
+        write_whole(self._torn, json.dumps(record))
+        return has
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **values})
+        validates = any(name.startswith("valid/") for name in values)
+        self._run.log({"step": step, **values}, step=2 * step + validates, commit=True)
 
     def close(self) -> None:
         self._run.finish()
+        self._torn.unlink(missing_ok=True)
 
 
 class Mlflow:
@@ -118,7 +156,7 @@ class Mlflow:
         self._run_id = kept or self._new_run(opening)
         if opening.id != self._run_id:
             opening.keep(self._run_id)
-        self.where = f"run {self._run_id}"
+        self.where, self.has = f"run {self._run_id}", opening.sent
         self._client.update_run(self._run_id, status="RUNNING")
 
     def _new_run(self, opening: Opening) -> str:
@@ -167,6 +205,8 @@ class Trackio:
             resume="allow",
             config=options_of(opening.config, "json"),
         )
+        # It writes twice a second, so the last lines before a kill may not be there.
+        self.has = min(opening.sent, Mark(self._run._next_step - 1, True))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

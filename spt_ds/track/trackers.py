@@ -125,14 +125,12 @@ class _Tracker(threading.Thread):
     ) -> None:
         super().__init__(daemon=True, name=name)
         self._record = _Record(folder.trackers / f"{name}.json")
-        if name == "tensorboard":
-            # Its reader forgets whole steps from the first one on: where only a validation is made
-            # again, the training line of its step is sent again, too.
-            self._record.sent = min(self._record.sent, Mark(first.step - 1, True))
-        self._kept = [line for line in kept if line.mark > self._record.sent]
+        self._kept = kept
         self._lines: queue.Queue[Line | None] = queue.Queue(WAITING_LINES)
         self.lost = False
-        self._opening = Opening(config, folder, self._record.id, self._record.keep, first.step)
+        self._opening = Opening(
+            config, folder, self._record.id, self._record.keep, first.step, self._record.sent
+        )
 
     def put(self, line: Line | None) -> None:
         if self.lost:
@@ -157,6 +155,7 @@ class _Tracker(threading.Thread):
         try:
             logger = LOGGERS[self.name](self._opening)
             get_logger().info(f"log.trackers: {self.name}: {logger.where}")
+            self._record.sent = logger.has
             for line in self._kept:
                 self._send(logger, line)
             self._kept = []

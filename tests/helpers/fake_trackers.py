@@ -33,6 +33,13 @@ class Server:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def lose(self, service: str, lines: int) -> None:
+        """Forget the last lines of a service, which a killed process had in memory."""
+        told = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        own = [line for line in told if f'"service": "{service}", "what": "log"' in line]
+        kept = [line for line in told if line not in own[-lines:]]
+        self.path.write_text("".join(kept), encoding="utf-8")
+
     def told(self, service: str, what: str) -> list[dict[str, Any]]:
         lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
         return [line for line in lines if (line["service"], line["what"]) == (service, what)]
@@ -45,19 +52,23 @@ class Server:
 class _Run:
     """A run of wandb or trackio."""
 
-    url = "https://server/run"
+    url, offline = "https://server/run", False
 
     def __init__(self, server: Server, service: str, run: str, **options: Any) -> None:
         self._server, self._service, self._run = server, service, run
+        logged = [line for line in server.told(service, "log") if line["run"] == run]
+        # As wandb and trackio count.
+        self.starting_step = max((line["number"] for line in logged), default=-1) + 1
+        self._next_step = max((line["step"] for line in logged), default=-1) + 1
         server.tell(service, "open", run, **options)
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         self._server.tell(self._service, "define", self._run, name=name, step_metric=step_metric)
 
-    def log(self, values: Mapping[str, float], step: int | None = None) -> None:
+    def log(self, values: Mapping[str, float], step: int, commit: bool | None = None) -> None:
         own = {key: value for key, value in values.items() if key != "step"}
-        number = values["step"] if step is None else step
-        self._server.tell(self._service, "log", self._run, step=number, values=own)
+        number, step = step, int(values.get("step", step))
+        self._server.tell(self._service, "log", self._run, number=number, step=step, values=own)
 
     def finish(self) -> None:
         self._server.tell(self._service, "close", self._run)

@@ -20,7 +20,7 @@ from spt_ds.run.folder import RunFolder
 from spt_ds.run.metrics_file import Line, Mark
 from spt_ds.track import trackers as module
 from spt_ds.track.trackers import NOTHING, Trackers, chosen
-from tests.helpers.fake_trackers import NAMES, Server, modules
+from tests.helpers.fake_trackers import NAMES, Server, _Run, modules
 
 SECRET = "planted-key-0123456789"
 VALID_0 = Line(0, "valid", 1.0, {"nll": 3.0})
@@ -102,12 +102,51 @@ def test_what_a_killed_start_could_not_send_is_sent_later(tmp_path: Path, server
     for line in LINES[:6]:
         killed.log(line)
     until = time.monotonic() + 10
-    while len(server.steps_of("trackio")) < 2 and time.monotonic() < until:
+    while any(len(server.steps_of(name)) < 2 for name in NAMES) and time.monotonic() < until:
         time.sleep(0.01)
     server.hangs_at = None
     send(start(folder, kept=LINES[:4], first=Mark(3, False)), LINES[4:])
     for name in NAMES:
         assert server.steps_of(name) == history(LINES), name
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_what_a_kill_took_from_the_memory_of_a_service_is_sent_again(
+    tmp_path: Path, server: Server, name: str
+) -> None:
+    folder = folder_in(tmp_path)
+    send(start(folder, [name]), LINES[:6])
+    server.lose(name, 3)  # the validation of step 2, and steps 3 and 4
+    send(start(folder, [name], LINES[:4], Mark(3, False)), LINES[4:])
+    found = history(LINES)
+    if name == "trackio":  # knows its last step, not of what kind that was
+        found.remove(history([VALID_2])[0])
+    assert server.steps_of(name) == found
+
+
+def test_an_offline_folder_that_a_kill_tore_is_written_again(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_in(tmp_path)
+    for number in range(3):
+        own = folder.path / "wandb" / f"offline-run-{number}"
+        own.mkdir(parents=True)
+        monkeypatch.setattr(_Run, "offline", True)
+        monkeypatch.setattr(_Run, "sync_dir", str(own), raising=False)
+        if number == 0:
+            send(start(folder, ["wandb"]), LINES[:4])
+        elif number == 1:
+            torn = start(folder, ["wandb"], LINES[:4], Mark(3, False))
+            torn.log(LINES[4])
+            until = time.monotonic() + 10
+            while len(server.steps_of("wandb")) < 5 and time.monotonic() < until:
+                time.sleep(0.01)
+            server.lose("wandb", 1)
+        else:
+            send(start(folder, ["wandb"], LINES[:4], Mark(3, False)), LINES[4:])
+    assert server.steps_of("wandb") == history(LINES)
+    left = sorted(path.name for path in (folder.path / "wandb").iterdir())
+    assert left == ["offline-run-0", "offline-run-2", "torn-offline-run-1"]
 
 
 def test_a_tracker_that_comes_later_gets_what_was_before(tmp_path: Path, server: Server) -> None:
