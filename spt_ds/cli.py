@@ -28,6 +28,8 @@ COMMANDS = {
         "one HTML page of runs: curves, prompt use, scores, examples",
     ),
     "summary": ("spt_ds.summary", "losses, scores and prompt usage of a run"),
+    "runs": ("spt_ds.runs", "run folders with state, age, step, best loss and scores"),
+    "watch": ("spt_ds.watch", "a run in the terminal while it trains"),
     "bench": ("spt_ds.costs.command", "a training step at a given shape, against a naive version"),
     "quantize": ("spt_ds.quantize", "write a base once in 4 or 8 bits"),
     "plan": (

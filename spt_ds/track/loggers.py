@@ -109,8 +109,9 @@ class Wandb:
             ),
         )
         self._torn = opening.folder.trackers / "wandb-offline.json"
+        self._offline_folder = Path(self._run.settings.sync_dir)
+        self.where = str(self._offline_folder if self._run.offline else self._run.url)
         self.has = self._has_offline(opening) if self._run.offline else self._has_online()
-        self.where = self._run.sync_dir if self._run.offline else self._run.url or self._run.id
         # Its own counter only goes up, and here it numbers the lines.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -132,7 +133,7 @@ class Wandb:
             has = Mark(*torn["has"])
             folder = opening.folder.path / "wandb" / Path(torn["folder"]).name
             folder.rename(folder.with_name(f"torn-{folder.name}"))
-        record = {"folder": Path(self._run.sync_dir).name, "has": list(has)}
+        record = {"folder": self._offline_folder.name, "has": list(has)}
         write_whole(self._torn, json.dumps(record))
         return has
 

@@ -53,6 +53,7 @@ class _Run:
     """A run of wandb or trackio."""
 
     url, offline = "https://server/run", False
+    settings = SimpleNamespace(sync_dir="run-now")
 
     def __init__(self, server: Server, service: str, run: str, **options: Any) -> None:
         self._server, self._service, self._run = server, service, run

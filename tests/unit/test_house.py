@@ -42,9 +42,11 @@ LAYERS = [
         "generate",
         "plan",
         "quantize",
+        "runs",
         "slurm_command",
         "summary",
         "train",
+        "watch",
     },
 ]
 FENCES = {
@@ -71,6 +73,8 @@ WITHOUT_TORCH = [
     "spt_ds.data.encode",
     "spt_ds.cli",
     "spt_ds.summary",
+    "spt_ds.runs",
+    "spt_ds.watch",
     "spt_ds.audit.command",
 ]
 
