@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from spt_ds.display import duration
 from spt_ds.errors import DataError
 from spt_ds.log import show
 from spt_ds.run.command import run_command
 from spt_ds.run.progress import SCORES, Progress, RunWatch, run_folders
 
 HEAD = ("run", "state", "age", "step", "best step", "best nll", *SCORES)
-UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,13 +68,3 @@ def _row(one: Progress) -> tuple[str, ...]:
         "-" if one.best_nll is None else f"{one.best_nll:.4f}",
         *(f"{one.scores[key]:.2f}" if key in one.scores else "-" for key in SCORES),
     )
-
-
-def duration(seconds: float | None) -> str:
-    """A length of time for a table, such as `3.2 h`; `-` where it is not known."""
-    if seconds is None:
-        return "-"
-    for length, unit in UNITS:
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"

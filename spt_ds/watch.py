@@ -11,13 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from spt_ds.display import printable
+from spt_ds.display import duration, printable
 from spt_ds.errors import DataError
 from spt_ds.log import show
 from spt_ds.run.command import EXIT_DONE, run_command
 from spt_ds.run.metrics_file import History, Line
 from spt_ds.run.progress import Progress, RunWatch
-from spt_ds.runs import duration
 
 EVERY_S = 1.0
 BARS, PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-=+*%#"

@@ -24,7 +24,8 @@ from spt_ds.run.folder import RunFolder
 from spt_ds.run.metrics_file import Mark
 
 PROJECT = "spt_ds"  # where the environment names no project or experiment
-MLFLOW_PARAMETER_CHARACTERS = 500  # of a value; older servers refuse more
+# Servers of MLflow refuse more: characters of a parameter, and parameters and metrics of one call.
+MLFLOW_PARAMETER_CHARACTERS, MLFLOW_PARAMETERS, MLFLOW_METRICS = 500, 100, 1000
 
 
 class Logger(Protocol):
@@ -175,8 +176,9 @@ class Mlflow:
         parameters = [
             Param(key, str(value)[:MLFLOW_PARAMETER_CHARACTERS]) for key, value in options.items()
         ]
-        self._client.log_batch(run.info.run_id, params=parameters[:100])
-        self._client.log_batch(run.info.run_id, params=parameters[100:])
+        for first in range(0, len(parameters), MLFLOW_PARAMETERS):
+            batch = parameters[first : first + MLFLOW_PARAMETERS]
+            self._client.log_batch(run.info.run_id, params=batch)
         run_id: str = run.info.run_id
         return run_id
 
@@ -185,7 +187,8 @@ class Mlflow:
 
         now_ms = int(time.time() * 1000)
         metrics = [Metric(name, value, now_ms, step) for name, value in values.items()]
-        self._client.log_batch(self._run_id, metrics=metrics)
+        for first in range(0, len(metrics), MLFLOW_METRICS):
+            self._client.log_batch(self._run_id, metrics=metrics[first : first + MLFLOW_METRICS])
 
     def close(self) -> None:
         self._client.set_terminated(self._run_id)
