@@ -25,6 +25,7 @@ import numpy as np
 
 from spt_ds.evaluate.columns import METRIC_OF, METRICS
 from spt_ds.evaluate.corpus_metrics import corpus_metrics
+from spt_ds.evaluate.label_metrics import accuracy, errors, f1_macro
 from spt_ds.evaluate.significance import interval, paired
 from spt_ds.evaluate.statistic import Statistic, Sums, grouped, mean
 from spt_ds.run.predictions import Prediction, PredictionFile
@@ -59,8 +60,25 @@ def draw_population(dialogues: int, seed: int) -> Population:
         for key in ("bert_f1", "bert_p", "bert_r"):
             rows_of_key = mean(level + random.normal(0.0, 8.0, len(rows)))
             statistics[key] = grouped(rows_of_key, file.units)
+        for key, statistic in _of_labels(file.units, seed, system).items():
+            statistics[key] = grouped(statistic, file.units)
         out.append(statistics)
     return out
+
+
+def _of_labels(units: Sequence[int], seed: int, system: int) -> dict[str, Statistic]:
+    """Grades from 1 to 5, some rarer than others, that a system gets right or misses by a few."""
+    shared, random = np.random.default_rng([seed, 5]), np.random.default_rng([seed, 6, system])
+    golds = shared.choice(5, len(units), p=[0.1, 0.1, 0.2, 0.25, 0.35]) + 1
+    ease = shared.normal(0.0, 0.5, max(units) + 1)[list(units)]
+    noise = random.normal(ease, 1.0 + 0.1 * system)
+    answers = np.clip(np.rint(golds + noise), 1, 5).astype(int)
+    told, given = [str(gold) for gold in golds], [str(answer) for answer in answers]
+    return {
+        "accuracy": accuracy(told, given),
+        "f1_macro": f1_macro(told, given, list("12345")),
+        **errors(told, given),
+    }
 
 
 def _answers(dialogues: int, seed: int, system: int) -> Iterator[Prediction]:
@@ -97,6 +115,7 @@ def _answers(dialogues: int, seed: int, system: int) -> Iterator[Prediction]:
                 dialogue_id=str(dialogue),
                 reference=_text(reference, " ."),
                 raw=_text(reply, "!"),
+                choices=(),
                 prompt=int(random.choice(PROMPTS, p=usage)),
                 scores=(0.0,) * PROMPTS,
                 nll_sum=float(random.gamma(2.0, 1.3) * (0.6 + ease) * length),

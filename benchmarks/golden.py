@@ -12,23 +12,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from spt_ds.api import load
 from spt_ds.batch import Batch, Contrast
 from spt_ds.config.load import load_config
 from spt_ds.model.attention import PACKED
 from spt_ds.model.backbone import Backbone
+from spt_ds.model.conversation import Endings
+from spt_ds.model.decode import decode
 from spt_ds.model.prompt_bank import PromptBank
 from spt_ds.model.reference import functions_of, jumping_softplus
 from spt_ds.model.retriever import Retriever
 from spt_ds.model.spt import Spt, Trainables
 
 LIMITS = {torch.float32: (1e-5, 1e-6), torch.float64: (1e-12, 1e-12)}
+NEVER = 10_000  # no token of a case: the golden replies go on to the limit
 GRADS = {"prompt": "bank.weight", "W": "retriever.context.weight", "b": "retriever.context.bias"}
 
 
@@ -153,12 +159,54 @@ def compare(folder: Path, dtype: torch.dtype, backend: str = "sdpa") -> dict[str
     return worst
 
 
+def write_base(folder: Path, out: Path) -> None:
+    """Write the base of a case as a folder that a run can name."""
+    lm = load_case(folder, torch.float32)[0].lm
+    weights = {
+        name: torch.from_numpy(array) for name, array in np.load(folder / "opt_weights.npz").items()
+    }
+    lm.config.save_pretrained(out)
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(folder / name, out / name)
+
+
+def infer(folder: Path, run: Path) -> float:
+    """Decode the contexts of a case with a run that was imported over its base.
+
+    Returns the largest difference of a score. SystemExit where the choice of a prompt or a token
+    is another.
+    """
+    golden = dict(np.load(folder / "golden.npz"))
+    real = golden["infer_attention_mask"].astype(bool)
+    # The reference pools over the padding too.
+    bot = load(run, reference__pool_length_tokens=real.shape[1], generate__max_new_tokens=8)
+    session = bot._session
+    contexts = [ids[mask] for ids, mask in zip(golden["infer_input_ids"], real, strict=True)]
+    lens, count = tuple(map(len, contexts)), len(contexts)
+    empty = np.zeros(0, dtype=np.int64)
+    rows = Batch(
+        np.concatenate(contexts), empty, lens, (0,) * count, tuple(range(count)), (1.0,) * count
+    )
+    endings = Endings((NEVER,), session.spt.functions.pool.pad_id)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        out = session.backbone(decode, session.spt, rows, session.config.generate, endings, False)
+    if out.chosen != golden["infer_selected"].tolist():
+        raise SystemExit(f"{run}: other prompts: {out.chosen}, expected {golden['infer_selected']}")
+    if out.tokens != golden["infer_tokens"].tolist():
+        raise SystemExit(f"{run}: the prompts give other tokens than {folder}")
+    return float(np.abs(out.scores.numpy() - golden["infer_sim_scores"]).max())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--backend", default="sdpa", choices=["sdpa", "eager"])
+    parser.add_argument(
+        "--run", type=Path, help="also decode with this run, imported from the case's checkpoint"
+    )
     args = parser.parse_args()
     failed, result = False, {}
     for dtype, (loss_limit, gradient_limit) in LIMITS.items():
@@ -169,6 +217,11 @@ def main() -> int:
             max(worst["loss"], worst["score"]) > loss_limit or worst["gradient"] > gradient_limit
         )
         print(f"{name}: " + ", ".join(f"{kind} {gap:.2e}" for kind, gap in worst.items()))
+    if args.run:
+        gap = infer(args.folder, args.run)
+        result["decoding"] = {"score": gap}
+        failed |= gap > LIMITS[torch.float32][0]
+        print(f"{args.run}: the same prompts and tokens, scores {gap:.2e}")
     print(
         json.dumps({"case": args.folder.name, "passed": not failed, "largest_difference": result})
     )

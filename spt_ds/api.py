@@ -27,6 +27,7 @@ from spt_ds.engine.session import Session, context_style, open_trained
 from spt_ds.errors import ConfigError, DataError, EngineError
 from spt_ds.model.conversation import ContextCache, ReplyHooks, WholeWords
 from spt_ds.run.folder import RunFolder
+from spt_ds.run.hub import OF_A_STRANGER, fetched, is_hub_id
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ class Reply:
 def load(run: str | Path, checkpoint: str | int = "best", **overrides: Any) -> Bot:
     """Open a trained run for replies.
 
-    Args: run, its folder; checkpoint, best, last or the number of a step; overrides, options with
-    two underscores for the point: `generate__max_new_tokens=64`. Raises SptError where run,
-    checkpoint or an option cannot be used.
+    Args: run, its folder, or `org/name` at the hub where there is no folder `org`; checkpoint,
+    best, last or the number of a step; overrides, options with two underscores for the point:
+    `generate__max_new_tokens=64`. Raises SptError where run, checkpoint or an option cannot be
+    used.
     """
     if not isinstance(run, (str, os.PathLike)):
         raise ConfigError(f"run: expected the path of a run folder, got {shown(run)}")
@@ -73,6 +75,8 @@ def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
         raise EngineError(
             f"a conversation takes one process, this is one of {size}; start it without a launcher"
         )
+    if is_hub_id(str(run)):
+        run, overrides = fetched(str(run)), [*OF_A_STRANGER, *overrides]
     folder = RunFolder(run)
     # os.path answers False to a name that no file can have; pathlib raises.
     if not os.path.isfile(folder.config):

@@ -31,6 +31,12 @@ COMMANDS = {
     "runs": ("spt_ds.runs", "run folders with state, age, step, best loss and scores"),
     "watch": ("spt_ds.watch", "a run in the terminal while it trains"),
     "bench": ("spt_ds.costs.command", "a training step at a given shape, against a naive version"),
+    "export": ("spt_ds.export.command", "a run for PEFT, the hub or vLLM"),
+    "push": ("spt_ds.export.push_command", "upload a run to the hub"),
+    "import": (
+        "spt_ds.export.import_command",
+        "a run of a reference checkpoint or a PEFT folder",
+    ),
     "quantize": ("spt_ds.quantize", "write a base once in 4 or 8 bits"),
     "plan": (
         "spt_ds.plan.command",

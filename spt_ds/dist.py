@@ -53,7 +53,7 @@ class World:
 # last comes last because mpirun starts its daemons with srun: its ranks carry the variables of a
 # daemon's task.
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_LAUNCHERS = (
+LAUNCHERS = (
     _PLACE,
     (*_PLACE[:3], "LOCAL_SIZE"),
     tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
@@ -69,7 +69,7 @@ def launch_variables(environment: Mapping[str, str]) -> dict[str, int]:
     contradict one another.
     """
     candidates = [
-        names for names in _LAUNCHERS if names[0] in environment and names[1] in environment
+        names for names in LAUNCHERS if names[0] in environment and names[1] in environment
     ]
     if not candidates:
         partial = [name for name in ("RANK", "WORLD_SIZE") if name in environment]

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import json
 import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +35,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes")
 MIN_DISK_GIB = 5.0
 MAX_CLOCK_SPREAD_S = 2.0
 MEASURED_MIB, REPEATS = 16, 5
+BACKENDS_S = 600  # DeepSpeed may build an operation first
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,20 @@ def machine(environment: os._Environ[str], run_dir: Path) -> Iterator[Finding]:
             yield Finding("FAIL", f"{name} cannot be imported: {error}")
     if "torch" not in broken:
         yield from _devices(environment)
+    # Each rank has a GPU of its own; on CPUs the ranks of a host compute on the same.
+    if not broken and (_gpus() or environment.get("LOCAL_RANK", "0") == "0"):
+        yield from _backends()
     yield _disk("run folder", run_dir)
     yield _disk("cache", Path(environment.get("SPT_CACHE", Path.home())))
     yield from _stale_locks(
         Path(environment.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     )
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _devices(environment: os._Environ[str]) -> Iterator[Finding]:
@@ -215,6 +227,27 @@ def across_ranks(args: argparse.Namespace, here: list[Finding]) -> list[Finding]
             for line in lines
         ]
     return findings
+
+
+def _backends() -> Iterator[Finding]:
+    """One operation of each attention, quantisation and sharding backend, in another process.
+
+    A kernel that does not fit the machine may end the process, or leave its GPU unusable.
+    """
+    command = [sys.executable, "-m", "spt_ds.engine.backends"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BACKENDS_S)
+    except subprocess.TimeoutExpired:
+        yield Finding("FAIL", f"one operation of each backend took more than {BACKENDS_S} s")
+        return
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):  # libraries print too
+            trial = json.loads(line)
+            level = "ok" if trial["works"] else "FAIL"
+            yield Finding(level, f"{trial['name']}: {trial['note']}")
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        yield Finding("FAIL", f"the trial of the next backend ended with {done.returncode}: {last}")
 
 
 def _facts(args: argparse.Namespace, size: int) -> dict[str, Any]:

@@ -15,10 +15,15 @@ from spt_ds.errors import DataError
 from spt_ds.evaluate.text_metrics import cleaned
 from spt_ds.files import sha256
 from spt_ds.json_input import parse_object
-from spt_ds.report.runs import PredictionInDialogue
 from spt_ds.run.command import run_command
 from spt_ds.run.folder import RunFolder
-from spt_ds.run.predictions import MEND_LINE, check_same_examples, lines_of, read_rows
+from spt_ds.run.predictions import (
+    MEND_LINE,
+    PredictionInDialogue,
+    check_same_examples,
+    lines_of,
+    read_rows,
+)
 
 LOSSES = (
     ("validation loss", "loss"),

@@ -13,6 +13,7 @@ from spt_ds import dist
 from spt_ds.audit.measured import Measured, Text
 from spt_ds.batch import Batch, Packed
 from spt_ds.data.loader import eval_batches
+from spt_ds.data.sampler import MicroSize
 from spt_ds.data.store import ExampleStore
 from spt_ds.engine.session import Session
 from spt_ds.model.attention import Layout
@@ -25,7 +26,7 @@ from spt_ds.model.spt import Spt
 @torch.no_grad()
 def measure(session: Session, store: ExampleStore) -> Measured:
     """Read each example under all prompts; every rank takes its share and gets the whole."""
-    world, micro = session.world, session.config.train.micro_batch
+    world, micro = session.world, MicroSize.of(session.config)
     # Every rank has as many batches, and those of the same sizes: their rows can be gathered.
     rows = [
         session.backbone(_measure_batch, session.spt, batch)

@@ -6,7 +6,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from spt_ds.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
@@ -14,12 +22,12 @@ Value = bool | int | float | str
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-Format = Literal["auto", "parlai", "jsonl", "csv", "spc_csv"]
+Format = Literal["auto", "parlai", "jsonl", "csv", "spc_csv", "lamp", "personamem"]
 SPC_COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
 # What a record may hold, by the names that readers know; `data.columns` has them as keys.
 FIELDS = (
     *("id", "dialogue_id", "turn", "persona", "history", "response", "turns", "first_speaker"),
-    *("messages", "prompt", "completion", *SPC_COLUMNS),
+    *("messages", "prompt", "completion", "choices", *SPC_COLUMNS),
 )
 _SPLIT = re.compile(r"split:(0?\.\d+)")
 
@@ -31,6 +39,14 @@ def _known(columns: dict[str, str]) -> dict[str, str]:
 
 
 Columns = Annotated[dict[str, str], AfterValidator(_known)]
+
+
+def _spelled(given: Any) -> Any:
+    return str(given) if type(given) in (int, float) else given
+
+
+# YAML reads the label 4 as a number.
+Label = Annotated[str, BeforeValidator(_spelled)]
 
 
 class Source(Section):
@@ -102,6 +118,10 @@ class DataConfig(Section):
     """File format; auto looks at suffix and first line."""
     columns: Columns = Field(default_factory=dict)
     """Names of your keys or columns by ours, such as `persona: profile`, in JSONL, CSV and hub."""
+    choices: tuple[Label, ...] = ()
+    """The answers to choose among, such as the labels of a task, for test examples that list none
+    of their own (see `generate.choices`).
+    """
     max_tokens: PositiveInt = 512
     """Longest context plus response in tokens, without virtual tokens; the oldest turns are dropped
     to fit.
@@ -158,6 +178,14 @@ class DataConfig(Section):
         if "{{" not in text and "{%" not in text:
             raise ValueError(f"{given!r} holds no Jinja template: it has neither {{{{ nor {{%")
         return text
+
+    @field_validator("choices")
+    @classmethod
+    def _several(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        given = tuple(choice.strip() for choice in given)
+        if given and (len(set(given)) < max(2, len(given)) or not all(given)):
+            raise ValueError(f"{list(given)}: give two answers or more, none blank and none twice")
+        return given
 
     @model_validator(mode="after")
     def _sources(self) -> DataConfig:

@@ -51,6 +51,11 @@ class GenerateConfig(Section):
     """
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a reply, which is cut before the first of them."""
+    choices: Literal["none", "sum", "mean"] = "none"
+    """Answer with the likeliest of the example's choices (see `data.choices`) instead of text that
+    is generated: by the log-likelihood of the whole answer with its end (`sum`), or by that a token
+    (`mean`), which does not favour short answers. `none` generates.
+    """
     perplexity: bool = False
     """Also measure the loss of the reference reply under the chosen prompt."""
 
@@ -73,6 +78,8 @@ class GenerateConfig(Section):
             raise ValueError(
                 "perplexity is not defined for mode: fuse; use the fusion loss of training"
             )
+        if self.choices != "none":
+            self._check_choices()
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens is {self.min_new_tokens}, max_new_tokens only"
@@ -90,6 +97,19 @@ class GenerateConfig(Section):
             if idle and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is {getattr(self, name)}, which acts only with {need}")
         return self
+
+    def _check_choices(self) -> None:
+        if self.reads_every_prompt:
+            raise ValueError(
+                f"choices: {self.choices} asks one prompt of each example, and mode: {self.mode}"
+                " all of them; set mode: select, or choices: none"
+            )
+        for name in ("do_sample", "num_beams", "stop", "clean", "min_new_tokens"):
+            if (given := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is {given}, which acts only on text that is generated; set choices:"
+                    " none, or leave it out"
+                )
 
     @property
     def reads_every_prompt(self) -> bool:

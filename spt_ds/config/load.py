@@ -29,6 +29,7 @@ MAX_FILE_BYTES = 4 << 20  # the largest shipped recipe has 2 kB
 PURPOSES = {
     "start": "to try it on a laptop",
     "methods": "what trains, on any base: --set model.base=...",
+    "tasks": "a label, a score or an answer to choose, with files of your own",
     "bases": "published language models, with data of your own",
 }
 

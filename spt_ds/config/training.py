@@ -53,6 +53,10 @@ class TrainConfig(Section):
     """
     micro_batch: PositiveInt = 4
     """Examples per forward pass on one rank; each is read under all K prompts."""
+    micro_batch_tokens: NonNegativeInt = 0
+    """Tokens per forward pass on one rank, those of all K prompts and of shared contexts together;
+    above 0 they decide instead of `micro_batch`. A longer example has a pass of its own.
+    """
     eval_every_steps: NonNegativeInt = 0
     """Steps between validation losses; 0 evaluates before the first and after the last step only.
     """

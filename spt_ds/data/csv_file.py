@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,21 @@ from spt_ds.errors import DataError
 from spt_ds.json_input import parse_json
 
 # Fields that may be lists: a cell that begins with a bracket is read as JSON.
-_LISTS = ("persona", "history", "turns", "messages", "prompt", "completion")
+_LISTS = ("persona", "history", "turns", "messages", "prompt", "completion", "choices")
 
 
 def read_csv(path: Path, columns: Mapping[str, str]) -> Iterator[Example]:
     """Yield the examples of each row; `columns` has the names of the header by ours."""
+    for origin, cells in rows_of(path, lambda header, at: _check_header(header, columns, at)):
+        record = _unpacked(renamed(cells, columns, origin), origin)
+        name = str(record.get("id") or f"{path.name}:{origin.rpartition(':')[2]}")
+        yield from record_examples(record, origin, name)
+
+
+def rows_of(
+    path: Path, check_header: Callable[[list[str], str], None]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (`file:line`, cells by column) of each row; `check_header` gets header and origin."""
     # A field may hold line ends, so a row begins on the line after the last one's end.
     rows = csv.reader((line for _, line in lines(path, keep_end=True)), strict=True)
     header: list[str] = []
@@ -32,12 +42,9 @@ def read_csv(path: Path, columns: Mapping[str, str]) -> Iterator[Example]:
             origin = f"{path}:{number}"
             if not header:
                 header = row
-                _check_header(header, columns, origin)
+                check_header(header, origin)
             elif len(row) == len(header):
-                cells: dict[str, Any] = dict(zip(header, row, strict=True))
-                record = _unpacked(renamed(cells, columns, origin), origin)
-                name = str(record.get("id") or f"{path.name}:{number}")
-                yield from record_examples(record, origin, name)
+                yield origin, dict(zip(header, row, strict=True))
             elif row:
                 raise DataError(
                     f"{origin}: the row has {len(row)} fields, the header {len(header)}; quote"
@@ -78,6 +85,6 @@ def _unpacked(record: Mapping[str, Any], origin: str) -> dict[str, Any]:
                     raise
     if isinstance(turn := whole.get("turn"), str):
         whole["turn"] = int(turn) if turn.isdecimal() and len(turn) < 10 else turn or None
-    for key in ("id", "dialogue_id"):
+    for key in ("id", "dialogue_id", "choices"):
         whole[key] = whole.get(key) or None  # an empty cell
     return whole

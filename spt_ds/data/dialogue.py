@@ -22,6 +22,7 @@ class Example:
     persona: tuple[str, ...]  # sentences; empty without a persona
     history: tuple[str, ...]  # oldest first
     response: str
+    choices: tuple[str, ...] = ()  # the answers to choose among, the response one of them
 
 
 def replies(turns: Sequence[str], self_opens: bool) -> Iterator[tuple[int, tuple[str, ...], str]]:

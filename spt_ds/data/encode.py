@@ -46,6 +46,7 @@ class Encoded:
     prompt_at: int = 0  # context tokens before the soft prompt
     persona: tuple[str, ...] = ()  # what was left of it, if it is shown at all
     cut: bool = False  # whether persona or last turn were cut to fit
+    choice_ids: tuple[list[int], ...] = ()  # of each answer to choose among, as `response_ids`
 
 
 class TooLong(DataError):
@@ -149,7 +150,12 @@ class Encoder:
         room = len(response) if reserved is None else reserved
         context = self.context(example.id, example.persona, example.history, room)
         kept = context.persona if self._style.persona else example.persona
-        return replace(context, response_ids=response, persona=kept)
+        # Training reads the reply alone.
+        choices = example.choices if reserved is not None else ()
+        of_choices = tuple(
+            self.template.response(persona, example.history, choice) for choice in choices
+        )
+        return replace(context, response_ids=response, persona=kept, choice_ids=of_choices)
 
     def context(
         self, name: str, persona: tuple[str, ...], history: tuple[str, ...], reserved: int

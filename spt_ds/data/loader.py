@@ -19,7 +19,7 @@ from spt_ds.batch import Batch, Contrast, Window
 from spt_ds.config.data import PersonaDropoutConfig
 from spt_ds.data.encode import Encoded, Encoder
 from spt_ds.data.pairs import contrast_pairs, pair_text
-from spt_ds.data.sampler import Slot, assign
+from spt_ds.data.sampler import MicroSize, Slot, assign
 from spt_ds.data.store import ExampleStore
 from spt_ds.errors import SptError
 from spt_ds.log import say_once
@@ -36,7 +36,7 @@ class TrainLoader:
         store: ExampleStore,
         *,
         global_batch: int,
-        micro_batch: int,
+        micro: MicroSize,
         world: int,
         rank: int,
         seed: int,
@@ -51,7 +51,7 @@ class TrainLoader:
             )
             bleu_threshold = None
         self._windows = _Windows(
-            store, global_batch, micro_batch, world, rank, seed, bleu_threshold, dropout
+            store, global_batch, micro, world, rank, seed, bleu_threshold, dropout
         )
         self._workers = workers
 
@@ -76,13 +76,13 @@ class TrainLoader:
             yield window
 
 
-def eval_batches(store: ExampleStore, micro_batch: int, world: int, rank: int) -> Iterator[Batch]:
+def eval_batches(store: ExampleStore, micro: MicroSize, world: int, rank: int) -> Iterator[Batch]:
     """Yield this rank's batches, as many as each other rank has.
 
     Over all ranks every example comes once with weight 1; fillers with weight 0 complete the rest.
     """
     rows = np.arange(len(store))
-    for slots in assign(rows, store.lengths.total, world, micro_batch)[rank]:
+    for slots in assign(rows, *store.lengths, world, micro)[rank]:
         yield _batch(store, slots)
 
 
@@ -98,7 +98,7 @@ class _Windows(Dataset[Window | SptError]):
         self,
         store: ExampleStore,
         global_batch: int,
-        micro_batch: int,
+        micro: MicroSize,
         world: int,
         rank: int,
         seed: int,
@@ -108,7 +108,7 @@ class _Windows(Dataset[Window | SptError]):
         self._store = store
         self._dropout = dropout
         self._global_batch = global_batch
-        self._micro_batch = micro_batch
+        self._micro = micro
         self._world = world
         self._rank = rank
         self._seed = seed
@@ -132,7 +132,7 @@ class _Windows(Dataset[Window | SptError]):
             if row in changed:
                 context[place] = len(changed[row].context_ids)
                 response[place] = len(changed[row].response_ids)
-        dealt = assign(indices, context + response, self._world, self._micro_batch)
+        dealt = assign(indices, context, response, self._world, self._micro)
         contrast = None
         if self._bleu_threshold is not None:
             owner = _owners(dealt, len(indices))

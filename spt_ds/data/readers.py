@@ -2,9 +2,10 @@
 
 Every fault of a file names its `file:line`.
 
-A source is a file (ParlAI text, CSV, JSONL), `embedded:train|valid|test` (the dialogues that are
-shipped), `embedded:clients/train|valid|test` (single turns of them in the house styles of four
-clients) or `hub:NAME[:CONFIG][:SPLIT]` (anything that `datasets.load_dataset` reads).
+A source is a file (ParlAI text, CSV, JSONL, questions of LaMP or PersonaMem),
+`embedded:train|valid|test` (the dialogues that are shipped), `embedded:clients/train|valid|test`
+(single turns of them in the house styles of four clients) or `hub:NAME[:CONFIG][:SPLIT]` (anything
+that `datasets.load_dataset` reads).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any, Literal
 from spt_ds.config.data import FIELDS, SPC_COLUMNS, Format
 from spt_ds.data.csv_file import read_csv
 from spt_ds.data.dialogue import Example
+from spt_ds.data.lamp import outputs_of, read_lamp
 from spt_ds.data.parlai import read_parlai
+from spt_ds.data.personamem import contexts_of, is_personamem, read_personamem
 from spt_ds.data.records import record_examples, renamed
 from spt_ds.data.spc import conversation_of
 from spt_ds.data.textfile import lines, readable
@@ -37,6 +40,7 @@ SHIPPED = {
     for split in ("train", "valid", "test")
 }
 Split = Literal["train", "valid", "test"]
+_LONGEST_HEADER = 1 << 12  # bytes of a file that tell what it is
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -55,6 +59,10 @@ def read(
         format = detect(path) if format == "auto" else format
         if format == "parlai":
             examples = read_parlai(path)
+        elif format == "lamp":
+            examples = read_lamp(path)
+        elif format == "personamem":
+            examples = read_personamem(path)
         elif format == "jsonl":
             examples = _read_jsonl(path, NO_COLUMNS if source in SHIPPED else columns)
         else:
@@ -88,8 +96,8 @@ def resolve(source: str) -> Path:
     return path
 
 
-def digest(source: str) -> str:
-    """Return the SHA-256 (hex) of the bytes of `source`.
+def digest(source: str, format: Format = "auto") -> str:
+    """Return the SHA-256 (hex) of the bytes of `source`, and of the file beside it if it has one.
 
     For a hub data set it is that of its name and content fingerprint.
     """
@@ -98,15 +106,26 @@ def digest(source: str) -> str:
         fingerprint = f"{source} {load_hub(source)._fingerprint}"
         return hashlib.sha256(fingerprint.encode()).hexdigest()
     path = resolve(source)
+    format = detect(path) if format == "auto" else format
+    beside = {"lamp": outputs_of, "personamem": contexts_of}.get(format)
     with readable(path):
-        return sha256(path)
+        own = sha256(path)
+        return (
+            own
+            if beside is None
+            else hashlib.sha256(f"{own} {sha256(beside(path))}".encode()).hexdigest()
+        )
 
 
 def detect(path: Path) -> Format:
     """Tell the format of a file by its suffix, else by its first line that is not blank."""
     by_suffix: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+    with readable(path), path.open("rb") as file:
+        header = file.read(_LONGEST_HEADER).decode("utf-8-sig", "replace").lstrip()
     if known := by_suffix.get(path.suffix.lower()):
-        return known
+        return "personamem" if known == "csv" and is_personamem(header) else known
+    if header.startswith("["):  # its one line may have gigabytes
+        return "lamp"
     number, first = next(((number, line) for number, line in lines(path) if line.strip()), (1, ""))
     if first.lstrip().startswith("{"):
         return "jsonl"
@@ -117,7 +136,8 @@ def detect(path: Path) -> Format:
         return "csv"
     raise DataError(
         f"{path}:{number}: cannot tell the format from the line {first[:60]!r}; allowed are ParlAI"
-        " text (`1 hello`, a tab, `hi`), CSV and JSONL; set data.format to parlai, csv or jsonl"
+        " text (`1 hello`, a tab, `hi`), CSV, JSONL, and questions of LaMP and PersonaMem; set"
+        " data.format to parlai, csv, jsonl, lamp or personamem"
     )
 
 

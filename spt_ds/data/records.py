@@ -77,11 +77,11 @@ def record_examples(record: Record, origin: str, name: str) -> Iterator[Example]
 
 def _example(record: Record, origin: str, name: str) -> Example:
     history = _texts(record, "history", origin)
-    response = _text(record.get("response"), "response", origin)
+    response = checked_text(record.get("response"), "response", origin)
     dialogue = (
         name
         if (given := record.get("dialogue_id")) is None
-        else _text(str(given), "dialogue_id", origin)
+        else checked_text(str(given), "dialogue_id", origin)
     )
     turn = len(history) if (given := record.get("turn")) is None else given
     # Not `isinstance`: true is an int to Python.
@@ -90,7 +90,8 @@ def _example(record: Record, origin: str, name: str) -> Example:
             f'{origin}: "turn" must be a whole number from 0 on, got {shown(turn)}; the'
             f" largest is {MAX_TURN}"
         )
-    return Example(name, dialogue, turn, _persona(record, origin), history, response)
+    persona, choices = _persona(record, origin), _choices(record, response, origin)
+    return Example(name, dialogue, turn, persona, history, response, choices)
 
 
 def _dialogue(record: Record, origin: str, name: str) -> Iterator[Example]:
@@ -134,7 +135,7 @@ def _completion_examples(record: Record, origin: str, name: str) -> Iterator[Exa
             )
         persona, history = (*talk.system, *persona), tuple(talk.turns)
     else:
-        history = (_text(prompt, "prompt", origin),)
+        history = (checked_text(prompt, "prompt", origin),)
     if isinstance(completion, (list, tuple)):
         answer = _talk(completion, "completion", origin)
         if answer.system or not answer.owner_opens or len(answer.turns) != 1:
@@ -144,8 +145,9 @@ def _completion_examples(record: Record, origin: str, name: str) -> Iterator[Exa
             )
         response = answer.turns[0]
     else:
-        response = _text(completion, "completion", origin)
-    yield Example(name, name, len(history), persona, history, response)
+        response = checked_text(completion, "completion", origin)
+    choices = _choices(record, response, origin)
+    yield Example(name, name, len(history), persona, history, response, choices)
 
 
 def _talk(value: object, key: str, origin: str) -> _Talk:
@@ -156,7 +158,7 @@ def _talk(value: object, key: str, origin: str) -> _Talk:
     speakers: list[str] = []
     turns: list[str] = []
     for number, message in enumerate(value):
-        role, content = _message(message, f"{key}[{number}]", origin)
+        role, content = message_of(message, f"{key}[{number}]", origin)
         if role == "system":
             if speakers:
                 raise DataError(
@@ -172,8 +174,8 @@ def _talk(value: object, key: str, origin: str) -> _Talk:
     return _Talk(tuple(system), speakers[:1] == ["assistant"], turns)
 
 
-def _message(message: object, key: str, origin: str) -> tuple[str, str]:
-    """Role and content of a message."""
+def message_of(message: object, key: str, origin: str) -> tuple[str, str]:
+    """Role and content of a message: `system`, `user` or `assistant`, and a text."""
     if not isinstance(message, Mapping):
         raise DataError(
             f'{origin}: "{key}" must be an object with "role" and "content", got {shown(message)}'
@@ -194,7 +196,7 @@ def _message(message: object, key: str, origin: str) -> tuple[str, str]:
             _part(part, f"{key}.{names[1]}[{number}]", origin)
             for number, part in enumerate(content)
         )
-    return role, _text(content, f"{key}.{names[1]}", origin)
+    return role, checked_text(content, f"{key}.{names[1]}", origin)
 
 
 def _part(part: object, key: str, origin: str) -> str:
@@ -202,6 +204,19 @@ def _part(part: object, key: str, origin: str) -> str:
     if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
         raise DataError(f'{origin}: "{key}" must be a part with a "text", got {shown(part)}')
     return str(part["text"])
+
+
+def _choices(record: Record, response: str, origin: str) -> tuple[str, ...]:
+    """The answers to choose among, each once; none where the record lists none."""
+    if record.get("choices") is None:
+        return ()
+    choices = tuple(dict.fromkeys(_texts(record, "choices", origin)))
+    if response not in choices or len(choices) < 2:
+        raise DataError(
+            f'{origin}: "choices" must be two texts or more, one of them the response'
+            f" {shown(response)}, got {shown(list(choices))}"
+        )
+    return choices
 
 
 def _persona(record: Record, origin: str, needed: bool = True) -> tuple[str, ...]:
@@ -223,10 +238,12 @@ def _texts(record: Record, key: str, origin: str) -> tuple[str, ...]:
         raise DataError(
             f'{origin}: "{key}" must be a list of texts, got {got}; write [] where there is none'
         )
-    return tuple(_text(item, f"{key}[{number}]", origin) for number, item in enumerate(value))
+    return tuple(
+        checked_text(item, f"{key}[{number}]", origin) for number, item in enumerate(value)
+    )
 
 
-def _text(value: object, key: str, origin: str) -> str:
+def checked_text(value: object, key: str, origin: str) -> str:
     """A text that is not blank, without blanks around it."""
     if not isinstance(value, str) or not value.strip():
         raise DataError(f'{origin}: "{key}" must be a text that is not blank, got {shown(value)}')

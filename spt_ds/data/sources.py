@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from spt_ds.data.frames import template_text
 from spt_ds.data.readers import NO_COLUMNS, Part, Split, digest, read
 from spt_ds.data.store import FEATURES, META, TABLE, ExampleStore
 from spt_ds.data.template import TemplateStyle
+from spt_ds.display import shown
 from spt_ds.errors import DataError
 from spt_ds.files import new_folder
 from spt_ds.log import get_logger
@@ -38,7 +39,7 @@ from spt_ds.log import get_logger
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LAYOUT_VERSION = 6  # part of every cache key: raise it when columns or readers change
+_LAYOUT_VERSION = 7  # part of every cache key: raise it when columns or readers change
 
 
 def open_sources(
@@ -62,6 +63,7 @@ def open_sources(
             cache_dir=data.cache_dir,
             style=style,
             reserved=reserved,
+            choices=data.choices if split == "test" else (),
         )
         for source in sources
     ]
@@ -81,7 +83,8 @@ def sources_of(data: DataConfig, split: Split) -> tuple[tuple[Source, ...], Part
 
 def digests(data: DataConfig, split: Split) -> str:
     """The hashes of a split's sources, shortened."""
-    return " ".join(digest(source.path)[:16] for source in sources_of(data, split)[0])
+    sources = sources_of(data, split)[0]
+    return " ".join(digest(each.path, each.format or data.format)[:16] for each in sources)
 
 
 def build_store(
@@ -96,19 +99,21 @@ def build_store(
     cache_dir: str | None = None,
     style: ContextStyle = PLAIN,
     reserved: int | None = None,
+    choices: tuple[str, ...] = (),
 ) -> ExampleStore:
     """Encode `source` (see `readers`), or open the store that an earlier run made of it.
 
     `part` takes a part of it (None: all), and `max_examples` the first of those (0: all); `style`
     is what the model sees beside the dialogue; `reserved` is what a context leaves for a reply that
-    is to be generated, None: room for the example's own. Several processes may build at once: each
-    writes its own folder, the first to finish renames it into place, the others use that one.
-    DataError from the readers, the encoder or the disk.
+    is to be generated, None: room for the example's own; `choices` are the answers to choose among
+    of examples that list none. Several processes may build at once: each writes its own folder, the
+    first to finish renames it into place, the others use that one. DataError from the readers, the
+    encoder or the disk.
     """
     # All that the table's contents depend on: its hash is the name of the folder.
     parts = {
         "source_name": source.rpartition("/")[2],  # ids of examples carry it
-        "source_sha256": digest(source),
+        "source_sha256": digest(source, format),
         "format": format,
         "columns": dict(columns),
         "part": part and asdict(part),
@@ -119,6 +124,7 @@ def build_store(
         "persona": style.persona,
         "shots": style.shots,
         "reserved": reserved,
+        "choices": choices,
         "template": [TEMPLATE_VERSION, *_style_parts(style.template, tokenizer)],
         "layout": _LAYOUT_VERSION,
     }
@@ -127,22 +133,42 @@ def build_store(
     # The description is written last, so where it is there the table is whole.
     if not (path / META).exists():
         started = time.monotonic()
-        wanted = part.of(source, format, columns) if part else read(source, format, columns)
         encoder = Encoder(tokenizer, max_tokens, style)
-        meta = {"key": key, "source": source, **parts}
+        every = part.of(source, format, columns) if part else read(source, format, columns)
+        wanted = islice(_with_choices(every, choices, source), max_examples or None)
         try:
-            _write(path, encoder, islice(wanted, max_examples or None), reserved, meta)
+            _write(path, encoder, wanted, reserved, {"key": key, "source": source, **parts})
         except OSError as error:
             # Else another process was first, with the same data.
             if not (path / META).exists():
-                raise DataError(
-                    f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir"
-                ) from error
+                raise _unwritable(path, error) from error
         seconds = time.monotonic() - started
         get_logger().info(f"tokenised {source} into {path} in {seconds:.1f} s")
     store = ExampleStore(path)
     _tell_what_was_cut(store, max_tokens, style)
     return store
+
+
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path.parent}: cannot write the tokenised data ({error}); set data.cache_dir"
+    )
+
+
+def _with_choices(
+    examples: Iterable[Example], choices: tuple[str, ...], source: str
+) -> Iterator[Example]:
+    """Give the task's answers to examples that list none."""
+    for example in examples:
+        if not choices or example.choices:
+            yield example
+            continue
+        if example.response not in choices:
+            raise DataError(
+                f"{source}: the answer of example {example.id} is {shown(example.response)}, which"
+                f" is none of data.choices {shown(list(choices))}; add it there, or correct it"
+            )
+        yield replace(example, choices=choices)
 
 
 def _tell_what_was_cut(store: ExampleStore, max_tokens: int, style: ContextStyle) -> None:
@@ -204,4 +230,5 @@ def _row(example: Example, encoded: Encoded) -> dict[str, Any]:
         **vars(encoded),
         "context_len": len(encoded.context_ids),
         "response_len": len(encoded.response_ids),
+        "choice_len": max(map(len, encoded.choice_ids), default=0),
     }

@@ -33,10 +33,13 @@ FEATURES = Features(
         "persona": List(Value("string")),
         "history": List(Value("string")),
         "response": Value("string"),
+        "choices": List(Value("string")),
         "context_ids": List(Value("int32")),
         "response_ids": List(Value("int32")),
+        "choice_ids": List(List(Value("int32"))),
         "context_len": Value("int32"),
         "response_len": Value("int32"),
+        "choice_len": Value("int32"),
         "dropped_turns": Value("int32"),
         "prompt_at": Value("int32"),
         "cut": Value("bool"),
@@ -109,6 +112,7 @@ class ExampleStore:
         self.prompt_at = table.column("prompt_at").to_numpy()  # context tokens before the prompt
         dropped = table.column("dropped_turns").to_numpy()
         self.truncated = int((dropped > 0).sum())  # examples that lost turns
+        self.choice_len = table.column("choice_len").to_numpy()  # of each example's longest answer
         self.cut = int(np.asarray(table.column("cut")).sum())  # whose persona or last turn was cut
         # Only these columns: a row of the whole table would bring its texts along for every batch.
         self._ids = data.select_columns(["context_ids", "response_ids"]).with_format("arrow")
@@ -141,10 +145,15 @@ class ExampleStore:
         ]
         return flat[0].astype(np.int64), flat[1].astype(np.int64)
 
+    @property
+    def most_choices(self) -> int:
+        """Answers of the example that has the most to choose among."""
+        return max(map(len, self._data["choices"]), default=0)
+
     def example(self, index: int) -> Example:
         """Return the texts of an example."""
         row = self[index]
-        texts = tuple(row["persona"]), tuple(row["history"]), row["response"]
+        texts = tuple(row["persona"]), tuple(row["history"]), row["response"], tuple(row["choices"])
         return Example(row["id"], row["dialogue_id"], row["turn"], *texts)
 
     def encoded(self, index: int) -> Encoded:

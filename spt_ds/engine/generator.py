@@ -16,6 +16,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from spt_ds.batch import Batch
 from spt_ds.config.generation import GenerateConfig
 from spt_ds.data.loader import make_batch
 from spt_ds.data.store import ExampleStore
+from spt_ds.engine.choosing import chosen_lines, line_head
 from spt_ds.engine.reply_text import ReplyText
 from spt_ds.engine.session import Session
 from spt_ds.errors import DataError, EngineError
@@ -124,8 +126,8 @@ class Generator:
         for turn in range(rounds):
             number = turn * world.size + world.rank
             rows = todo[min(number, len(todo) - 1)]
-            decoded = self._decode(rows)
-            lines = self._lines(rows, decoded) if number < len(todo) else ()
+            found = self._answered(rows)
+            lines = found if number < len(todo) else ()
             together(lambda: self._append(lines))  # noqa: B023 (called at once)
             bar.update(sum(len(rows) for rows in todo[turn * world.size : (turn + 1) * world.size]))
         bar.close()
@@ -163,6 +165,16 @@ class Generator:
             " --out. The same command resumes after the replies that are there"
         )
 
+    def _answered(self, rows: list[int]) -> Iterator[dict[str, Any]]:
+        """The lines of these examples; what the model has to do for them is done at once."""
+        if self.session.config.generate.choices != "none":
+            return iter(chosen_lines(self.session, self.store, rows, self._most_choices))
+        return self._lines(rows, self._decode(rows))
+
+    @cached_property
+    def _most_choices(self) -> int:
+        return self.store.most_choices
+
     def _decode(self, rows: list[int]) -> Decoded:
         return decode_batch(
             self.session, make_batch(self.store, rows), self.session.config.generate
@@ -174,14 +186,7 @@ class Generator:
         for place, index in enumerate(rows):
             row, tokens = self.store[index], decoded.tokens[place]
             raw, reply = replies.of_tokens(tokens)
-            line = {key: row[key] for key in ("id", "dialogue_id", "turn", "persona", "history")}
-            line = {
-                "index": index,
-                **line,
-                "reference": row["response"],
-                "raw": raw,
-                "reply": reply,
-            }
+            line = {**line_head(index, row), "raw": raw, "reply": reply}
             if replies.rule != "spt":
                 line["clean"] = replies.rule  # for the scores, which cut `raw` again
             line |= {

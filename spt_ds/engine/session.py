@@ -160,13 +160,23 @@ def open_split(session: Session, split: Literal["train", "valid", "test"]) -> Ex
 
     store = dist.leader_first(world, build)
     dist.same_everywhere(f"data.{split} ({source})", store.data_hash)
-    if split == "test" and session.config.generate.perplexity:
-        # A reference reply may be longer than a reply may be.
-        longest = int(store.lengths.total.max(initial=0))
-        what = "generate.perplexity, context and reference reply"
-        _check_positions(session.config, session.base.config, longest, what)
+    if split == "test":
+        _check_longest(session, store)
     get_logger().info(f"data.{split}: {len(store)} examples of {source}")
     return store
+
+
+def _check_longest(session: Session, store: ExampleStore) -> None:
+    """A reference reply, or an answer to choose, may be longer than a reply may be."""
+    options, base = session.config.generate, session.base.config
+    if options.perplexity:
+        longest = int(store.lengths.total.max(initial=0))
+        what = "generate.perplexity, context and reference reply"
+        _check_positions(session.config, base, longest, what)
+    if options.choices != "none":
+        longest = int((store.lengths.context + store.choice_len).max(initial=0))
+        what = "generate.choices, context and longest answer"
+        _check_positions(session.config, base, longest, what)
 
 
 def template_style(config: Config) -> TemplateStyle:

@@ -12,7 +12,7 @@ from spt_ds import dist
 from spt_ds.config.schema import Config
 from spt_ds.data.encode import Encoder
 from spt_ds.data.loader import PersonaDropout, TrainLoader, eval_batches
-from spt_ds.data.sampler import total_steps
+from spt_ds.data.sampler import MicroSize, total_steps
 from spt_ds.data.store import ExampleStore
 from spt_ds.engine.checkpoints import Checkpoints, RunState, begin_from_run
 from spt_ds.engine.engine import Engine
@@ -119,7 +119,7 @@ def train_loader(session: Session, train: ExampleStore) -> TrainLoader:
     return TrainLoader(
         train,
         global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
+        micro=MicroSize.of(config),
         world=world.size,
         rank=world.rank,
         seed=config.train.seed,
@@ -177,7 +177,7 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         world = self.engine.world
-        batches = eval_batches(self.valid, self.config.train.micro_batch, world.size, world.rank)
+        batches = eval_batches(self.valid, MicroSize.of(self.config), world.size, world.rank)
         values = self.engine.evaluate(batches)
         self.metrics.record(self.state.step, "valid", values)
         return values

@@ -38,6 +38,10 @@ METRICS = (
     Metric("ppl_word", "PPL/word", f"{_PERPLEXITY} word; lower is better", math.inf, True),
     Metric("reply_words", "words", "mean words per reply", math.inf),
     Metric("empty_replies", "empty %", "replies without a word, %"),
+    Metric("accuracy", "accuracy", "replies that are the right one of the choices, %"),
+    Metric("f1_macro", "F1 macro", "mean over the labels of the F1 of each, %"),
+    Metric("mae", "MAE", "mean absolute error of numbers; lower is better", math.inf, True),
+    Metric("rmse", "RMSE", "root of the mean squared error; lower is better", math.inf, True),
     Metric("prompt_entropy", "prompt H", "normalised entropy of the prompts' use, 0 to 1", 1.0),
 )
 # What is skipped together where a library, weights or a field are missing.
@@ -45,9 +49,13 @@ FAMILIES = {
     "ROUGE": ("rouge1", "rouge2", "rougeL"),
     "BERTScore": ("bert_f1", "bert_p", "bert_r"),
     "perplexity": ("ppl_token", "ppl_word"),
+    "labels": ("accuracy",),
+    "F1 macro": ("f1_macro",),
+    "MAE and RMSE": ("mae", "rmse"),
     "prompt use": ("prompt_entropy",),
 }
 FAMILY_OF = {key: family for family, keys in FAMILIES.items() for key in keys}
 METRIC_OF = {metric.key: metric for metric in METRICS}
 PAPER_COLUMNS = tuple(metric.key for metric in METRICS[:10])
-WIDE_COLUMNS = (*PAPER_COLUMNS, "ead1", "ead2", "ppl_token")  # of a table with a system in each row
+# Of a table with a system in each row.
+WIDE_COLUMNS = (*PAPER_COLUMNS, "ead1", "ead2", "ppl_token", "accuracy", "f1_macro", "mae", "rmse")

@@ -11,6 +11,7 @@ import numpy as np
 from spt_ds.errors import DataError
 from spt_ds.evaluate import rouge_bert, significance, text_metrics
 from spt_ds.evaluate.columns import FAMILIES, METRIC_OF, METRICS
+from spt_ds.evaluate.label_metrics import label_metrics
 from spt_ds.evaluate.significance import Paired
 from spt_ds.evaluate.statistic import Distinct, Statistic, Sums, grouped, mean, ratio
 from spt_ds.evaluate.text_metrics import Floats
@@ -99,8 +100,9 @@ def corpus_metrics(
     """
     replies = [text_metrics.cleaned(row.raw, row.clean) for row in file.rows]
     references = [row.reference for row in file.rows]
-    skipped: dict[str, str] = {}
+    of_labels, skipped = label_metrics(file, replies)
     of_examples: dict[str, Statistic] = {
+        **of_labels,
         **_overlap(replies, references),
         **_diversity(replies, ead_vocabulary),
         **_reply_lengths(replies),

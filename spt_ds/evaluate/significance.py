@@ -50,7 +50,7 @@ def interval(statistic: Statistic, most: float = math.inf) -> tuple[float, float
         if reach == 0.0 and isinstance(statistic, Sums) and statistic.is_mean and most < math.inf:
             reach = most * (1.0 - 0.05 ** (1.0 / statistic.units))
             return (0.0, reach) if value <= 0.0 else (most - reach, most)
-        return value - reach, value + reach
+        return value - reach, value + reach if value > most else min(value + reach, most)
     bias = 0.0
     if isinstance(statistic, Sums) and statistic.is_biased:
         bias = (statistic.units - 1) * (float(statistic.leave_one_out().mean()) - value)

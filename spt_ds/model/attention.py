@@ -257,12 +257,12 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, stri
     """Pick the kernel for `model.attention: asked`, say it once with the reason, and return its
     name.
     """
-    half_on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    package = _flash_package() if half_on_gpu else None
-    varlen = half_on_gpu and torch.cuda.get_device_capability() >= AMPERE
+    usable = usable_backends(device, dtype)
+    package = _flash_package() if usable["flash"] else None
+    half_on_gpu = _half_on_gpu(device, dtype)
     why = f"{dtype} on {device.type}"
     if asked == "auto":
-        used = "flash" if package else "varlen" if varlen else "sdpa"
+        used = next(name for name, fits in usable.items() if fits)
         flash = (
             f"{package} found"
             if package
@@ -272,8 +272,7 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, stri
         )
         say_once(f"attention: {used} ({why}; {flash})")
         return used
-    usable = {"flash": package is not None, "varlen": varlen}.get(asked, True)
-    if not usable:
+    if not usable[asked]:
         need = "the flash-attn package (2, or 4), " if asked == "flash" else ""
         fallback(
             f"model.attention: {asked}",
@@ -289,6 +288,21 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, *, stri
         f" {package + ', ' if package and asked == 'flash' else ''}{why})"
     )
     return asked
+
+
+def usable_backends(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
+    """Which kernels run here, the fastest first."""
+    half = _half_on_gpu(device, dtype)
+    return {
+        "flash": half and _flash_package() is not None,
+        "varlen": half and torch.cuda.get_device_capability() >= AMPERE,
+        "sdpa": True,
+        "eager": True,
+    }
+
+
+def _half_on_gpu(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 @cache

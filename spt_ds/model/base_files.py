@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import struct
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -295,6 +296,7 @@ _PICKLE_FAULTS = (
     RuntimeError,
     TypeError,
     UnpicklingError,
+    struct.error,
 )
 
 

@@ -19,6 +19,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from spt_ds.batch import Batch
 from spt_ds.config.generation import GenerateConfig
 from spt_ds.model import losses
+from spt_ds.model.attention import Layout
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.conversation import Endings, ReplyHooks, StopAtText, StopOn, cache_argument
 from spt_ds.model.decode_rows import branches, whole_rows
@@ -61,7 +62,7 @@ def decode(
     # the reference replies.
     text, _, scores = spt.score(backbone, spt.pack(batch.contexts()))
     chosen = choose_prompts(options.mode, scores, batch.indices, spt.config.train.seed)
-    prompts = _prompts_to_read(spt, chosen, options.samples)
+    prompts = prompts_to_read(spt, chosen, options.samples)
     # Build the rows.
     inputs = _rows(backbone, spt, batch, text, prompts, options)
     # Generate.
@@ -84,10 +85,10 @@ def decode(
         assert best_of is not None
         shares = losses.mixture_weights(scores.float(), spt.config.losses.tau_sim)
         chosen, tokens = _best(tokens, shares.T.tolist(), options.samples, best_of)
-        prompts = _prompts_to_read(spt, chosen)
+        prompts = prompts_to_read(spt, chosen)
     tokens = tokens[: len(batch)]
     # Measure.
-    nll = _reply_losses(backbone, spt, batch, prompts) if options.perplexity else None
+    nll = reply_losses(backbone, spt, batch, prompts)[0] if options.perplexity else None
     return Decoded(tokens, chosen, scores, nll)
 
 
@@ -121,7 +122,7 @@ def choose_prompts(
     return [int(k) for k in values.argmax(dim=0)]
 
 
-def _prompts_to_read(spt: Spt, chosen: list[int | None], samples: int = 1) -> torch.Tensor:
+def prompts_to_read(spt: Spt, chosen: list[int | None], samples: int = 1) -> torch.Tensor:
     """Virtual tokens [M, B, P, D] of the rows: the chosen prompts, or each of all K `samples` times
     to fuse or to rank them.
     """
@@ -206,12 +207,21 @@ def _generate(
         return backbone.generate(**inputs, **cache_argument(backbone.lm, cache))
 
 
-def _reply_losses(
-    backbone: Backbone, spt: Spt, batch: Batch, prompts: torch.Tensor
-) -> torch.Tensor:
-    """Mean loss [B] of each reference reply under its prompt, as training computes it."""
+def reply_losses(
+    backbone: Backbone,
+    spt: Spt,
+    batch: Batch,
+    prompts: torch.Tensor,
+    context: Layout | None = None,
+) -> tuple[torch.Tensor, Layout | None]:
+    """Mean loss [B] of each reply of `batch` under its prompt, as training computes it.
+
+    What was read of the contexts apart is returned too: with it the next replies to the same
+    contexts are read without them.
+    """
     packed = spt.pack(batch)
     text = backbone.embed(packed.ids)
-    context = read_context(backbone, packed, text)
+    if context is None:
+        context = read_context(backbone, packed, text)
     hidden = target_states(backbone, packed, text, prompts, context)
-    return spt.reply_losses(backbone, packed, hidden)[0]
+    return spt.reply_losses(backbone, packed, hidden)[0], context

@@ -207,7 +207,14 @@ class _Checker:
             "gradient_clipping": self.config.optim.clip_norm,
             "bf16.enabled": self.config.model.base_bits != 32,
         }[path]
-        if value in ("auto", owned):
+        by_tokens = self.config.train.micro_batch_tokens and "train.micro_batch" in key.why
+        if value == "auto" or (value == owned and not by_tokens):
+            return
+        if by_tokens:
+            self.problem(
+                f"{path}: got {json.dumps(value)}, but train.micro_batch_tokens of the YAML makes"
+                ' it another number in each step; write "auto"'
+            )
             return
         ranks = f" ({self.world_size} ranks)" if path == "gradient_accumulation_steps" else ""
         self.problem(

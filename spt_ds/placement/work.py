@@ -55,7 +55,9 @@ def work_of(
     targets = examples * (prompts + 1) * lengths.response
     head = shape.vocabulary * shape.embed
     flops = 2 * layers * (rows * passes + contexts) + 4 * head * targets
-    micro_steps = accumulation_steps(config, ranks)
+    micro_steps: float = accumulation_steps(config, ranks)
+    if budget := config.train.micro_batch_tokens:
+        micro_steps = max(1.0, (rows + (contexts or 0)) / ranks / budget)
     gathered = 0.0
     if placement.zero.stage == 3:
         uses = 2 + suffix  # forward and backward of the rows, and the contexts before them

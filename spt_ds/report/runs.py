@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import ValidationError
 
 from spt_ds.config.load import flatten, options_of
 from spt_ds.config.schema import Config
@@ -23,22 +23,9 @@ from spt_ds.evaluate.text_metrics import cleaned, f1_spt
 from spt_ds.json_input import parse_object
 from spt_ds.run import predictions
 from spt_ds.run.folder import ReplyFolder, RunFolder, distinct_names
-from spt_ds.run.predictions import Count, Prediction, PredictionFile, Text, read_rows
+from spt_ds.run.predictions import PredictionFile, PredictionInDialogue, read_rows
 
 MEND_LINE = "remove the line"
-
-
-Texts = Annotated[tuple[Text, ...], BeforeValidator(lambda given: () if given is None else given)]
-
-
-class PredictionInDialogue(Prediction):
-    """A line of the predictions with the dialogue around it, which the scores do not need."""
-
-    turn: Count | None = Field(None, description="null or a whole number from 0 on")
-    """Number of the utterance in its dialogue, from 0; None where the file does not tell."""
-    persona: Texts = Field((), description="a list of strings")
-    history: Texts = Field((), description="a list of strings")
-    """Utterances from the first on; the last one is the partner's."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from spt_ds.run.folder import ReplyFolder, RunFolder
 
 MAX_NATS = 700  # exp(700) is about the largest double
 MAX_BANK = 4096  # prompts: a table of dialogues by prompts must fit into memory
+MAX_CHOICES = 4096  # answers to choose among
 MAX_LINE_BYTES = 16 << 20  # a file without line ends is not read into memory as a whole
 MAX_TOKENS = 2**53  # up to here a double holds every whole number
 MEND_LINE = (
@@ -62,6 +63,10 @@ class Prediction(BaseModel):
     """The prediction as decoded, not yet cut."""
     clean: Annotated[Literal["spt", "none"], Field(description="spt or none")] = "spt"
     """How the scores cut it; files of other systems are cut as the paper's."""
+    choices: tuple[Words, ...] = Field(
+        (), description="a list of texts, one of them the reference", max_length=MAX_CHOICES
+    )
+    """The answers to choose among; empty where there are none."""
     prompt: Annotated[Count, Field(lt=MAX_BANK)] | None = Field(
         None, description=f"null or a whole number from 0 on, below {MAX_BANK}"
     )
@@ -80,6 +85,19 @@ class Prediction(BaseModel):
     """Target tokens that `nll_sum` covers."""
     new_tokens: Tokens | None = Field(None, description="a whole number from 0 on")
     context_tokens: Tokens | None = Field(None, description="a whole number from 0 on")
+
+
+Texts = Annotated[tuple[Text, ...], BeforeValidator(lambda given: () if given is None else given)]
+
+
+class PredictionInDialogue(Prediction):
+    """A line of the predictions with the dialogue around it, which the scores do not need."""
+
+    turn: Count | None = Field(None, description="null or a whole number from 0 on")
+    """Number of the utterance in its dialogue, from 0; None where the file does not tell."""
+    persona: Texts = Field((), description="a list of strings")
+    history: Texts = Field((), description="a list of strings")
+    """Utterances from the first on; the last one is the partner's."""
 
 
 Row = TypeVar("Row", bound=Prediction)
@@ -238,6 +256,11 @@ def _told(error: ValidationError, given: dict[str, Any], row_type: type[Row]) ->
 
 def _check_fit(source: str, row: Prediction) -> None:
     """Fields that must fit one another."""
+    if row.choices and row.reference not in row.choices:
+        raise DataError(
+            f"{source}: field 'choices' is {shown(list(row.choices))}, which lacks the reference"
+            f" {shown(row.reference)}"
+        )
     if row.prompt is not None and row.scores and row.prompt >= len(row.scores):
         raise DataError(
             f"{source}: field 'prompt' is {row.prompt}, but 'scores' is over {len(row.scores)}"

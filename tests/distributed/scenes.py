@@ -25,6 +25,7 @@ from spt_ds import dist
 from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
 from spt_ds.data.loader import TrainLoader, eval_batches
+from spt_ds.data.sampler import MicroSize
 from spt_ds.engine.engine import Engine
 from spt_ds.engine.session import Session, open_session, open_split, read_base
 from spt_ds.engine.trainer import Trainer, open_trainer, train_run
@@ -162,7 +163,7 @@ def windows(config: Config, session: Session, world: dist.World) -> TrainLoader:
     return TrainLoader(
         open_split(session, "train"),
         global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
+        micro=MicroSize.of(config),
         world=world.size,
         rank=world.rank,
         seed=config.train.seed,
@@ -192,7 +193,7 @@ def _measure(world: dist.World, setup: Setup) -> Outcome:
         )
     out.trained = {name: _array(p) for name, p in engine.trainables.named_parameters()}
     batches = list(
-        eval_batches(open_split(session, "valid"), config.train.micro_batch, world.size, world.rank)
+        eval_batches(open_split(session, "valid"), MicroSize.of(config), world.size, world.rank)
     )
     out.examples = [
         row for batch in batches for row in zip(batch.indices, batch.weights, strict=True)

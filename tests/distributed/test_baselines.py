@@ -13,6 +13,7 @@ import torch
 
 from spt_ds import dist
 from spt_ds.data.loader import eval_batches
+from spt_ds.data.sampler import MicroSize
 from spt_ds.engine.session import open_split
 from spt_ds.errors import SptError
 from tests.distributed.scenes import Scene, Setup, gap, open_engine, windows
@@ -136,7 +137,7 @@ def validate(world: dist.World, setups: Sequence[Setup]) -> list[dict[str, float
     for setup in setups:
         config, session, engine = open_engine(world, setup)
         batches = eval_batches(
-            open_split(session, "valid"), config.train.micro_batch, world.size, world.rank
+            open_split(session, "valid"), MicroSize.of(config), world.size, world.rank
         )
         out.append(engine.evaluate(batches))
     return out

@@ -223,10 +223,9 @@ def test_one_window_split_in_every_way(scene: Scene, one_process: Reference) -> 
     (whole,) = one_process([Setup(None, scene.overrides("llama", "train.micro_batch=4"), steps=1)])
     ds = scene.ds("zero3")
     for world, micro_batches in ((1, (1, 2)), (2, (1, 2)), (4, (1,))):
-        asked = [
-            Setup(ds, scene.overrides("llama", f"train.micro_batch={n}"), steps=1)
-            for n in micro_batches
-        ]
+        sizes = [f"train.micro_batch={n}" for n in micro_batches]
+        sizes.append("train.micro_batch_tokens=400")  # one process: 1 + 2 + 1 examples
+        asked = [Setup(ds, scene.overrides("llama", size), steps=1) for size in sizes]
         for found in run_ranks(world, measure, asked)[0]:
             assert_same(found, whole, FP32)
 

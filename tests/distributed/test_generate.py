@@ -142,6 +142,39 @@ def test_any_ranks_replicated_or_sharded_write_the_same_bytes(
         assert len({line["reply"] for line in lines}) > EXAMPLES // 2, "the replies must differ"
 
 
+def test_any_ranks_choose_with_the_same_bytes(scene: Scene, tmp_path: Path) -> None:
+    """Examples have unlike numbers of answers, so that ranks with a sharded base would part."""
+    rows = [
+        {"id": f"d{n}", "prompt": "tea " * (1 + n % 4), "completion": "no", "choices": choices}
+        for n, choices in enumerate([["yes", "no"], ["no", "so", "a long answer", "sea"]] * 4)
+    ]
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = [f"data.test={path}", "generate.batch_size=1", "generate.choices=mean"]
+    jobs = [
+        *ways(scene, "opt", "prefix", options),
+        *ways(scene, "llama", "suffix", [*options, "prompts.position=before_reply"]),
+    ]
+    for size in (1, 2):
+        run_ranks(size, generate, jobs, tmp_path / str(size), timeout_s=PATIENCE_S)
+    for name in ("prefix", "suffix"):
+        files = [
+            (tmp_path / str(size) / f"{name}-{way}" / "predictions.jsonl").read_bytes()
+            for size in (1, 2)
+            for way in ("replicated", "sharded")
+        ]
+        assert all(content == files[0] for content in files)
+        for line in read(tmp_path / "2" / f"{name}-sharded"):
+            means = [a / b for a, b in zip(line["choice_nll"], line["choice_tokens"], strict=True)]
+            assert line["reply"] == line["choices"][means.index(min(means))]
+            place = line["choices"].index("no")
+            assert line["nll_sum"] == line["choice_nll"][place]
+    more = [f"data.test={scene.folder / 'valid.jsonl'}", "generate.choices=mean"]
+    none: Job = ("none", scene.overrides("opt", *more), None)
+    with pytest.raises(AssertionError, match="lists no answers to choose among"):
+        run_ranks(1, generate, [none], tmp_path, timeout_s=PATIENCE_S)
+
+
 @pytest.mark.parametrize("ds", [None, "zero3"])
 @pytest.mark.parametrize(
     ("examples", "batch_size", "shares"),

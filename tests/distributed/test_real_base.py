@@ -9,6 +9,7 @@ import pytest
 
 from spt_ds import dist
 from spt_ds.data.loader import eval_batches
+from spt_ds.data.sampler import MicroSize
 from spt_ds.engine.session import open_split
 from spt_ds.engine.zero import local_bytes
 from tests.distributed.scenes import Scene, Setup, gap, open_engine, windows
@@ -29,7 +30,7 @@ def first_step(world: dist.World, setups: list[Setup]) -> list[dict[str, Any]]:
         window = next(windows(config, session, world).windows(0))
         step = engine.train_window(window, 0, 2, (0.0, 0.0)).metrics()
         valid = open_split(session, "valid")
-        batches = eval_batches(valid, config.train.micro_batch, world.size, world.rank)
+        batches = eval_batches(valid, MicroSize.of(config), world.size, world.rank)
         out.append(
             {
                 "losses": {name: step[name] for name in NAMES},

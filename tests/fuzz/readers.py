@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import yaml
+from hypothesis import strategies as st
 
 from spt_ds import chat, cli
 from spt_ds.config.load import load_config
@@ -22,7 +24,7 @@ from spt_ds.placement.ds_check import plan_of_file
 from spt_ds.placement.estimate import BaseShape
 from spt_ds.shipped import ds_config_path
 from spt_ds.sweep.cells import load_cells
-from tests.fuzz.inputs import documents, json_lines, texts
+from tests.fuzz.inputs import Document, documents, edited_bytes, json_lines, pack, texts, unpack
 from tests.fuzz.judge import Target
 from tests.helpers.tokenizers import byte_tokenizer
 
@@ -97,6 +99,27 @@ COMPLETIONS = [
 COLUMNS = {"persona": "profile", "prompt": "q: 1", "completion": "a"}
 BY_COLUMN = [{"profile": "i ski.\ni swim.", "q: 1": "what?", "a": "that", "prompt": 1}]
 ROWS = b'id,profile,"q: 1",a\n1,"i ski.\ni swim.",what?,that\n2,"[""i run.""]",[x] so,yes\n'
+LAMP = {
+    "x_questions.json": json.dumps(
+        [
+            {"id": "1", "input": "score?", "profile": [{"id": 7, "text": "good", "score": "5"}]},
+            {"id": "2", "input": "and\nthis?", "profile": []},
+        ],
+        indent=1,
+    ).encode(),
+    "x_outputs.json": json.dumps(
+        {"task": "LaMP_3", "golds": [{"id": "1", "output": "5"}, {"id": "2", "output": 1}]}
+    ).encode(),
+}
+PERSONAMEM = {
+    "questions_x.csv": (
+        b"persona_id,question_id,user_question_or_message,correct_answer,all_options,"
+        b"shared_context_id,end_index_in_shared_context\n"
+        b"""0,q0,What do I like?,(b),"['(a) tea', ""(b) it's skis""]",c,2\n"""
+        b"""0,q1,"Well,\nwhat?",(a),"[""(a) yes"", ""(b) no""]",c,0\n"""
+    ),
+    "shared_contexts_x.jsonl": json_lines([{"c": [TALK[0], *TALK[2:]]}]),
+}
 SPC_ROW = {
     "user 1 personas": "i ski.\ni swim.",
     "user 2 personas": "i read.",
@@ -159,6 +182,22 @@ def _read(
         examples[-1].persona,
         examples[-1].history,
         examples[-1].response,
+    )
+
+
+def _beside(good: Mapping[str, bytes], content: bytes, folder: Path) -> None:
+    """Read a source of two files, of which the input holds one or both."""
+    files = unpack(content, dict(good))
+    first, second = good
+    if second in files:
+        (folder / second).write_bytes(files[second])
+    _read(first, files.get(first, b""), folder)
+
+
+def _pair(good: Mapping[str, bytes]) -> Document:
+    """Files near the good ones: one of the two is edited."""
+    return st.sampled_from(sorted(good)).flatmap(
+        lambda name: edited_bytes(good[name]).map(lambda text: pack({name: text}))
     )
 
 
@@ -237,6 +276,8 @@ TARGETS = [
         share=0.5,
     ),
     Target("rows", texts(ROWS), functools.partial(_read, "x.csv", columns=COLUMNS)),
+    Target("lamp", _pair(LAMP), functools.partial(_beside, LAMP)),
+    Target("personamem", _pair(PERSONAMEM), functools.partial(_beside, PERSONAMEM)),
     Target("hub", documents(EXAMPLES, RECORDS, dump=literal), hub),
     Target("persona", texts(b"\xef\xbb\xbfi ski.\n\ni swim.\n"), persona, share=0.5),
 ]

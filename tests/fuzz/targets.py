@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fuzz import folders, readers, replies
+from tests.fuzz import folders, imports, readers, replies
 
-TARGETS = {target.name: target for target in (*readers.TARGETS, *folders.TARGETS, *replies.TARGETS)}
+_ROOMS = (readers, folders, replies, imports)
+TARGETS = {target.name: target for room in _ROOMS for target in room.TARGETS}

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import spt_ds
 from spt_ds import dist
 from spt_ds.config.generation import GenerateConfig
 from spt_ds.config.load import load_config
-from spt_ds.engine.session import open_split
+from spt_ds.engine.session import open_split, open_untrained
 from spt_ds.errors import ConfigError
 from spt_ds.generate import main as generate
 from spt_ds.train import main as train
@@ -146,6 +147,34 @@ def test_a_stop_text_ends_each_reply_of_a_batch_by_itself(folder: Path) -> None:
         assert tuple(whole.tokens[: line["new_tokens"]]) == reply.tokens
         pieces = "".join(stopped.stream(line["persona"], line["history"]))
         assert pieces == reply.text
+
+
+@pytest.mark.parametrize("template", ["chat", "spt"])
+def test_prompts_begin_as_the_template_writes_a_persona(folder: Path, template: str) -> None:
+    texts, tokens = ("i ski.", "i teach music at night, and i run."), 16
+    words = [
+        "data.max_tokens=180",
+        f"data.template={template}",
+        "prompts.init=template",
+        "prompts.count=2",
+        f"prompts.tokens={tokens}",
+        f"prompts.init_texts={json.dumps(texts)}",
+    ]
+    own = [word for word in options(folder, "init", *words) if "=" in word]
+    bot = open_untrained(load_config("demo", own), None, dist.init(60))
+    bank = bot.spt.trainables.bank.weight.detach()
+    table = load_file(folder / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    tokenizer = FAMILIES["smollm2"].tokenizer()
+    before = "<|im_start|>system\n" if template == "chat" else "given persona: "
+    sizes = []
+    for prompt, text in zip(bank, texts, strict=True):
+        ids = tokenizer(before + text, add_special_tokens=False)["input_ids"]
+        sizes.append(len(ids))
+        # A short text is repeated, a long one cut.
+        assert torch.equal(prompt, table[[ids[n % len(ids)] for n in range(tokens)]])
+    assert sizes[0] < tokens < sizes[1], "the case must have both"
+    assert not torch.equal(bank[0], bank[1])
+    bot.sharding.close()
 
 
 @pytest.mark.parametrize(

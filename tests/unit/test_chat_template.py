@@ -233,6 +233,20 @@ def test_a_system_message_is_made_for_the_prompt_where_there_is_no_persona() -> 
     assert text.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nso?")
 
 
+def test_a_text_of_the_bank_stands_as_a_persona_does(family: Family) -> None:
+    """`prompts.init: template` begins with the ids that a context with such a persona has."""
+    tokenizer = family.tokenizer()
+    style = TemplateStyle("chat")
+    template = make_template(tokenizer, style)
+    text = " ".join(PERSONA)
+    ids = template.system(text)
+    context = template.context(PERSONA, ("hi",)).ids[int(template.begins_with_bos) :]
+    # The last token may join with what follows in a context.
+    assert context[: len(ids) - 1] == ids[:-1]
+    assert decoded(tokenizer, ids).endswith(text)
+    assert len(ids) > len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def test_instructions_and_persona_make_the_system_message() -> None:
     assert system_text("Be brief.", ("i ski.", "i cook.")) == "Be brief.\n\ni ski. i cook."
     assert system_text("You are: {persona} Be it.", ("i ski.",)) == "You are: i ski. Be it."

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from spt_ds import doctor
+from spt_ds.engine import backends
+from spt_ds.model.attention import Branches
+from spt_ds.model.quant import QuantLinear
 from tests.helpers.ranks import free_port, run_ranks
 
 
@@ -18,6 +24,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(doctor, "_backends", lambda: iter(()))  # seconds in another process
     return tmp_path
 
 
@@ -145,3 +152,57 @@ def test_what_differs_between_ranks_is_listed_by_rank() -> None:
 def test_clocks_that_differ_are_a_warning() -> None:
     assert doctor._clocks([5.0, 5.5, 6.0]).level == "ok"
     assert doctor._clocks([5.0, 95.0]).line().startswith("warn clocks differ by 90 s")
+
+
+def test_each_backend_is_tried_by_one_operation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([]) == 0
+    found = lines(capsys, "ok")
+    assert sum("not usable here" in line for line in found) == 2  # flash and varlen on a CPU
+    tried = [line for line in found if "from plain PyTorch" in line]
+    assert [line.removeprefix("ok   ").partition(":")[0] for line in tried] == [
+        "attention sdpa",
+        "attention eager",
+        "weights of 8 bits",
+        "weights of 4 bits",
+        "DeepSpeed ZeRO-3",
+    ]
+
+
+def faults(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the backends that fail, tried in this process but for DeepSpeed."""
+    monkeypatch.setattr(backends, "_sharded", lambda device: 0.0)
+    return [trial.name for trial in backends.trials(torch.device("cpu")) if not trial.works]
+
+
+def test_a_backend_that_is_wrong_or_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert faults(monkeypatch) == []
+    right = Branches.attend_row
+    with monkeypatch.context() as patch:
+        patch.setattr(Branches, "attend_row", lambda self, *args: 1.1 * right(self, *args))
+        assert faults(patch) == ["attention sdpa", "attention eager"]
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantLinear, "dequantised", lambda self, dtype: torch.zeros(96, 128))
+        assert faults(patch) == ["weights of 8 bits", "weights of 4 bits"]
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantLinear, "forward", lambda self, x: x @ x.new_full((128, 96), math.nan))
+        assert faults(patch) == ["weights of 8 bits", "weights of 4 bits"]
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr("spt_ds.model.quant.quantise", broken)
+    monkeypatch.setattr(backends, "_sharded", lambda device: 0.0)
+    notes = [trial.note for trial in backends.trials(torch.device("cpu")) if not trial.works]
+    assert notes == ["RuntimeError: no kernel image is available for execution on the device"] * 2
+
+
+def test_a_trial_that_ends_its_process_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = '{"name": "attention sdpa", "works": true, "note": "fine"}'
+    code = f"import os; print({said!r}, flush=True); os.kill(os.getpid(), 11)"
+    run = subprocess.run
+    monkeypatch.setattr(
+        subprocess, "run", lambda *args, **kwargs: run([sys.executable, "-c", code], **kwargs)
+    )
+    found = [finding.line() for finding in doctor._backends()]
+    assert found[0] == "ok   attention sdpa: fine"
+    assert found[1] == "FAIL the trial of the next backend ended with -11: no message"

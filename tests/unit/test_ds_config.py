@@ -116,6 +116,14 @@ def test_accumulation_steps(batch: int, world: int, micro: int, steps: int) -> N
     )
 
 
+def test_a_budget_of_tokens_leaves_no_number_to_compare_with(tmp_path: Path) -> None:
+    cfg = config(train={"micro_batch": 2, "micro_batch_tokens": 4096})
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        with pytest.raises(ConfigError, match=f"{key}: got 2, but train.micro_batch_tokens"):
+            load(tmp_path, {**zero(), key: 2}, cfg)
+        load(tmp_path, {**zero(), key: "auto"}, cfg)
+
+
 def test_values_equal_to_the_yaml_pass(tmp_path: Path) -> None:
     owned = {
         "train_batch_size": 10,

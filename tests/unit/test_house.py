@@ -33,7 +33,7 @@ LAYERS = [
     {"placement", "run"},
     {"evaluate", "track"},
     {"engine"},
-    {"api", "audit", "costs", "report", "sweep"},
+    {"api", "audit", "costs", "export", "report", "sweep"},
     {
         "__init__",
         "chat",
@@ -76,6 +76,9 @@ WITHOUT_TORCH = [
     "spt_ds.runs",
     "spt_ds.watch",
     "spt_ds.audit.command",
+    "spt_ds.export.command",
+    "spt_ds.export.import_command",
+    "spt_ds.export.push_command",
 ]
 
 

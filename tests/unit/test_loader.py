@@ -22,7 +22,7 @@ from spt_ds.data.encode import Encoder
 from spt_ds.data.loader import PersonaDropout, TrainLoader, eval_batches, make_batch
 from spt_ds.data.pairs import contrast_pairs, pair_text
 from spt_ds.data.readers import read
-from spt_ds.data.sampler import window_indices
+from spt_ds.data.sampler import MicroSize, window_indices
 from spt_ds.data.sources import build_store, cache_root
 from spt_ds.data.store import ExampleStore
 from spt_ds.errors import DataError
@@ -66,7 +66,7 @@ def train_loader(
     return TrainLoader(
         store,
         global_batch=WINDOW,
-        micro_batch=micro,
+        micro=MicroSize(micro),
         world=world,
         rank=rank,
         seed=SEED,
@@ -161,7 +161,7 @@ def test_fault_09_window_of_one_has_no_contrast(store: ExampleStore) -> None:
     one = TrainLoader(
         store,
         global_batch=1,
-        micro_batch=1,
+        micro=MicroSize(1),
         world=1,
         rank=0,
         seed=0,
@@ -210,7 +210,7 @@ def test_data_error_of_a_worker_arrives_with_its_own_text(
 def test_fault_12_evaluation_reads_every_example_exactly_once(
     store: ExampleStore, world: int
 ) -> None:
-    ranks = [list(eval_batches(store, 3, world, rank)) for rank in range(world)]
+    ranks = [list(eval_batches(store, MicroSize(3), world, rank)) for rank in range(world)]
     assert len({tuple(len(batch) for batch in batches) for batches in ranks}) == 1
     rows = [row for batches in ranks for batch in batches for row in rows_of(batch)]
     assert sorted(index for index, weight, *_ in rows if weight == 1.0) == list(range(EXAMPLES))
@@ -354,7 +354,7 @@ def hiding(store: ExampleStore, steps: int, **shares: float) -> list[Window]:
     loader = TrainLoader(
         store,
         global_batch=WINDOW,
-        micro_batch=3,
+        micro=MicroSize(3),
         world=1,
         rank=0,
         seed=SEED,

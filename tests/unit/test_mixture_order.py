@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from spt_ds.data.loader import TrainLoader
 from spt_ds.data.mixture import Mixture, _epoch_rows
+from spt_ds.data.sampler import MicroSize
 from spt_ds.data.sources import build_store
 from spt_ds.data.store import ExampleStore
 from spt_ds.errors import DataError
@@ -123,7 +124,7 @@ def order(store: ExampleStore, world: int, start: int, steps: int, micro: int) -
         TrainLoader(
             store,
             global_batch=7,
-            micro_batch=micro,
+            micro=MicroSize(micro),
             world=world,
             rank=rank,
             seed=3,

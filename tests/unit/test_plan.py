@@ -4,11 +4,14 @@ made from it.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -222,6 +225,25 @@ def test_a_shared_context_costs_its_keys_and_values(name: str) -> None:
     assert BaseShape.from_config(SMALL[name].to_dict()).context_bytes(56, 32) == counted
 
 
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("name", SMALL)
+def test_reading_a_context_costs_one_layer_at_a_time(name: str, bits: int) -> None:
+    tokens, dtype = 2000, torch.bfloat16 if bits == 16 else torch.float32
+    config = copy.deepcopy(SMALL[name])
+    config.max_position_embeddings = tokens + 8
+    lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)
+    backbone = Backbone(lm, "sdpa")
+    context = Layout((tokens,), torch.arange(tokens), "sdpa", record=True)
+    text = torch.zeros(tokens, 128, dtype=dtype)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        backbone.run(text, context)
+    moves = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([event.nbytes() for event in sorted(moves, key=lambda e: e.start_ns())])
+    counted = held.max() - held[-1]  # what is left are keys and values, and the states
+    shape = BaseShape.from_config(config.to_dict())
+    assert 0.97 * counted <= shape.reading_bytes(tokens, bits) <= 1.2 * counted
+
+
 def run(**sections: dict[str, Any]) -> Config:
     return Config.model_validate(sections)
 
@@ -268,6 +290,35 @@ def test_recomputation_follows_from_sizes() -> None:
     assert "do not fit" in why
     asked = run(model={"activation_checkpointing": "reentrant"})
     assert choose_checkpointing(asked, needs_of(asked, shape, 2), "zero3", GIB)[0] == "reentrant"
+
+
+@pytest.mark.parametrize("position", ["before_text", "before_reply"])
+def test_a_budget_of_tokens_bounds_the_activations(position: str) -> None:
+    shape = shape_of("llama-2-7b")
+
+    def kept(budget: int) -> int:
+        train = {"micro_batch": 64, "micro_batch_tokens": budget}
+        return step_bytes(run(train=train, prompts={"position": position}), shape, recompute=False)
+
+    assert kept(1) < kept(8192) < kept(16384) < kept(0)
+    # In the limit it is proportional to the budget.
+    assert kept(200_000) / kept(100_000) == pytest.approx(2, rel=1e-6)
+
+
+def test_a_long_context_needs_what_one_layer_needs_to_read_it() -> None:
+    shape = BaseShape.from_config(BASES["llama-3.2-1b"].to_dict())
+
+    def needed(window: int) -> int:
+        sections: dict[str, Any] = {
+            "prompts": {"position": "before_reply"},
+            "data": {"max_tokens": window},
+        }
+        return step_bytes(run(**sections), shape, recompute=True) - shape.context_bytes(
+            4 * window, run(**sections).model.base_bits
+        )
+
+    assert needed(256) == needed(512), "the branches keep more"
+    assert needed(32_768) == 2 * needed(16_384) > 2 * needed(512)
 
 
 def test_shared_contexts_need_less_than_rows_of_their_own() -> None:

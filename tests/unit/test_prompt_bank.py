@@ -26,13 +26,13 @@ def draw(init: str, texts: list[list[int]] | None = None, seed: int = 0) -> torc
     )
 
 
-@pytest.mark.parametrize("init", ["vocab", "text", "normal", "unit_normal"])
+@pytest.mark.parametrize("init", ["vocab", "text", "template", "normal", "unit_normal"])
 def test_prompts_are_fp32_and_a_function_of_the_seed(init: str) -> None:
     texts = [[5, 6], [7], [8]]
     first = draw(init, texts)
     assert (first.shape, first.dtype) == (SHAPE, torch.float32)
     assert torch.equal(first, draw(init, texts))
-    assert torch.equal(first, draw(init, texts, seed=1)) == (init == "text")
+    assert torch.equal(first, draw(init, texts, seed=1)) == (init in ("text", "template"))
     assert PromptBank(first).count == 3
     assert PromptBank(first).tokens == 4
 
