@@ -51,6 +51,11 @@ EXTRAS = {
     "baselines": ["peft>=0.19,<0.22"],
     # Older ones use names that NumPy 2 dropped; 2.16.0 also asks for a nightly TensorFlow.
     "tensorboard": ["tensorboard>=2.18"],
+    # Services of others. None is in `dev`: together they bring 80 packages, some of them servers,
+    # and the tests stand in for them. docs/how-to/track.md says which releases were run.
+    "wandb": ["wandb>=0.20"],
+    "mlflow": ["mlflow>=3.14"],
+    "trackio": ["trackio>=0.43"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["evaluate"],

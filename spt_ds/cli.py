@@ -28,6 +28,8 @@ COMMANDS = {
         "one HTML page of runs: curves, prompt use, scores, examples",
     ),
     "summary": ("spt_ds.summary", "losses, scores and prompt usage of a run"),
+    "runs": ("spt_ds.runs", "run folders with state, age, step, best loss and scores"),
+    "watch": ("spt_ds.watch", "a run in the terminal while it trains"),
     "bench": ("spt_ds.costs.command", "a training step at a given shape, against a naive version"),
     "export": ("spt_ds.export.command", "a run for PEFT, the hub or vLLM"),
     "push": ("spt_ds.export.push_command", "upload a run to the hub"),

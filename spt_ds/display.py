@@ -10,6 +10,7 @@ import re
 import reprlib
 
 MOST_CHARACTERS = 200  # of a value in a message: enough to find it in its file
+UNITS = ((86400, "d"), (3600, "h"), (60, "min"))  # of time, with their seconds
 MOST_BITS = 400  # of a whole number: 120 digits
 
 # Control codes, line separators, marks that reverse the direction of text, halves of pairs.
@@ -71,3 +72,13 @@ def printable(text: str, keep: str = "") -> str:
         return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
     return _CONTROL.sub(escaped, text)
+
+
+def duration(seconds: float | None) -> str:
+    """A length of time for a table, such as `3.2 h`; `-` where it is not known."""
+    if seconds is None:
+        return "-"
+    for length, unit in UNITS:
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -29,6 +29,7 @@ PURPOSE = {
     "dist": "process group: reduce, gather, agree",
     "data": "readers, encoding, stores, sampler, loader",
     "evaluate": "text scores, intervals, tables",
+    "track": "copies of the log: TensorBoard, W&B, MLflow, trackio",
     "placement": "where the base is: memory, DeepSpeed file, choice",
     "run": "run folder, checkpoints, predictions",
     "model": "attention, bank, retriever, losses, head, decoding",

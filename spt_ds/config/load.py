@@ -17,6 +17,7 @@ from spt_ds.config.legacy import upgrade
 from spt_ds.config.schema import Config
 from spt_ds.display import shortened, shown
 from spt_ds.errors import ConfigError
+from spt_ds.log import say_once
 from spt_ds.yaml_input import load_yaml as yaml_tree
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -70,11 +71,13 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     """
     name, text = _read(source)
     tree = _parse(name, text)
-    upgrade(tree, overwrite=False)
+    old = upgrade(tree, overwrite=False)
     for override in overrides:
         _apply(tree, override)
         # After each override: of an old and a new name of one option the later one counts.
-        upgrade(tree, overwrite=True)
+        old += upgrade(tree, overwrite=True)
+    if old:
+        say_once(f"{name}: keys of 0.1.0 are read as what they mean now: {', '.join(old)}")
     return _validate(name, tree, Config)
 
 

@@ -14,6 +14,8 @@ from spt_ds.config.section import (
     Section,
 )
 
+Tracker = Literal["auto", "tensorboard", "wandb", "mlflow", "trackio"]
+
 
 class OptimConfig(Section):
     """AdamW on the bank and the retriever, all in fp32."""
@@ -92,5 +94,6 @@ class LogConfig(Section):
 
     every_steps: PositiveInt = 10
     """Steps between lines in metrics.jsonl and on the screen."""
-    tensorboard: bool = False
-    """Write TensorBoard event files too (extra `tensorboard`)."""
+    trackers: tuple[Tracker, ...] = ("auto",)
+    """Who gets each line too, such as [auto, wandb]; each needs the extra of its name. `auto` is
+    TensorBoard where it is installed, and nobody where it is not."""

@@ -26,6 +26,7 @@ from spt_ds.placement.agree import agree_on_placement
 from spt_ds.run.command import EXIT_DONE, EXIT_STOPPED
 from spt_ds.run.folder import RunFolder
 from spt_ds.run.lock import only_start
+from spt_ds.track.trackers import Trackers, chosen
 
 
 def train_run(
@@ -59,6 +60,8 @@ def open_trainer(
 ) -> Iterator[Trainer]:
     """Open all that a run needs, resume it where it stands, and close what must be closed."""
     leads = world.rank == 0
+    # Rank 0 alone tracks; where it cannot, every rank ends before the base is read.
+    names = dist.agreed(lambda: chosen(config.log.trackers) if leads else [])
     base = read_base(config.model)
     placement = agree_on_placement(config, base.shape, deepspeed_config, world)
     with contextlib.ExitStack() as closing:
@@ -87,7 +90,7 @@ def open_trainer(
             state.step,
             revalidates=state.owes_validation or state.step in (0, total),
             active=leads,
-            tensorboard=config.log.tensorboard,
+            trackers=Trackers(names, config, folder),
         )
         closing.callback(metrics.close)
         started_s = time.monotonic() if started_s is None else started_s

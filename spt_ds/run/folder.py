@@ -131,6 +131,16 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def trackers(self) -> Path:
+        """Folder of what each tracker is known by there, and how far it came."""
+        return self.path / "trackers"
+
+    @property
+    def start(self) -> Path:
+        """What the newest start is to do: total steps, its first step, when it began."""
+        return self.path / "start.json"
+
+    @property
     def stop(self) -> Path:
         """A file that a user makes to end the run with a checkpoint."""
         return self.path / "STOP"

@@ -28,6 +28,7 @@ PRELOAD = [
     "deepspeed",
     "datasets",
     "spt_ds.engine.trainer",
+    "torch.utils.tensorboard",
     "spt_ds.model.quant_load",
 ]
 MEMORY_LIMIT_BYTES = 16 * 2**30

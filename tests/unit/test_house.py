@@ -27,10 +27,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"batch", "display", "files", "rng"},
     {"errors", "yaml_input"},
-    {"config", "json_input", "log", "shipped"},
+    {"log"},
+    {"config", "json_input", "shipped"},
     {"data", "dist", "model"},
     {"placement", "run"},
-    {"evaluate"},
+    {"evaluate", "track"},
     {"engine"},
     {"api", "audit", "costs", "export", "report", "sweep"},
     {
@@ -41,9 +42,11 @@ LAYERS = [
         "generate",
         "plan",
         "quantize",
+        "runs",
         "slurm_command",
         "summary",
         "train",
+        "watch",
     },
 ]
 FENCES = {
@@ -70,6 +73,8 @@ WITHOUT_TORCH = [
     "spt_ds.data.encode",
     "spt_ds.cli",
     "spt_ds.summary",
+    "spt_ds.runs",
+    "spt_ds.watch",
     "spt_ds.audit.command",
     "spt_ds.export.command",
     "spt_ds.export.import_command",
