@@ -59,7 +59,7 @@ demo-real: $(VENV)/.installed
 	$(call main_job,$(REAL_RUN),--config smollm2-135m --set model.base=$(REAL_BASE))
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not cluster"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cluster"
 
 test-versions: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.versions
