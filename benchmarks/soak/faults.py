@@ -64,15 +64,16 @@ def killed(case: Case) -> int:
 
 
 def frozen(case: Case) -> int:
-    """Stopped for seconds three times, then killed while it is stopped."""
+    """Stopped for seconds up to three times, then killed, perhaps while it is stopped."""
     child = case.begin()
     for _ in range(3):
         if not case.work(child):
             break
         child.signal(signal.SIGSTOP)
         time.sleep(case.draw.uniform(0.5, 3.0))
-        if case.draw.random() < 0.7:
-            child.signal(signal.SIGCONT)
+        if case.draw.random() >= 0.7:
+            break  # killed while it is stopped
+        child.signal(signal.SIGCONT)
     child.signal(signal.SIGKILL)
     return child.end(PATIENCE_S)
 
