@@ -49,6 +49,8 @@ EXTRAS = {
     # BM25 for `data.overflow: retrieve`; the first whose functions take lists of words.
     "retrieve": ["bm25s>=0.2"],
     "baselines": ["peft>=0.19,<0.22"],
+    # What is used of them is old; these are the oldest that know Python 3.13.
+    "serve": ["fastapi>=0.115.6", "uvicorn>=0.34", "prometheus-client>=0.21.1", "httpx>=0.28"],
     # Older ones use names that NumPy 2 dropped; 2.16.0 also asks for a nightly TensorFlow.
     "tensorboard": ["tensorboard>=2.18"],
 }
@@ -58,6 +60,7 @@ EXTRAS["dev"] = [
     *EXTRAS["baselines"],
     *EXTRAS["retrieve"],
     *EXTRAS["tensorboard"],
+    *EXTRAS["serve"],
     "packaging>=24",
     "pytest>=8",
     "pytest-timeout>=2.3",
@@ -100,7 +103,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",  # the range that torch and DeepSpeed both publish for
     packages=find_packages(include=["spt_ds", "spt_ds.*"]),
-    package_data={"spt_ds": ["recipes/*/*.yaml", "assets/**/*", "report/style.css", "py.typed"]},
+    package_data={
+        "spt_ds": [
+            "recipes/*/*.yaml",
+            "assets/**/*",
+            "report/style.css",
+            "serve/page/*",
+            "py.typed",
+        ]
+    },
     install_requires=INSTALL,
     extras_require=EXTRAS,
     cmdclass={"build_py": BuildWithFolders},

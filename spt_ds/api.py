@@ -66,6 +66,11 @@ def load(run: str | Path, checkpoint: str | int = "best", **overrides: Any) -> B
 
 def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
     """Open a run as `load` does, with overrides as on the command line: `key.path=value`."""
+    return Bot(open_run(run, checkpoint, overrides))
+
+
+def open_run(run: Path, checkpoint: str, overrides: Sequence[str]) -> Session:
+    """Open a run in this one process, for replies to whoever talks to it; see `open_bot`."""
     size = dist.launch_variables(os.environ)["WORLD_SIZE"]
     if size != 1:
         raise EngineError(
@@ -81,7 +86,7 @@ def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
     config = folder.load_config(overrides)
     world = dist.init(config.engine.collective_timeout_s)
     atexit.register(dist.shutdown)  # NCCL complains of a group that is left open
-    return Bot(open_trained(config, folder, checkpoint, None, world)[0])
+    return open_trained(config, folder, checkpoint, None, world)[0]
 
 
 class Bot:

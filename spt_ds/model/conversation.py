@@ -117,6 +117,11 @@ class Endings:
     pad_id: int  # fills a row whose reply has ended
     said: Callable[[list[int]], bool] | None = None  # whether new tokens hold a text that ends one
 
+    def reached(self, tokens: list[int]) -> bool:
+        """Whether the last of the tokens ends the reply, or they hold a text that does."""
+        last = tokens[-1:] and tokens[-1] in self.ids
+        return bool(last) or (self.said is not None and self.said(tokens))
+
     def cut(self, tokens: list[int]) -> list[int]:
         """The tokens up to the first that ends the reply, or with which it holds such a text."""
         last = next((place for place, token in enumerate(tokens) if token in self.ids), None)

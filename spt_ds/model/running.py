@@ -41,8 +41,7 @@ class Row:
     def take(self, token: int) -> None:
         """Add the next token."""
         self.tokens.append(token)
-        said = self.endings.said
-        self.ended = token in self.endings.ids or (said is not None and said(self.tokens))
+        self.ended = self.endings.reached(self.tokens)
 
 
 class RunningRows:

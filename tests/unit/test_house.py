@@ -41,6 +41,7 @@ LAYERS = [
         "generate",
         "plan",
         "quantize",
+        "serve",
         "slurm_command",
         "summary",
         "train",
@@ -70,6 +71,7 @@ WITHOUT_TORCH = [
     "spt_ds.data.encode",
     "spt_ds.cli",
     "spt_ds.summary",
+    "spt_ds.serve.command",
     "spt_ds.audit.command",
 ]
 

@@ -96,7 +96,8 @@ def test_columns_go_with_the_row_that_reached_them() -> None:
         assert running._mask.shape == (3, 71)
         running.keep(lambda row: row is not rows[1])
     assert running._mask.shape == (2, 9)
-    keys: Any = running._cache.layers[0].keys
+    layer: Any = running._cache.layers[0]
+    keys = layer.keys
     assert keys.shape[2] == 9
     # no view: it would hold the memory of the rows that left
     assert keys.untyped_storage().nbytes() == keys.numel() * keys.element_size()
