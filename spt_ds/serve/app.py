@@ -21,8 +21,13 @@ from spt_ds.serve.answers import Answer, Answers, Chosen, Item, Meters, failed
 from spt_ds.serve.ask import Ask, Refused, read_ask
 from spt_ds.serve.guard import Guard, error_response
 
-PAGE = {"/": ("index.html", "text/html"), "/page.js": ("page.js", "text/javascript")}
-PAGE |= {"/scores.js": ("scores.js", "text/javascript"), "/style.css": ("style.css", "text/css")}
+PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/scores.js": ("scores.js", "text/javascript"),
+    "/style.css": ("style.css", "text/css"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
 MODELS, CHAT, HEALTH, METRICS = "/v1/models", "/v1/chat/completions", "/healthz", "/metrics"
 
 

@@ -19,7 +19,7 @@ from spt_ds.serve.answers import Meters, failed, stopping
 from spt_ds.serve.ask import Refused
 
 # The page and its files hold no secret; the page asks for the key. Health is for load balancers.
-OPEN = ("/", "/page.js", "/scores.js", "/style.css", "/healthz")
+OPEN = ("/", "/page.js", "/scores.js", "/style.css", "/icon.svg", "/healthz")
 WORK = "/v1/chat/completions"
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
