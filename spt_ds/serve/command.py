@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 KEY = "SPT_API_KEY"
 LEAST_KEY = 16  # characters
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "httpx")
-KINDS = ("auto", "vllm-chat", "vllm-embeds", "sglang")
+KINDS = ("vllm-embeds", "vllm-chat", "sglang")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--upstream", metavar="URL", help="inference server that has the base; none is loaded here"
     )
     parser.add_argument(
-        "--upstream-kind", choices=KINDS, default="auto", help="how prompts get to it"
+        "--upstream-kind", choices=KINDS, default=KINDS[0], help="how prompts get to it"
     )
     parser.add_argument("--upstream-model", metavar="NAME", help="the base's name there")
     add_overrides(parser, "override an option, such as generate.max_new_tokens=64")
@@ -68,6 +68,8 @@ def _serve(args: argparse.Namespace) -> None:
         )
     from spt_ds.serve.guard import Guard, is_local
 
+    if args.upstream and not args.upstream.startswith(("http://", "https://")):
+        raise ConfigError(f"--upstream {shown(args.upstream)}: give an address, http://HOST:PORT")
     key, local = os.environ.get(KEY) or None, is_local(args.host)
     if key is not None and (len(key) < LEAST_KEY or not key.isascii() or not key.isprintable()):
         raise ConfigError(f"{KEY}: give {LEAST_KEY} or more printable ASCII characters")
@@ -116,6 +118,14 @@ def _answers(args: argparse.Namespace, meters: Meters) -> Answers:
         most = args.max_tokens or max(options.max_new_tokens, config.data.max_tokens // 2)
         return Rules(name, config.prompts.count, options, most)
 
+    if args.upstream:
+        from spt_ds.engine.router import open_router
+        from spt_ds.serve.upstream import Upstream
+        from spt_ds.serve.upstream_kinds import kind_of
+
+        router = open_router(args.run, args.checkpoint, args.overrides)
+        kind = kind_of(args.upstream_kind, args.upstream_model, router.config)
+        return Upstream(router, rules(router.config), limits, meters, kind, args.upstream)
     session = open_run(args.run, args.checkpoint, args.overrides)
     return Batcher(session, rules(session.config), limits, meters)
 

@@ -1,0 +1,122 @@
+"""How many replies `spt-ds serve` gives: 64 callers against one at a time, and 10,000 in a row.
+
+    python benchmarks/serving.py RUN [--long 10000] [--out serving.json]
+
+The server is a process of its own. Callers come from this process, over HTTP on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+CHAT = "/v1/chat/completions"
+
+
+def main() -> int:
+    """Measure, print a table, and return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--callers", type=int, default=64)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 96])
+    parser.add_argument("--alone", type=int, default=24, help="requests of the single caller")
+    parser.add_argument("--together", type=int, default=256, help="requests of all callers")
+    parser.add_argument("--long", type=int, default=0, help="requests of the memory test")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    result: dict[str, Any] = {"callers": args.callers, "speed": [], "memory": []}
+    for tokens in args.tokens:
+        # Replies of one length, so that both sides do the same work.
+        fixed = ["--set", f"generate.min_new_tokens={tokens}"]
+        fixed += ["--set", f"generate.max_new_tokens={tokens}", "--max-tokens", str(tokens)]
+        with server(args.run, fixed) as (url, _):
+            asyncio.run(ask(url, args.callers, args.callers))  # warm
+            # Twice and in turns: a neighbour on the machine slows both.
+            alone, together = 0.0, 0.0
+            for _ in range(2):
+                alone += asyncio.run(ask(url, args.alone, 1))
+                together += asyncio.run(ask(url, args.together, args.callers))
+        rates = 2 * args.alone / alone, 2 * args.together / together
+        row = {"tokens": tokens, "alone": rates[0], "together": rates[1]}
+        row["times"] = rates[1] / rates[0]
+        result["speed"].append(row)
+        print(
+            f"{tokens} tokens: alone {rates[0]:.1f} replies/s, {args.callers} callers"
+            f" {rates[1]:.1f} replies/s ({tokens * rates[1]:.0f} tokens/s), {row['times']:.1f} times"
+        )
+    if args.long:
+        result["memory"] = memory(args.run, args.long, args.callers)
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def memory(run: Path, requests: int, callers: int) -> list[dict[str, float]]:
+    """Resident memory of the server in MiB after each tenth of so many requests."""
+    rows = []
+    with server(run, ["--set", "generate.max_new_tokens=8"]) as (url, process):
+        for tenth in range(1, 11):
+            seconds = asyncio.run(ask(url, requests // 10, callers, tenth))
+            status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+            kib = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+            row = {"requests": tenth * requests // 10, "mib": int(kib.split()[1]) / 1024}
+            rows.append(row)
+            print(f"{row['requests']} requests: {row['mib']:.0f} MiB, {seconds:.0f} s", flush=True)
+    return rows
+
+
+@contextmanager
+def server(run: Path, more: list[str]) -> Iterator[tuple[str, int]]:
+    """`spt-ds serve` on a free port; gives its address and its process."""
+    command = [sys.executable, "-m", "spt_ds.cli", "serve", str(run), "--port", "0", *more]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
+    )
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[2], process.pid
+        process.terminate()
+        if process.wait(30):
+            raise RuntimeError(f"the server ended with {process.returncode}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def ask(url: str, requests: int, callers: int, round: int = 0) -> float:
+    """Seconds that so many callers take for so many requests, all of which must succeed."""
+    path = resources.files("spt_ds") / "assets" / "clients" / "test.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    numbers = iter(range(requests))
+    limits = httpx.Limits(max_connections=callers)
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+
+        async def caller() -> None:
+            for number in numbers:
+                row = rows[number % len(rows)]
+                # Every text is new: nothing that the server keeps by text may grow unseen.
+                said = f"{row['history'][-1]} {round} {number}"
+                message = [{"role": "user", "content": said}]
+                body = {"messages": message, "persona": row["persona"]}
+                response = await client.post(CHAT, json=body)
+                response.raise_for_status()
+
+        began = time.perf_counter()
+        await asyncio.gather(*itertools.starmap(caller, [()] * callers))
+        return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
