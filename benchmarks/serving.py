@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,34 +34,48 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 96])
     parser.add_argument("--alone", type=int, default=24, help="requests of the single caller")
     parser.add_argument("--together", type=int, default=256, help="requests of all callers")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--long", type=int, default=0, help="requests of the memory test")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     result: dict[str, Any] = {"callers": args.callers, "speed": [], "memory": []}
     for tokens in args.tokens:
-        # Replies of one length, so that both sides do the same work.
-        fixed = ["--set", f"generate.min_new_tokens={tokens}"]
-        fixed += ["--set", f"generate.max_new_tokens={tokens}", "--max-tokens", str(tokens)]
-        with server(args.run, fixed) as (url, _):
-            asyncio.run(ask(url, args.callers, args.callers))  # warm
-            # Twice and in turns: a neighbour on the machine slows both.
-            alone, together = 0.0, 0.0
-            for _ in range(2):
-                alone += asyncio.run(ask(url, args.alone, 1))
-                together += asyncio.run(ask(url, args.together, args.callers))
-        rates = 2 * args.alone / alone, 2 * args.together / together
-        row = {"tokens": tokens, "alone": rates[0], "together": rates[1]}
-        row["times"] = rates[1] / rates[0]
+        row = speed(args, tokens)
         result["speed"].append(row)
-        print(
-            f"{tokens} tokens: alone {rates[0]:.1f} replies/s, {args.callers} callers"
-            f" {rates[1]:.1f} replies/s ({tokens * rates[1]:.0f} tokens/s), {row['times']:.1f} times"
-        )
+        print(json.dumps(row), flush=True)
     if args.long:
         result["memory"] = memory(args.run, args.long, args.callers)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def speed(args: argparse.Namespace, tokens: int) -> dict[str, float]:
+    """Replies a second of one caller and of all, and the server's own processor time for each."""
+    # Replies of one length, so that both sides do the same work; a window that holds the longest.
+    fixed = [f"generate.{end}_new_tokens={tokens}" for end in ("min", "max")]
+    more = [part for one in (*fixed, "data.max_tokens=512") for part in ("--set", one)]
+    with server(args.run, [*more, "--max-tokens", str(tokens)]) as (url, process):
+        asyncio.run(ask(url, args.callers, args.callers))  # warm
+        rates, costs = [0.0, 0.0], [0.0, 0.0]
+        # In turns: a neighbour on the machine slows both.
+        for _ in range(args.rounds):
+            for place, (count, callers) in enumerate(
+                ((args.alone, 1), (args.together, args.callers))
+            ):
+                before = processor_seconds(process)
+                rates[place] += count / asyncio.run(ask(url, count, callers)) / args.rounds
+                costs[place] += (processor_seconds(process) - before) / count / args.rounds
+    row = {"tokens": tokens, "alone_per_s": rates[0], "together_per_s": rates[1]}
+    row |= {"times": rates[1] / rates[0]}
+    row |= {"alone_cpu_ms": 1000 * costs[0], "together_cpu_ms": 1000 * costs[1]}
+    return {name: round(value, 2) for name, value in row.items()}
+
+
+def processor_seconds(process: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def memory(run: Path, requests: int, callers: int) -> list[dict[str, float]]:
