@@ -1,8 +1,10 @@
 """How many replies `spt-ds serve` gives: 64 callers against one at a time, and 10,000 in a row.
 
-    python benchmarks/serving.py RUN [--long 10000] [--out serving.json]
+    python benchmarks/serving.py RUN [--long 10000]
 
 The server is a process of its own. Callers come from this process, over HTTP on this machine.
+Limits: all callers get 8 times the replies of one at the longest replies, and from the first tenth
+of the long test to its end the server's memory grows by 16 MiB at most.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 import httpx
 
 CHAT = "/v1/chat/completions"
+LEAST_TIMES, MOST_MIB = 8, 16
 
 
 def main() -> int:
@@ -31,12 +34,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--callers", type=int, default=64)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 96])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32, 96])
     parser.add_argument("--alone", type=int, default=24, help="requests of the single caller")
     parser.add_argument("--together", type=int, default=256, help="requests of all callers")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--long", type=int, default=0, help="requests of the memory test")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     result: dict[str, Any] = {"callers": args.callers, "speed": [], "memory": []}
     for tokens in args.tokens:
@@ -45,9 +47,10 @@ def main() -> int:
         print(json.dumps(row), flush=True)
     if args.long:
         result["memory"] = memory(args.run, args.long, args.callers)
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+    print(json.dumps(result))
+    grown = [row["mib"] for row in result["memory"]]
+    slow = max(row["times"] for row in result["speed"]) < LEAST_TIMES
+    return int(slow or bool(grown and grown[-1] - grown[0] > MOST_MIB))
 
 
 def speed(args: argparse.Namespace, tokens: int) -> dict[str, float]:
