@@ -99,9 +99,7 @@ def memory(run: Path, requests: int, callers: int) -> list[dict[str, float]]:
 def server(run: Path, more: list[str]) -> Iterator[tuple[str, int]]:
     """`spt-ds serve` on a free port; gives its address and its process."""
     command = [sys.executable, "-m", "spt_ds.cli", "serve", str(run), "--port", "0", *more]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         yield process.stdout.readline().split()[2], process.pid

@@ -176,6 +176,8 @@ def _run(
         server_header=False,
         lifespan="on",
         timeout_graceful_shutdown=5,
+        # Longer than clients keep a connection (httpx: 5 s), so that none asks on a closed one.
+        timeout_keep_alive=75,
         limit_concurrency=4 * (args.rows + args.queue),
     )
     Server(config).run(sockets=[listener])

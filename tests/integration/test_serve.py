@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks import serving
 from spt_ds import dist
 from spt_ds.api import Bot, Reply, open_run
 from spt_ds.serve.answers import Meters
@@ -391,3 +393,21 @@ def test_an_address_that_cannot_be(
         monkeypatch.setenv(name, value)
     assert main([str(runs / "prefix"), *more]) == 2
     assert problem in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_ten_thousand_requests_leave_memory_flat(runs: Path) -> None:
+    rows = [row["mib"] for row in serving.memory(runs / "suffix", 10_000, CALLERS)]
+    # the first thousand fill what is kept: threads, buffers, ids of texts
+    assert max(rows[5:]) < max(rows[:5]) + serving.MOST_MIB
+
+
+@pytest.mark.slow
+def test_many_callers_cost_less_than_one_at_a_time(runs: Path) -> None:
+    args = argparse.Namespace(
+        run=runs / "suffix", callers=CALLERS, alone=12, together=128, rounds=1
+    )
+    row = serving.speed(args, 96)
+    # Of the processor's time, which neighbours on the machine change less than the clock's.
+    assert row["alone_cpu_ms"] > 4 * row["together_cpu_ms"], row
