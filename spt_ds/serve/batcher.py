@@ -93,6 +93,18 @@ class _Job:
         return Answer(text, self.chosen.prompt, self.chosen.scores, *counts, finish, self.dropped)
 
 
+class _Until(Event):
+    """Is set when another event is, or when a time has come."""
+
+    def __init__(self, other: Event, deadline: float) -> None:
+        super().__init__()
+        self._other, self._deadline = other, deadline
+
+    def is_set(self) -> bool:
+        """Whether to stop."""
+        return self._other.is_set() or time.monotonic() > self._deadline
+
+
 class Batcher:
     """See `Answers`."""
 
@@ -141,6 +153,8 @@ class Batcher:
                     if len(text) > spoken:
                         yield text[spoken:]
                         spoken = len(text)
+            if job.failure:  # it came while a piece was on its way
+                raise job.failure
             answer = job.answer()
             if ask.stream and answer.text[spoken:]:
                 yield answer.text[spoken:]
@@ -197,12 +211,14 @@ class Batcher:
                 if self._closed:
                     break
                 taken = self._take()
+            known = [*self._running.values(), *taken]
             try:
                 with torch.no_grad():
                     changed = self._session.backbone(self._turn, taken)
             except Exception:  # out of memory, or a fault of ours: the server lives on
                 get_logger().exception("decoding failed; the replies under way are given up")
-                changed = self._give_up([*self._running.values(), *taken], failed())
+                self._give_up(known, failed())
+                changed = known
                 self._rows, self._running = RunningRows(), {}
             self._count()
             self._tell(changed)
@@ -256,6 +272,7 @@ class Batcher:
                 del self._running[row]
             if job.done or job.ask.stream:
                 changed.append(job)
+        self._rows.keep(self._running.__contains__)  # a server without work holds no memory
         return [*changed, *fresh]
 
     def _row(self, backbone: Backbone, job: _Job) -> Row:
@@ -284,8 +301,11 @@ class Batcher:
             config=self._session.config.model_copy(update={"generate": job.ask.options}),
         )
         batch = replace(job.batch, indices=self._keys(job))
-        hooks = ReplyHooks(stopped=job.stopped)
+        hooks = ReplyHooks(stopped=_Until(job.stopped, job.deadline))
         out = decode_batch(session, batch, job.ask.options, hooks)
+        if time.monotonic() > job.deadline:
+            self._give_up([job], too_late(self._limits.seconds))
+            return
         job.tokens = out.tokens[0]
         job.chosen = Chosen(out.chosen[0], tuple(out.scores[:, 0].tolist()))
         self._finished(job, job.text.endings.reached(job.tokens))

@@ -305,10 +305,10 @@ def test_slow_and_leaving_callers_free_their_rows(
         assert b" 408 " in caller.recv(1000)
 
 
-def test_a_late_reply_is_given_up(runs: Path) -> None:
-    server = Server(
-        runs / "prefix", "generate.min_new_tokens=90", "generate.max_new_tokens=90", seconds=0.05
-    )
+@pytest.mark.parametrize("mode", ["select", "fuse"])
+def test_a_late_reply_is_given_up(runs: Path, mode: str) -> None:
+    long = ("generate.min_new_tokens=90", "generate.max_new_tokens=90", f"generate.mode={mode}")
+    server = Server(runs / "prefix", *long, seconds=0.05)
     row = dialogues(1)[0]
     with served(server.batcher, server.meters) as (url, _):
         client = httpx.Client(base_url=url, timeout=30)
