@@ -21,6 +21,8 @@ from spt_ds.model.backbone import Backbone
 from spt_ds.model.conversation import Endings
 from spt_ds.model.decode_rows import left_pad
 
+READ_TOGETHER = 16  # rows whose beginnings are read in one pass
+
 
 @dataclass(eq=False)
 class Row:
@@ -54,6 +56,12 @@ class RunningRows:
 
     def join(self, backbone: Backbone, rows: Sequence[Row]) -> None:
         """Read the beginnings of new rows, which gives each of them its first token."""
+        # Those of like length together: what pads the others is computed too.
+        ordered = sorted(rows, key=lambda row: len(row.beginning))
+        for start in range(0, len(ordered), READ_TOGETHER):
+            self._join(backbone, ordered[start : start + READ_TOGETHER])
+
+    def _join(self, backbone: Backbone, rows: Sequence[Row]) -> None:
         embeddings, mask = left_pad([row.beginning for row in rows])
         # Without the base's configuration every layer keeps all its tokens, those of a sliding
         # window too; the window is in the attention mask.

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from spt_ds.config.generation import GenerateConfig
+from spt_ds.model import running
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.conversation import Endings
 from spt_ds.model.logits import constraints, sampling
@@ -49,21 +50,25 @@ def alone(backbone: Backbone, row: Row) -> list[int]:
 @torch.no_grad()
 def run_together(backbone: Backbone, rows: list[Row]) -> RunningRows:
     """Two rows first, another at every second step; finished ones leave at once."""
-    running, waiting = RunningRows(), list(rows)
-    running.join(backbone, [waiting.pop(0), waiting.pop(0)])
+    batch, waiting = RunningRows(), list(rows)
+    batch.join(backbone, [waiting.pop(0), waiting.pop(0)])
     for turn in range(200):
-        running.keep(lambda row: not row.done)
-        if running.rows:
-            running.step(backbone)
+        batch.keep(lambda row: not row.done)
+        if batch.rows:
+            batch.step(backbone)
         if waiting and turn % 2:
-            running.join(backbone, [waiting.pop(0)])
-        if not waiting and not running.rows:
-            return running
+            batch.join(backbone, [waiting.pop(0)])
+        if not waiting and not batch.rows:
+            return batch
     raise AssertionError("rows never end")
 
 
+@pytest.mark.parametrize("together", [1, 16])
 @pytest.mark.parametrize("arch", ["opt", "opt_project", "llama", "gemma2", "phi"])
-def test_rows_that_come_and_go_give_what_each_gives_alone(arch: str) -> None:
+def test_rows_that_come_and_go_give_what_each_gives_alone(
+    arch: str, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "READ_TOGETHER", together)
     # PyTorch has NaN in fp64 where a window holds padding alone.
     backbone = tiny_backbone(arch, torch.float32 if arch == "gemma2" else torch.float64)
     rows = rows_of(backbone)
@@ -90,19 +95,19 @@ def test_ends_and_texts_end_one_row_only() -> None:
 def test_columns_go_with_the_row_that_reached_them() -> None:
     backbone = tiny_backbone("llama")
     rows = rows_of(backbone)[:3]
-    running = RunningRows()
+    batch = RunningRows()
     with torch.no_grad():
-        running.join(backbone, rows)
-        assert running._mask.shape == (3, 71)
-        running.keep(lambda row: row is not rows[1])
-    assert running._mask.shape == (2, 9)
-    layer: Any = running._cache.layers[0]
+        batch.join(backbone, rows)
+        assert batch._mask.shape == (3, 71)
+        batch.keep(lambda row: row is not rows[1])
+    assert batch._mask.shape == (2, 9)
+    layer: Any = batch._cache.layers[0]
     keys = layer.keys
     assert keys.shape[2] == 9
     # no view: it would hold the memory of the rows that left
     assert keys.untyped_storage().nbytes() == keys.numel() * keys.element_size()
-    running.keep(lambda row: False)
-    assert running._cache.get_seq_length() == 0
+    batch.keep(lambda row: False)
+    assert batch._cache.get_seq_length() == 0
 
 
 def test_penalties_and_noise_are_a_row_s_own() -> None:
@@ -125,10 +130,10 @@ def test_penalties_and_noise_are_a_row_s_own() -> None:
     run_together(backbone, together)
     for row, one in zip(together, apart, strict=True):
         with torch.no_grad():
-            running = RunningRows()
-            running.join(backbone, [one])
+            batch = RunningRows()
+            batch.join(backbone, [one])
             while not one.done:
-                running.step(backbone)
+                batch.step(backbone)
         assert row.tokens == one.tokens
     greedy = rows_of(backbone)
     run_together(backbone, greedy)
