@@ -39,7 +39,8 @@ async function open() {
     const model = (await (await request("/v1/models")).json()).data[0];
     prompts = model.spt.prompts;
     $("model").textContent = document.title = model.id;
-    $("facts").textContent = `${prompts} prompt${prompts === 1 ? "" : "s"}, ${model.spt.mode}`;
+    $("facts").textContent = `${prompts} prompt${prompts === 1 ? "" : "s"}`;
+    $("facts").title = `generate.mode: ${model.spt.mode}`;
     $("choices").replaceChildren(choice("auto", "Retriever", "wide"));
     for (let k = 0; k < prompts; k++) $("choices").append(choice(String(k), `${k}`, hue(k)));
     if (prompts > 1) $("choices").append(choice("all", "Compare all", "wide"));
