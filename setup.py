@@ -49,8 +49,15 @@ EXTRAS = {
     # BM25 for `data.overflow: retrieve`; the first whose functions take lists of words.
     "retrieve": ["bm25s>=0.2"],
     "baselines": ["peft>=0.19,<0.22"],
-    # What is used of them is old; these are the oldest that know Python 3.13.
-    "serve": ["fastapi>=0.115.6", "uvicorn>=0.34", "prometheus-client>=0.21.1", "httpx>=0.28"],
+    # The oldest that the server's tests were run with; older h11 lets requests be smuggled
+    # (CVE-2025-43859).
+    "serve": [
+        "h11>=0.16",
+        "fastapi>=0.115.6",
+        "uvicorn>=0.34",
+        "prometheus-client>=0.21.1",
+        "httpx>=0.28",
+    ],
     # Older ones use names that NumPy 2 dropped; 2.16.0 also asks for a nightly TensorFlow.
     "tensorboard": ["tensorboard>=2.18"],
 }
