@@ -49,6 +49,15 @@ EXTRAS = {
     # BM25 for `data.overflow: retrieve`; the first whose functions take lists of words.
     "retrieve": ["bm25s>=0.2"],
     "baselines": ["peft>=0.19,<0.22"],
+    # The oldest that the server's tests were run with; older h11 lets requests be smuggled
+    # (CVE-2025-43859).
+    "serve": [
+        "h11>=0.16",
+        "fastapi>=0.115.6",
+        "uvicorn>=0.34",
+        "prometheus-client>=0.21.1",
+        "httpx>=0.28",
+    ],
     # Older ones use names that NumPy 2 dropped; 2.16.0 also asks for a nightly TensorFlow.
     "tensorboard": ["tensorboard>=2.18"],
     # Services of others. None is in `dev`: together they bring 80 packages, some of them servers,
@@ -63,6 +72,7 @@ EXTRAS["dev"] = [
     *EXTRAS["baselines"],
     *EXTRAS["retrieve"],
     *EXTRAS["tensorboard"],
+    *EXTRAS["serve"],
     "packaging>=24",
     "pytest>=8",
     "pytest-timeout>=2.3",
@@ -105,7 +115,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",  # the range that torch and DeepSpeed both publish for
     packages=find_packages(include=["spt_ds", "spt_ds.*"]),
-    package_data={"spt_ds": ["recipes/*/*.yaml", "assets/**/*", "report/style.css", "py.typed"]},
+    package_data={
+        "spt_ds": [
+            "recipes/*/*.yaml",
+            "assets/**/*",
+            "report/style.css",
+            "serve/page/*",
+            "py.typed",
+        ]
+    },
     install_requires=INSTALL,
     extras_require=EXTRAS,
     cmdclass={"build_py": BuildWithFolders},

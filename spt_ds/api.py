@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from spt_ds import dist
 from spt_ds.batch import Batch
 from spt_ds.config.generation import GenerateConfig
-from spt_ds.data.encode import Encoder
-from spt_ds.display import holds_surrogate, shown
+from spt_ds.display import shown
+from spt_ds.engine.context import Contexts, texts
 from spt_ds.engine.generator import decode_batch
 from spt_ds.engine.reply_text import ReplyText
 from spt_ds.engine.session import Session, context_style, open_trained
@@ -70,6 +68,11 @@ def load(run: str | Path, checkpoint: str | int = "best", **overrides: Any) -> B
 
 def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
     """Open a run as `load` does, with overrides as on the command line: `key.path=value`."""
+    return Bot(open_run(run, checkpoint, overrides))
+
+
+def open_run(run: Path, checkpoint: str, overrides: Sequence[str]) -> Session:
+    """Open a run in this one process, for replies to whoever talks to it; see `open_bot`."""
     size = dist.launch_variables(os.environ)["WORLD_SIZE"]
     if size != 1:
         raise EngineError(
@@ -87,7 +90,7 @@ def open_bot(run: Path, checkpoint: str, overrides: Sequence[str]) -> Bot:
     config = folder.load_config(overrides)
     world = dist.init(config.engine.collective_timeout_s)
     atexit.register(dist.shutdown)  # NCCL complains of a group that is left open
-    return Bot(open_trained(config, folder, checkpoint, None, world)[0])
+    return open_trained(config, folder, checkpoint, None, world)[0]
 
 
 class Bot:
@@ -98,9 +101,8 @@ class Bot:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        # Worked examples are drawn once, not for every reply.
         window, style = session.config.data.max_tokens, context_style(session)
-        self._encoder = Encoder(session.tokenizer, window, style)
+        self._contexts = Contexts(session.tokenizer, window, style)
         self._text = ReplyText.of(session)
         self._context = ContextCache()
         # each reply has noise of its own, where sampling or generate.mode draws any
@@ -170,7 +172,7 @@ class Bot:
         hooks: ReplyHooks | None,
     ) -> Reply:
         options = self._options(prompt)
-        persona, history = _texts("persona", persona), _texts("history", history)
+        persona, history = texts("persona", persona), texts("history", history)
         if history and history == self._answered:
             raise DataError(
                 f"history: ends with this bot's own reply {shown(history[-1])}; add the partner's"
@@ -206,48 +208,7 @@ class Bot:
         return options.model_copy(update={"mode": f"fixed:{prompt}"})
 
     def _batch(
-        self, persona: tuple[str, ...], history: tuple[str, ...], options: GenerateConfig
+        self, persona: Sequence[str], history: Sequence[str], options: GenerateConfig
     ) -> tuple[Batch, int]:
-        window = self._session.config.data.max_tokens
-        encoded = self._encoder.context(
-            "dialogue", persona, history, reserved=options.max_new_tokens
-        )
-        if history and encoded.dropped_turns == len(history):
-            raise DataError(
-                f"the last turn does not fit: data.max_tokens is {window}, of which"
-                f" generate.max_new_tokens keeps {options.max_new_tokens} for the reply; shorten"
-                " the turn"
-            )
-        ids = encoded.context_ids
         self._replies += 1
-        batch = Batch(
-            np.array(ids),
-            np.zeros(0, dtype=np.int64),
-            (len(ids),),
-            (0,),
-            (self._replies,),
-            (1.0,),
-            (encoded.prompt_at,),
-        )
-        return batch, encoded.dropped_turns
-
-
-def _texts(name: str, given: Sequence[str]) -> tuple[str, ...]:
-    """Check an argument that is to be a list of texts."""
-    if isinstance(given, str):
-        raise DataError(
-            f"{name}: expected a list of texts, got one text {given[:40]!r}; put it into a list"
-        )
-    if not isinstance(given, Sequence):
-        raise DataError(
-            f"{name}: expected a list of texts, got {shown(given)}; give [] where there is none"
-        )
-    for place, text in enumerate(given):
-        if not isinstance(text, str):
-            raise DataError(f"{name}[{place}]: expected a text, got {shown(text)}")
-        if holds_surrogate(text):
-            raise DataError(
-                f"{name}[{place}]: {shown(text)} holds half a surrogate pair, which is no"
-                " character; decode its bytes as UTF-8"
-            )
-    return tuple(given)
+        return self._contexts.batch(persona, history, options.max_new_tokens, self._replies)

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("spt_ds.train", "train prompt bank and retriever"),
     "generate": ("spt_ds.generate", "generate replies for evaluation"),
     "chat": ("spt_ds.chat", "a conversation in the terminal"),
+    "serve": ("spt_ds.serve.command", "an HTTP server in OpenAI's shape, with a page to talk to"),
     "evaluate": ("spt_ds.evaluate.command", "score a predictions file"),
     "audit": ("spt_ds.audit.command", "whether the retriever earns its keep on held-out data"),
     "compare": (

@@ -39,9 +39,12 @@ class ReplyText:
         """The text as it was generated, up to a stop text, and as it is shown: what the scores cut
         it to, without the half of a marker at which the limit of tokens cut it.
         """
-        raw = before_stop(self._decoded(tokens), self.stop)
+        return self.of_text(self._decoded(tokens), bool(tokens) and tokens[-1] in self.ends)
+
+    def of_text(self, text: str, ended: bool) -> tuple[str, str]:
+        """The same of a text that is decoded already; `ended` by a token that ends a reply."""
+        raw = before_stop(text, self.stop)
         reply = cleaned(raw, self.rule)
-        ended = bool(tokens) and tokens[-1] in self.ends
         if self.rule == "spt" and reply == raw and not ended:
             reply = without_half_marker(reply)
         return raw, reply.strip()

@@ -122,16 +122,31 @@ class Backbone(nn.Module):
 
     def read(self, embeddings: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> None:
         """Put keys and values of left-padded rows [rows, L, D], mask [rows, L], into `cache`."""
+        with self._as_transformers_has_it():
+            self.lm.base_model(inputs_embeds=embeddings, **self._cached(mask, cache))
+
+    def next_logits(
+        self, mask: torch.Tensor, cache: DynamicCache, **given: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [rows, V] of the token behind left-padded rows, whose keys and values go into
+        `cache`.
+
+        Args: mask [rows, L], of what the cache holds and of what is given; given, the last tokens
+        of the rows: `inputs_embeds` [rows, n, D] or `input_ids` [rows, n].
+        """
+        inputs = self._cached(mask, cache)
+        read = next(iter(given.values())).shape[1]
+        inputs["position_ids"] = inputs["position_ids"][:, -read:]
+        last = {"logits_to_keep": 1} if self.lm._supports_logits_to_keep() else {}
+        with self._as_transformers_has_it():
+            logits: torch.Tensor = self.lm(**given, **inputs, **last).logits
+        return logits[:, -1]
+
+    def _cached(self, mask: torch.Tensor, cache: DynamicCache) -> dict[str, Any]:
         # As `generate` counts positions: from a row's first real token.
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        with self._as_transformers_has_it():
-            self.lm.base_model(
-                inputs_embeds=embeddings,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=True,
-                **cache_argument(self.lm, cache),
-            )
+        common = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
+        return common | cache_argument(self.lm, cache)
 
     @contextmanager
     def _as_transformers_has_it(self) -> Iterator[None]:

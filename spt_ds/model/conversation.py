@@ -75,6 +75,11 @@ def cache_argument(lm: Any, cache: DynamicCache) -> dict[str, DynamicCache]:
     return {"cache" if "cache" in known else "past_key_values": cache}
 
 
+def whole_words(text: str) -> str:
+    """A text that still grows, without its last word, to which the next token may add."""
+    return _UNFINISHED.sub("", text)
+
+
 class WholeWords(BaseStreamer):
     """Iterates over the text of a reply while it grows, each time ending behind a whole word.
 
@@ -94,7 +99,7 @@ class WholeWords(BaseStreamer):
         # Fusion decodes K rows, which hold the same tokens.
         self._tokens += value.flatten()[:1].tolist()
         text = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
-        self._texts.put(_UNFINISHED.sub("", text))
+        self._texts.put(whole_words(text))
 
     def end(self) -> None:
         """End the iteration."""
@@ -111,6 +116,11 @@ class Endings:
     ids: tuple[int, ...]  # tokens
     pad_id: int  # fills a row whose reply has ended
     said: Callable[[list[int]], bool] | None = None  # whether new tokens hold a text that ends one
+
+    def reached(self, tokens: list[int]) -> bool:
+        """Whether the last of the tokens ends the reply, or they hold a text that does."""
+        last = tokens[-1:] and tokens[-1] in self.ids
+        return bool(last) or (self.said is not None and self.said(tokens))
 
     def cut(self, tokens: list[int]) -> list[int]:
         """The tokens up to the first that ends the reply, or with which it holds such a text."""

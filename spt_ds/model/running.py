@@ -1,0 +1,133 @@
+"""Continuous batching: rows of many callers share each token step, and come and go between steps.
+
+Rows are left-padded, so that the last token of each stands in the last column: every row writes its
+keys and values into the same new column, whatever its length. A row that leaves takes the columns
+with it that no other row reaches. Legend: R rows, L columns (the tokens of the longest row), D
+embedding size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+from transformers.generation.logits_process import LogitsProcessor
+
+from spt_ds.model.backbone import Backbone
+from spt_ds.model.conversation import Endings
+from spt_ds.model.decode_rows import left_pad
+
+READ_TOGETHER = 16  # rows whose beginnings are read in one pass
+
+
+@dataclass(eq=False)
+class Row:
+    """One reply that grows."""
+
+    beginning: torch.Tensor  # [n, D] embeddings of context and prompt, in the base's dtype
+    endings: Endings
+    max_new_tokens: int
+    processors: Sequence[LogitsProcessor] = ()  # of this row alone: they may hold a state
+    tokens: list[int] = field(default_factory=list)  # as generated, end of sequence included
+    ended: bool = False  # by a token or a text that ends a reply; not by its length
+
+    @property
+    def done(self) -> bool:
+        """Whether the reply gets no further token."""
+        return self.ended or len(self.tokens) >= self.max_new_tokens
+
+    def take(self, token: int) -> None:
+        """Add the next token."""
+        self.tokens.append(token)
+        self.ended = self.endings.reached(self.tokens)
+
+
+class RunningRows:
+    """The rows that are decoded together; its methods run inside a call of the root module."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self._cache = DynamicCache()
+        self._mask = torch.zeros(0, 0, dtype=torch.long)  # [R, L]
+
+    def join(self, backbone: Backbone, rows: Sequence[Row]) -> None:
+        """Read the beginnings of new rows, which gives each of them its first token."""
+        # Those of like length together: what pads the others is computed too.
+        ordered = sorted(rows, key=lambda row: len(row.beginning))
+        for start in range(0, len(ordered), READ_TOGETHER):
+            self._join(backbone, ordered[start : start + READ_TOGETHER])
+
+    def _join(self, backbone: Backbone, rows: Sequence[Row]) -> None:
+        embeddings, mask = left_pad([row.beginning for row in rows])
+        # Without the base's configuration every layer keeps all its tokens, those of a sliding
+        # window too; the window is in the attention mask.
+        cache = DynamicCache()
+        _choose(rows, backbone.next_logits(mask, cache, inputs_embeds=embeddings))
+        if self.rows:
+            longest = max(mask.shape[1], self._mask.shape[1])
+            joined = zip(_layers(self._cache), _layers(cache), strict=True)
+            cache = _cache_of(
+                [
+                    [torch.cat([_widened(old, longest), _widened(new, longest)]) for old, new in kv]
+                    for kv in (zip(*pair, strict=True) for pair in joined)
+                ]
+            )
+            masks = (F.pad(m, (longest - m.shape[1], 0)) for m in (self._mask, mask))
+            mask = torch.cat(list(masks))
+        self.rows, self._cache, self._mask = [*self.rows, *rows], cache, mask
+
+    def step(self, backbone: Backbone) -> None:
+        """Give each row its next token."""
+        last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self._mask.device)
+        self._mask = F.pad(self._mask, (0, 1), value=1)
+        _choose(self.rows, backbone.next_logits(self._mask, self._cache, input_ids=last))
+
+    def keep(self, wanted: Callable[[Row], bool]) -> None:
+        """Let go of the other rows, and of the columns that only they reached."""
+        kept = [number for number, row in enumerate(self.rows) if wanted(row)]
+        if len(kept) == len(self.rows):
+            return
+        self.rows = [self.rows[number] for number in kept]
+        index = torch.tensor(kept, dtype=torch.long, device=self._mask.device)
+        mask = self._mask[index]
+        unused = int((~mask.any(dim=0)).sum())  # at the left: rows end in the same column
+        self._mask = mask[:, unused:].clone()
+        layers = [[t[index, :, unused:] for t in kv] for kv in _layers(self._cache)]
+        self._cache = _cache_of(layers) if kept else DynamicCache()
+
+
+def _choose(rows: Sequence[Row], logits: torch.Tensor) -> None:
+    """logits [R, V]: each row takes the likeliest token after its own processors."""
+    # `generate` too hands them on in fp32.
+    logits = logits.float()
+    for number, row in enumerate(rows):
+        if row.processors:
+            before = torch.tensor([row.tokens], dtype=torch.long, device=logits.device)
+            own = logits[number : number + 1]
+            for processor in row.processors:
+                own = processor(before, own)
+            logits[number] = own[0]
+    for row, token in zip(rows, logits.argmax(dim=1).tolist(), strict=True):
+        row.take(token)
+
+
+def _layers(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer, [R, heads, L, head size]."""
+    layers: list[Any] = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def _cache_of(layers: Sequence[Sequence[torch.Tensor]]) -> DynamicCache:
+    cache = DynamicCache()
+    for number, (keys, values) in enumerate(layers):
+        cache.update(keys, values, number)
+    return cache
+
+
+def _widened(states: torch.Tensor, columns: int) -> torch.Tensor:
+    """Pad [R, heads, L, head size] at the left to so many columns."""
+    return F.pad(states, (0, 0, columns - states.shape[2], 0))
