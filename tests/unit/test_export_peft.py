@@ -74,7 +74,8 @@ def largest_gap(run: RunFolder, out: Path, base: str, ids: list[int]) -> float:
 
 def text_of(bot: Bot) -> list[int]:
     reply = bot._session.tokenizer(" i ski too.", add_special_tokens=False)["input_ids"]
-    return [*bot._encoder.context("a", ("i ski.",), ("hi there",), 0).context_ids, *reply]
+    context = bot._contexts.batch(("i ski.",), ("hi there",), reserved=0, number=1)[0].context_ids
+    return [*context.tolist(), *reply]
 
 
 @pytest.mark.parametrize("arch", ["llama", "opt", "opt_project", "gemma2"])
