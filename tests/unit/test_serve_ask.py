@@ -13,8 +13,8 @@ from spt_ds.config.generation import GenerateConfig
 from spt_ds.serve.ask import Ask, Refused, Rules, read_ask
 
 RULES = Rules("bank", 4, GenerateConfig(stop=("Q:",)), 64)
-FIELDS = """messages persona prompt_index max_tokens max_completion_tokens stop temperature top_p seed
-n stream stream_options response_format model tools logprobs role content type text"""
+FIELDS = """messages persona prompt_index max_tokens max_completion_tokens stop temperature top_p
+seed n stream stream_options response_format model tools logprobs role content type text"""
 VALUES = st.recursive(
     st.none()
     | st.booleans()
