@@ -24,16 +24,25 @@ DONE = "!document.body.classList.contains('busy') && document.querySelectorAll('
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a run."""
     before = dict(os.environ)
-    run = embedded_run(tmp_path_factory.mktemp("page") / "bank", "before_reply")
-    session, meters = open_run(run.path, "best", ()), Meters()
-    rules = Rules("bank", 4, session.config.generate, 64)
-    with served(Batcher(session, rules, Limits(16, 16, 60), meters), meters) as (url, _):
-        yield url
+    yield embedded_run(tmp_path_factory.mktemp("page") / "bank", "before_reply").path
     dist.shutdown()
     os.environ.clear()
     os.environ.update(before)
+
+
+def server_of(run: Path) -> tuple[Batcher, Meters]:
+    session, meters = open_run(run, "best", ()), Meters()
+    rules = Rules("bank", 4, session.config.generate, 64)
+    return Batcher(session, rules, Limits(16, 16, 60), meters), meters
+
+
+@pytest.fixture(scope="module")
+def url(bank: Path) -> Iterator[str]:
+    with served(*server_of(bank)) as (url, _):
+        yield url
 
 
 def focus(page: Page, name: str) -> None:
@@ -115,6 +124,26 @@ def test_a_dialogue_of_three_turns(
     counts = picture.getcolors(1 << 24)
     assert counts is not None
     assert {colour: count for count, colour in counts}.get(ground, 0) > 20_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on this machine")
+def test_the_page_asks_for_the_key(bank: Path, tmp_path: Path) -> None:
+    with (
+        served(*server_of(bank), key="k" * 20, local=False) as (url, _),
+        browser(tmp_path / "profile") as page,
+    ):
+        page.open(url, 1000, 700, "light")
+        page.wait("document.activeElement.id === 'key'")
+        page.type("wrong")
+        page.press("Enter")
+        page.wait("document.querySelector('.note')?.textContent === 'That is not the key.'")
+        page.type("k" * 20)
+        page.press("Enter")
+        page.wait("document.activeElement.id === 'message'")
+        page.type("hi")
+        page.press("Enter")
+        page.wait(DONE.format(".reply:not(.growing)", 1))
+        assert page.value("document.querySelectorAll('.note').length") == 0
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:

@@ -47,12 +47,15 @@ async function open() {
     $("limit").max = model.spt.max_tokens;
     $("limit").value = model.spt.default_max_tokens;
     showLimit();
-    $("unlock").hidden = true;
+    if (!$("unlock").hidden) {
+      $("unlock").hidden = true;
+      fresh();
+    }
   } catch (error) {
     if (error.status !== 401) return note(error.message);
     if (key) note("That is not the key.");
     $("unlock").hidden = false;
-    $("key").focus();
+    $("key").select();
   }
 }
 
