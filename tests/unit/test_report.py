@@ -42,6 +42,7 @@ CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 PERSONA = ["i like dogs .", MALICE]
+OPTION = re.compile(r'<th scope="row">([^<]+)</th><td[^>]*>([^<]+)</td><td[^>]*>([^<]+)</td>')
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -223,9 +224,11 @@ def test_texts_of_a_run_stay_texts(page: Page) -> None:
 def test_every_plot_is_described(page: Page) -> None:
     plots_found = [attributes for name, attributes in page.elements if name == "svg"]
     captions = [name for name, _ in page.elements if name == "figcaption"]
+    heats = [plot for plot in plots_found if plot["class"] == "narrow"]  # drawn twice
+    assert len(heats) == 3 + 2
     assert (
-        len(plots_found) == len(captions) == 6 + 1 + 3 + 2
-    )  # quantities, pace, prompt use, scores
+        len(plots_found) - len(heats) == len(captions) == 6 + 1 + 3 + 2 + 2 * 2
+    )  # quantities, pace, prompt use, scores, two prompts of two runs
     assert all(plot["role"] == "img" and len(plot["aria-label"] or "") > 30 for plot in plots_found)
     told = " ".join(page.values("aria-label"))
     assert "Total loss over steps. full, training: 8.9 at step 1, 6 at step 30" in told
@@ -396,20 +399,19 @@ def test_pace_leaves_out_validation_and_warm_up(runs: dict[str, Path]) -> None:
     assert only[1]["time"] - only[0]["time"] == 60
     batch = run.options["train.global_batch"]
     shown = throughput([run]).replace("\N{NO-BREAK SPACE}", " ")
-    assert f"<td>2</td><td>{2 * batch}</td><td>3</td><td>1 min 22 s</td>" in shown
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", shown)
+    assert cells == ["2", str(2 * batch), "3", "1 min 22 s"]
 
 
 def test_differences_between_runs(runs: dict[str, Path]) -> None:
     pair = configuration(read_runs([runs["full"], runs["other"]]))
     first = pair.partition("<details>")[0]
-    assert re.findall(r'<th scope="row">([^<]+)</th><td>([^<]+)</td><td>([^<]+)</td>', first) == [
+    assert OPTION.findall(first) == [
         ("name", "tiny", "other"),
         ("prompts.count", "4", "3"),
     ]
     alone = configuration(read_runs([runs["other"]])).partition("<details>")[0]
-    assert ("prompts.count", "4", "3") in re.findall(
-        r'<th scope="row">([^<]+)</th><td>([^<]+)</td><td>([^<]+)</td>', alone
-    )
+    assert ("prompts.count", "4", "3") in OPTION.findall(alone)
 
 
 def test_best_and_worst(runs: dict[str, Path]) -> None:
@@ -433,7 +435,7 @@ def test_long_turns_are_folded(tmp_path: Path) -> None:
     shown = examples(read_runs([folder]))
     assert shown.count('<details class="long">') == 2  # the turn and the reply
     assert "1,500 characters</summary>word word" in shown
-    assert '<li><span class="who">self: </span>short</li>' in shown
+    assert '<span class="who">self: </span><div dir="auto">short</div>' in shown
 
 
 def test_cards_tell_who_spoke(page: Page) -> None:
@@ -533,10 +535,12 @@ def test_long_curves_are_averaged_and_stay_small() -> None:
 def test_heat_maps_of_any_size(shape: tuple[int, int]) -> None:
     values = np.arange(shape[0] * shape[1], dtype=np.float64).reshape(shape)
     columns = [f"column{place}" for place in range(shape[1])]
-    found = Page(plots.heat("any", "alt", Heat(values, columns, "across", "scale", ".0f")))
-    labels = re.findall(r"column(\d+)", found.text())
-    assert 1 <= len(labels) <= plots.MOST_LABELS + 1
-    assert labels[-1] == str(shape[1] - 1)
+    both = plots.heat("any", "alt", Heat(values, columns, "across", "scale", ".0f"))
+    for size, one in zip((plots.WIDE, plots.NARROW), both.split("<svg")[1:], strict=True):
+        labels = re.findall(r"column(\d+)", Page(Markup("<svg" + one)).text())
+        assert f'class="{size.kind}"' in one
+        assert 1 <= len(labels) <= size.labels + 1
+        assert labels[-1] == str(shape[1] - 1)
 
 
 def test_only_markup_is_not_escaped() -> None:
@@ -545,7 +549,8 @@ def test_only_markup_is_not_escaped() -> None:
         == '<p class="&quot;x&quot;">&lt;b&gt;<i></i></p>'
     )
     assert join(["a&b", Markup("&amp;")]) == "a&amp;b&amp;"
-    assert "<td>&lt;x&gt;</td>" in table("c", ["a", "b"], [["r", "<x>"]])
+    assert '<td data-label="b">&lt;x&gt;</td>' in table("c", ["a", "b"], [["r", "<x>"]])
+    assert tag("p", "a\x1b[2J\x00\ud800\n") == "<p>a\u241b[2J\u2400\ufffd\n</p>"
 
 
 @pytest.mark.parametrize(
