@@ -129,12 +129,12 @@ def _texts(bank: Bank, prompt: int, own: Sequence[Reply]) -> list[Markup]:
     replies = (
         tag("p", "Typical replies", class_="label"),
         *(_reply(own[place], repeated[tuple(words(own[place].text))]) for place in places),
-        *_words("More often in its replies than elsewhere", said),
+        *_words("More often in its replies than elsewhere (share of replies)", said),
     )
     contexts = (
         tag("p", "Typical contexts", class_="label"),
         *(_context(reply, prompt) for reply in surest(own, prompt)[:CONTEXTS]),
-        *_words("More often in its contexts than elsewhere", asked),
+        *_words("More often in its contexts than elsewhere (share of contexts)", asked),
     )
     return [tag("div", *replies), tag("div", *contexts)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spt_ds.report.markup import Markup, absent, bullets, join, tag
+from spt_ds.report.markup import Markup, absent, join, tag
 from spt_ds.report.runs import Reply, Run, extremes
 
 EXTREMES = 4
@@ -59,7 +59,8 @@ def bubble(element: str, who: str, text: str) -> Markup:
 
 def persona(sentences: Sequence[str]) -> Markup:
     """The sentences of a persona, each in the direction of its script."""
-    return bullets(tag("div", folded(text), dir="auto") for text in sentences)
+    items = (tag("li", folded(text), dir="auto") for text in sentences)
+    return tag("ul", *items, class_="persona")
 
 
 def folded(text: str) -> str:

@@ -23,7 +23,7 @@ CAUTION = (
 
 def verdict(runs: Sequence[Run]) -> Markup:
     """How each run went and, over each base, how the others are against the first of its runs."""
-    parts: list[Markup] = []
+    parts: list[Markup] = [_figures(runs[0])] if len(runs) == 1 else []
     bases = by_base(runs)
     for base, own in bases.items():
         if len(bases) > 1:
@@ -31,10 +31,34 @@ def verdict(runs: Sequence[Run]) -> Markup:
         if len(own) > 1:
             parts.append(bullets(_comparisons(own)))
             parts.append(tag("p", CAUTION, class_="soft"))
-        parts.append(bullets(join([tag("strong", run.label), " ", *_of_run(run)]) for run in own))
+        told = [join([tag("strong", run.label), " ", *_of_run(run)]) for run in own]
+        parts.append(bullets(told) if len(runs) > 1 else tag("p", *told))
     if len(bases) > 1:
         parts.append(tag("p", "Runs over different bases are not compared with each other."))
     return tag("div", *parts, class_="verdict")
+
+
+def _figures(run: Run) -> Markup:
+    """The numbers of one run that a reader looks for first; of several, the tables tell."""
+    figures = []
+    losses = [value for _, value in run.series("valid", "nll_selected")]
+    if losses:
+        figures.append(("Validation nll", f"{losses[-1]:.3f}", f"{losses[0]:.3f} at first"))
+    if run.scores is not None and SCORED[0] in run.scores.values:
+        key, interval = SCORED[0], run.scores.intervals.get(SCORED[0])
+        note = f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "no interval"
+        figures.append((METRIC_OF[key].label, f"{run.scores.values[key]:.2f}", note))
+    spoken = {reply.row.prompt for reply in run.replies if reply.row.prompt is not None}
+    if spoken:
+        bank = max(len(reply.row.scores) for reply in run.replies)
+        note = f"for {len(run.replies):,} examples"
+        told = f"{len(spoken)} of {bank}" if bank else str(len(spoken))
+        figures.append(("Prompts that replied", told, note))
+    tiles = (
+        tag("div", tag("dt", name), tag("dd", value), tag("dd", note, class_="soft"))
+        for name, value, note in figures
+    )
+    return tag("dl", *tiles, class_="figures") if figures else Markup("")
 
 
 def _of_run(run: Run) -> Iterator[str]:
