@@ -268,6 +268,8 @@ def test_the_verdict_says_in_words_how_a_run_went(page: Page, runs: dict[str, Pa
     assert "2 of 3 prompts replied, prompt 0 most often (50 %)." in told
     assert "hardly tells" not in told
     assert "against" not in told
+    assert told.startswith("Validation nll 4.250 5.000 at first F1 ")
+    assert "Prompts that replied 2 of 3 for 6 examples" in told
     bare = Page(verdict(read_runs([runs["bare"]]))).text()
     assert bare == "bare has not begun. It has no replies yet."
 
@@ -299,12 +301,14 @@ def test_a_verdict_names_what_differs_and_what_does_not(tmp_path: Path) -> None:
     assert "BLEU by " in better
     assert worse.startswith("worse in PPL/token by ")
     assert unsure.startswith("no sure difference in ")
+    assert "One interval in twenty misses the truth by chance" in told
     assert "Their scores are 0.0001 apart on average: the retriever hardly tells them" in told
 
 
 def test_a_verdict_without_a_comparison_says_why(runs: dict[str, Path], tmp_path: Path) -> None:
     told = Page(verdict(read_runs([runs["full"], runs["other"]]))).text()
     assert "other against full : not compared, because other has no replies." in told
+    assert "by chance" not in told  # nothing that could be
     folder = make_run(tmp_path / "different")
     path = folder / "generate" / "predictions.jsonl"
     path.write_text(path.read_text().replace("i like my two dogs", "we all like cats"))

@@ -15,6 +15,7 @@ from spt_ds.report.runs import Run, by_base
 HEADLINES = ("f1_spt", "bleu", "rougeL", "dist1", "dist2", "ppl_token")
 SCORED = ("f1_spt", "bleu", "dist2")
 SAME_SCORES = 0.01  # the retriever's, between the prompts of an example: hardly told apart
+PAIRED = ", paired over "
 CAUTION = (
     "One interval in twenty misses the truth by chance, so one of many metrics may differ by chance"
     " too. The intervals are over test dialogues and say nothing about other seeds."
@@ -29,8 +30,10 @@ def verdict(runs: Sequence[Run]) -> Markup:
         if len(bases) > 1:
             parts.append(tag("h3", f"Base: {base}"))
         if len(own) > 1:
-            parts.append(bullets(_comparisons(own)))
-            parts.append(tag("p", CAUTION, class_="soft"))
+            compared = [*_comparisons(own)]
+            parts.append(bullets(compared))
+            if any(PAIRED in sentence for sentence in compared):
+                parts.append(tag("p", CAUTION, class_="soft"))
         told = [join([tag("strong", run.label), " ", *_of_run(run)]) for run in own]
         parts.append(bullets(told) if len(runs) > 1 else tag("p", *told))
     if len(bases) > 1:
@@ -143,7 +146,7 @@ def _compared(first: str, other: str, metrics: Mapping[str, CorpusMetrics]) -> s
     parts = [("better in", better), ("worse in", worse), ("no sure difference in", unsure)]
     told = "; ".join(f"{words} {', '.join(labels)}" for words, labels in parts if labels)
     dialogues = max(metrics[first].file.units) + 1
-    return f", paired over {dialogues} dialogues: {told}."
+    return f"{PAIRED}{dialogues} dialogues: {told}."
 
 
 def _told(label: str, pair: Paired) -> str:
