@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,37 +35,48 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def distinctive(own: Sequence[str], others: Sequence[str], most: int) -> list[Word]:
-    """Return up to `most` words with the largest lead in their share of texts, largest first."""
-    counts = [
-        Counter(word for text in texts for word in set(words(text))) for texts in (own, others)
-    ]
+@dataclass(frozen=True)
+class Corpus:
+    """How many texts there are, and how many of them hold each word."""
+
+    texts: int
+    held: Counter[str]
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> Corpus:
+        return cls(len(texts), Counter(word for text in texts for word in set(words(text))))
+
+    def weight(self, word: str) -> float:
+        """The logarithm of one over the share of texts that hold a word: rare ones weigh more."""
+        return math.log((1 + self.texts) / self.held[word])
+
+
+def distinctive(texts: Sequence[str], corpus: Corpus, most: int) -> list[Word]:
+    """Return up to `most` words by the lead of their share in `texts`, the largest first.
+
+    `corpus` is of `texts` and of the others that they are compared with.
+    """
+    own, others = Corpus.of(texts), max(corpus.texts - len(texts), 1)
     found = [
-        Word(word, count / len(own), counts[1][word] / max(len(others), 1))
-        for word, count in counts[0].items()
+        Word(word, count / own.texts, (corpus.held[word] - count) / others)
+        for word, count in own.held.items()
         if count >= LEAST_TEXTS
     ]
     leading = [word for word in found if word.own - word.others >= LEAST_LEAD]
     return sorted(leading, key=lambda word: (word.others - word.own, word.text))[:most]
 
 
-def rarities(texts: Sequence[str]) -> dict[str, float]:
-    """The weight of each word: the logarithm of one over the share of texts that hold it."""
-    held = Counter(word for text in texts for word in set(words(text)))
-    return {word: math.log((1 + len(texts)) / count) for word, count in held.items()}
-
-
-def central(texts: Sequence[str], weights: dict[str, float]) -> list[int]:
+def central(texts: Sequence[str], corpus: Corpus) -> list[int]:
     """Return the places of the different texts, from the one most like all others on.
 
-    Likeness is the mean cosine between bags of words, weighted by `weights`. A text that occurs
-    more than once counts each time and is named where it occurs first.
+    Likeness is the mean cosine between bags of words, weighted by rarity in `corpus`. A text that
+    occurs more than once counts each time and is named where it occurs first.
     """
-    bags = [_unit(Counter(words(text)), weights) for text in texts]
-    total: Counter[str] = Counter()
+    bags = [_unit(Counter(words(text)), corpus) for text in texts]
+    total: dict[str, float] = defaultdict(float)
     for bag in bags:
         for word, weight in bag.items():
-            total[word] += weight  # type: ignore[assignment]
+            total[word] += weight
     first: dict[tuple[str, ...], int] = {}
     for place, text in enumerate(texts):
         first.setdefault(tuple(words(text)), place)
@@ -77,8 +88,12 @@ def central(texts: Sequence[str], weights: dict[str, float]) -> list[int]:
 
 
 def surest(replies: Sequence[Reply], prompt: int) -> list[Reply]:
-    """The replies of a prompt by its lead, in score, over the next best one: largest first."""
-    return sorted(replies, key=lambda reply: (-lead(reply, prompt), reply.row.index))
+    """One reply for each context, by the prompt's lead over the next best one: largest first."""
+    ranked = sorted(replies, key=lambda reply: (-lead(reply, prompt), reply.row.index))
+    first: dict[str, Reply] = {}
+    for reply in ranked:
+        first.setdefault(context(reply), reply)
+    return list(first.values())
 
 
 def lead(reply: Reply, prompt: int) -> float:
@@ -93,7 +108,7 @@ def context(reply: Reply) -> str:
     return "\n".join([*reply.row.persona, *reply.row.history[-1:]])
 
 
-def _unit(counts: Counter[str], weights: dict[str, float]) -> dict[str, float]:
-    bag = {word: count * weights[word] for word, count in counts.items()}
+def _unit(counts: Counter[str], corpus: Corpus) -> dict[str, float]:
+    bag = {word: count * corpus.weight(word) for word, count in counts.items()}
     norm = math.sqrt(sum(weight * weight for weight in bag.values()))
     return {word: weight / norm for word, weight in bag.items()} if norm else {}

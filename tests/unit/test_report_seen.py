@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 from PIL import Image
 
@@ -22,6 +23,25 @@ HEBREW, EMOJI = "אני אוהב כלבים, dogs וגם חתולים 😀", "fa
 PAPER = {False: (0xFF, 0xFF, 0xFF), True: (0x14, 0x17, 0x1C)}
 SCREENS = [(1280, False), (1280, True), (400, False), (400, True)]
 LEAST_CONTRAST = 4.5  # WCAG, level AA, for text of normal size
+
+AUDIT: dict[str, Any] = {
+    "checkpoint": "step-00000030",
+    "verdict": {"sentence": "It earns its keep."},
+    "examples": 12,
+    "dialogues": 6,
+    "rows": [
+        {
+            "name": "retriever",
+            "nll": 3.1,
+            "low": 3.0,
+            "high": 3.2,
+            "minus_single": {"difference": -0.02, "low": -0.05, "high": 0.01, "p": 0.2},
+            "share_of_gap": [0.2, 0.1, 0.3],
+            "r2": 0.1,
+        }
+    ],
+    "usage": [6, 6, 0],
+}
 
 # What is wider than the screen, or than the box that shows it.
 TOO_WIDE = """
@@ -90,12 +110,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run = make_run(root / name, config=f"model: {{base: {base}}}\n")
         write_lines(run / "generate" / "predictions.jsonl", twelve(base != "base-a"))
         assert evaluate([str(run)]) == 0
-    interval = {"difference": -0.02, "low": -0.05, "high": 0.01, "p": 0.2}
-    choice = {"name": "retriever", "nll": 3.1, "low": 3.0, "high": 3.2, "r2": 0.1}
-    choice |= {"minus_single": interval, "share_of_gap": [0.2, 0.1, 0.3]}
-    audit = {"checkpoint": "step-00000030", "verdict": {"sentence": "It earns its keep."}}
-    audit |= {"examples": 12, "dialogues": 6, "rows": [choice], "usage": [6, 6, 0]}
-    (root / "plain" / "audit.json").write_text(json.dumps(audit))
+    (root / "plain" / "audit.json").write_text(json.dumps(AUDIT))
     (root / "bare").mkdir()
     (root / "bare" / "config.yaml").write_text("name: bare\n")
     path = root / "report.html"
@@ -153,7 +168,7 @@ def test_numbers_stand_out_from_their_cells() -> None:
         parts = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in colour]
         return sum(p * w for p, w in zip(parts, (0.2126, 0.7152, 0.0722), strict=True))
 
-    cells = plots.matplotlib.colormaps["cividis"](range(256))
+    cells = matplotlib.colormaps["cividis"](range(256))
     for cell in cells:
         text = tuple(part / 255 for part in bytes.fromhex(plots.readable_on(cell[:3])[1:]))
         low, high = sorted((light(text), light(tuple(cell[:3]))))
@@ -190,7 +205,7 @@ def test_each_prompt_has_its_replies_contexts_and_use_over_time(browser: Browser
     assert set(painter["replies"]) == {"i paint at night", HEBREW}
     assert rider["replies"] == ["my bike is fast"]
     assert rider["words"][:4] == ["bike", "fast", "is", "my"]
-    assert all(one["contexts"] == 2 for one in found)
+    assert [one["contexts"] for one in found] == [2, 1] * 2  # the same one is not shown twice
     assert all("Use in training, % of examples over steps" in one["plot"] for one in found)
     assert "No reply and no logged step used: prompt 2." in browser.run(
         "document.querySelector('#each-prompt').textContent"

@@ -14,12 +14,12 @@ from spt_ds.report.runs import Reply, Run
 from spt_ds.report.sections.prompts import bank_size, shares_over_time
 from spt_ds.report.sections.replies import bubble, persona
 from spt_ds.report.typical import (
+    Corpus,
     Word,
     central,
     context,
     distinctive,
     lead,
-    rarities,
     surest,
     words,
 )
@@ -40,8 +40,12 @@ class Bank:
     """`[K, C]`, in %: of the training examples up to each step that selected a prompt."""
 
     @cached_property
-    def weights(self) -> dict[str, float]:
-        return rarities([reply.text for reply in self.replies])
+    def said(self) -> Corpus:
+        return Corpus.of([reply.text for reply in self.replies])
+
+    @cached_property
+    def asked(self) -> Corpus:
+        return Corpus.of([context(reply) for reply in self.replies])
 
 
 def portraits(runs: Sequence[Run]) -> Markup:
@@ -121,14 +125,14 @@ def _time(bank: Bank, prompt: int) -> Markup:
 def _texts(bank: Bank, prompt: int, own: Sequence[Reply]) -> list[Markup]:
     if not own:
         return []
-    others = [reply for reply in bank.replies if reply.row.prompt != prompt]
-    said = distinctive([r.text for r in own], [r.text for r in others], WORDS)
-    asked = distinctive([context(r) for r in own], [context(r) for r in others], WORDS)
-    places = central([reply.text for reply in own], bank.weights)[:REPLIES]
-    repeated = Counter(tuple(words(reply.text)) for reply in own)
+    texts = [reply.text for reply in own]
+    said = distinctive(texts, bank.said, WORDS)
+    asked = distinctive([context(reply) for reply in own], bank.asked, WORDS)
+    places = central(texts, bank.said)[:REPLIES]
+    repeated = Counter(tuple(words(text)) for text in texts)
     replies = (
         tag("p", "Typical replies", class_="label"),
-        *(_reply(own[place], repeated[tuple(words(own[place].text))]) for place in places),
+        *(_reply(own[place], repeated[tuple(words(texts[place]))]) for place in places),
         *_words("More often in its replies than elsewhere (share of replies)", said),
     )
     contexts = (
