@@ -1,14 +1,16 @@
-"""A headless Chromium driven over its DevTools pipe: no driver and no library is needed."""
+"""A headless Chromium that a test types into and looks at, over its debugging pipe."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import fcntl
 import json
 import os
-import select
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,107 +20,124 @@ CHROMIUM = (
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--disable-dev-shm-usage",
     "--remote-debugging-pipe",
 )
+KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, "")}
 
 
-class Browser:
-    """One page. Use as a context manager."""
+class Page:
+    """One page. `errors` are those of its console, `requests` the addresses that it asked for."""
 
-    def __init__(self, profile: Path) -> None:
-        ours_in, theirs_out = os.pipe()
-        theirs_in, ours_out = os.pipe()
-        # Chromium reads its descriptor 3 and writes 4, which the shell puts in place.
-        command = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
-        self._process = subprocess.Popen(
-            ["bash", "-c", command, str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}"],
-            pass_fds=(theirs_in, theirs_out),
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(theirs_in)
-        os.close(theirs_out)
-        self._in, self._out, self._rest, self._number = ours_in, ours_out, b"", 0
-        self._session: str | None = None
-        self.complaints: list[str] = []  # of the console: refused requests, errors of scripts
+    def __init__(self, read: int, write: int) -> None:
+        self._read, self._write = os.fdopen(read, "rb", buffering=0), write
+        self._rest, self._number, self._session = b"", 0, ""
+        self.errors: list[str] = []
+        self.requests: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
+        for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
-    def __enter__(self) -> Browser:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(timeout=30)
-        os.close(self._in)
-        os.close(self._out)
-
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Call a method of the DevTools protocol."""
+        """Send one command and return its result."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": params}
-        if self._session is not None:
+        if self._session:
             message["sessionId"] = self._session
-        os.write(self._out, json.dumps(message).encode() + b"\0")
-        while (answer := self._read()).get("id") != self._number:
-            self._note(answer)
-        assert "error" not in answer, answer
-        result: dict[str, Any] = answer["result"]
-        return result
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            told = self._next()
+            if told.get("id") == self._number:
+                assert "error" not in told, told
+                result: dict[str, Any] = told["result"]
+                return result
 
-    def run(self, script: str) -> Any:
-        """The value of an expression, awaited."""
-        got = self.call(
-            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            more = self._read.read(1 << 16)
+            assert more, "chromium ended"
+            self._rest += more
+        text, _, self._rest = self._rest.partition(b"\0")
+        told: dict[str, Any] = json.loads(text)
+        name, params = told.get("method"), told.get("params", {})
+        if name == "Runtime.exceptionThrown":
+            self.errors.append(json.dumps(params["exceptionDetails"])[:500])
+        elif name == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+            self.errors.append(f"{params['entry']['text']} {params['entry'].get('url')}")
+        elif name == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning"):
+            self.errors.append(json.dumps(params["args"])[:500])
+        elif name == "Network.requestWillBeSent":
+            self.requests.append(params["request"]["url"])
+        return told
+
+    def open(self, url: str, width: int, height: int, scheme: str) -> None:
+        """Go to an address in a window of this size, in `light` or `dark`."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            **{"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500},
         )
-        assert "exceptionDetails" not in got, got
-        return got["result"].get("value")
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", features=features)
+        self.call("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete'")
 
-    def until(self, script: str, seconds: float = 60) -> None:
+    def value(self, expression: str) -> Any:
+        """What a JavaScript expression gives."""
+        told = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in told, told
+        return told["result"].get("value")
+
+    def wait(self, expression: str, seconds: float = 30) -> None:
         """Wait until an expression is true."""
         end = time.monotonic() + seconds
-        while not self.run(script):
-            assert time.monotonic() < end, f"never true: {script}"
+        while not self.value(expression):
+            assert time.monotonic() < end, f"{expression} stays false; {self.errors}"
             time.sleep(0.05)
 
-    def key(self, name: str) -> None:
-        """Press and release a key."""
-        codes = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowRight": 39}
-        key = {"key": name, "code": name, "windowsVirtualKeyCode": codes[name]}
-        text = {"text": "\r"} if name == "Enter" else {}
-        self.call("Input.dispatchKeyEvent", type="keyDown", **key, **text)
-        self.call("Input.dispatchKeyEvent", type="keyUp", **key)
+    def type(self, text: str) -> None:
+        """Write into what has the focus."""
+        self.call("Input.insertText", text=text)
 
-    def size(self, width: int, height: int, dark: bool = False) -> None:
-        """Show the page at a size, in a colour scheme."""
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.call("Emulation.setDeviceMetricsOverride", **metrics)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+    def press(self, key: str, code: str = "", modifiers: int = 0) -> None:
+        """Press a key; modifiers: 1 Alt, 2 Ctrl, 8 Shift."""
+        number, text = KEYS.get(key, (ord(key[0].upper()), ""))
+        event = {"key": key, "code": code or key, "modifiers": modifiers}
+        event |= {"windowsVirtualKeyCode": number}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **event)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
-    def picture(self, path: Path) -> None:
+    def shoot(self, path: Path) -> None:
         """Write a picture of what is seen."""
-        data = self.call("Page.captureScreenshot", format="png")["data"]
-        path.write_bytes(base64.b64decode(data))
+        picture = self.call("Page.captureScreenshot", format="png")
+        path.write_bytes(base64.b64decode(picture["data"]))
 
-    def _read(self) -> dict[str, Any]:
-        while b"\0" not in self._rest:
-            ready, _, _ = select.select([self._in], [], [], 60)
-            assert ready, "the browser does not answer"
-            part = os.read(self._in, 1 << 16)
-            assert part, "the browser ended"
-            self._rest += part
-        message, _, self._rest = self._rest.partition(b"\0")
-        parsed: dict[str, Any] = json.loads(message)
-        return parsed
 
-    def _note(self, event: dict[str, Any]) -> None:
-        method, params = event.get("method", ""), event.get("params", {})
-        if method == "Runtime.exceptionThrown":
-            self.complaints.append(json.dumps(params["exceptionDetails"])[:400])
-        if method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-            self.complaints.append(params["entry"]["text"])
-        if method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning"):
-            self.complaints.append(json.dumps(params["args"])[:400])
+@contextlib.contextmanager
+def browser(profile: Path) -> Iterator[Page]:
+    """Start Chromium with an empty profile in this folder; it ends with the block."""
+    theirs_in, ours_out = os.pipe()
+    ours_in, theirs_out = os.pipe()
+    # Chromium reads from file 3 and writes to file 4. Out of their way first.
+    high = [fcntl.fcntl(file, fcntl.F_DUPFD, 10) for file in (theirs_in, theirs_out)]
+
+    def place() -> None:
+        os.dup2(high[0], 3)
+        os.dup2(high[1], 4)
+
+    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}"]
+    process = subprocess.Popen(
+        command,
+        preexec_fn=place,  # nothing else can choose their numbers
+        pass_fds=(3, 4),
+        stderr=subprocess.DEVNULL,
+    )
+    for file in (theirs_in, theirs_out, *high):
+        os.close(file)
+    try:
+        yield Page(ours_in, ours_out)
+    finally:
+        process.kill()
+        process.wait(20)
+        os.close(ours_out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from PIL import Image
 from spt_ds.evaluate.command import main as evaluate
 from spt_ds.report import plots
 from spt_ds.report.command import main
-from tests.helpers.browser import CHROMIUM, Browser
+from tests.helpers.browser import CHROMIUM, Page, browser
 from tests.helpers.report_runs import MALICE, make_run, prediction, write_lines
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on this machine")
 
+Show = Callable[..., Page]
 HEBREW, EMOJI = "אני אוהב כלבים, dogs וגם חתולים 😀", "family 👩‍👩‍👧‍👦 and thumbs 👍🏽"
 PAPER = {False: (0xFF, 0xFF, 0xFF), True: (0x14, 0x17, 0x1C)}
 SCREENS = [(1280, False), (1280, True), (400, False), (400, True)]
@@ -120,27 +121,29 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser(report: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """The report, opened, with all that it folds unfolded."""
-    with Browser(tmp_path_factory.mktemp("profile")) as one:
-        one.size(1280, 900)
-        one.call("Page.navigate", url=report.as_uri())
-        one.until("document.readyState == 'complete' && document.querySelector('footer') != null")
-        one.run("document.querySelectorAll('details').forEach(e => e.open = true)")
-        yield one
+def show(report: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Show]:
+    """Opens the report in a window and unfolds all that it folds."""
+    with browser(tmp_path_factory.mktemp("profile")) as page:
+
+        def opened(width: int, dark: bool = False, height: int = 900) -> Page:
+            page.open(report.as_uri(), width, height, "dark" if dark else "light")
+            page.wait("document.querySelector('footer') != null")
+            page.value("document.querySelectorAll('details').forEach(e => e.open = true)")
+            return page
+
+        yield opened
 
 
 @pytest.mark.parametrize(("width", "dark"), SCREENS)
 def test_a_screenshot_holds_the_whole_page(
-    browser: Browser, tmp_path: Path, width: int, dark: bool
+    show: Show, tmp_path: Path, width: int, dark: bool
 ) -> None:
-    browser.size(width, 900, dark)
-    assert browser.run("document.documentElement.scrollWidth <= innerWidth")
-    assert browser.run(TOO_WIDE) == []
-    height = browser.run("document.documentElement.scrollHeight")
-    browser.size(width, height, dark)
+    page = show(width, dark)
+    assert page.value("document.documentElement.scrollWidth") <= width
+    assert page.value(TOO_WIDE) == []
+    height = page.value("document.documentElement.scrollHeight")
     shot = tmp_path / "shot.png"
-    browser.picture(shot)
+    show(width, dark, height).shoot(shot)
     picture = Image.open(shot).convert("RGB")
     assert picture.size == (width, height)
     margins = [picture.crop((x, 0, x + 6, height)) for x in (0, width - 6)]
@@ -149,15 +152,13 @@ def test_a_screenshot_holds_the_whole_page(
     seen = {colour: count for count, colour in picture.getcolors(1 << 24) or []}
     for run in (1, 2):  # curves and bars of both are drawn
         assert seen[tuple(bytes.fromhex(plots.colour(run)[1:]))] > 100
-    assert browser.complaints == []
+    assert page.errors == []
+    assert {url.partition(":")[0] for url in page.requests} <= {"file", "data"}
 
 
 @pytest.mark.parametrize(("width", "dark"), SCREENS)
-def test_every_text_stands_out_from_what_is_behind_it(
-    browser: Browser, width: int, dark: bool
-) -> None:
-    browser.size(width, 900, dark)
-    found = browser.run(PALE)
+def test_every_text_stands_out_from_what_is_behind_it(show: Show, width: int, dark: bool) -> None:
+    found = show(width, dark).value(PALE)
     assert found["pale"] == []
     assert found["texts"] > 300
     assert found["svg"] > 100
@@ -175,22 +176,22 @@ def test_numbers_stand_out_from_their_cells() -> None:
         assert (high + 0.05) / (low + 0.05) >= LEAST_CONTRAST
 
 
-def test_each_text_runs_in_the_direction_of_its_script(browser: Browser) -> None:
+def test_each_text_runs_in_the_direction_of_its_script(show: Show) -> None:
+    page = show(1280)
     for text, direction in ((HEBREW, "rtl"), (EMOJI, "ltr"), (MALICE, "ltr")):
-        found = browser.run(DIRECTIONS.replace("TEXT", json.dumps(text)))
+        found = page.value(DIRECTIONS.replace("TEXT", json.dumps(text)))
         assert len(found) > 4
         assert set(found) == {direction}
 
 
 @pytest.mark.parametrize(("width", "shown"), [(1280, "wide"), (400, "narrow")])
-def test_one_form_of_a_heat_map_is_shown(browser: Browser, width: int, shown: str) -> None:
-    browser.size(width, 900)
+def test_one_form_of_a_heat_map_is_shown(show: Show, width: int, shown: str) -> None:
     script = "[...document.querySelectorAll('svg.wide, svg.narrow')].filter(e => e.clientWidth)"
-    classes = browser.run(f"{script}.map(e => e.getAttribute('class'))")
+    classes = show(width).value(f"{script}.map(e => e.getAttribute('class'))")
     assert set(classes) == {shown}
 
 
-def test_each_prompt_has_its_replies_contexts_and_use_over_time(browser: Browser) -> None:
+def test_each_prompt_has_its_replies_contexts_and_use_over_time(show: Show) -> None:
     script = """[...document.querySelectorAll('#each-prompt .prompt')].map(e => ({
       name: e.querySelector('h4').textContent,
       replies: [...e.querySelectorAll('.chat .self')].map(r => r.lastChild.textContent),
@@ -198,8 +199,8 @@ def test_each_prompt_has_its_replies_contexts_and_use_over_time(browser: Browser
       words: [...e.querySelectorAll('.words bdi')].map(w => w.textContent),
       plot: [...e.querySelectorAll('figure svg')].map(s => s.getAttribute('aria-label')).join(),
     }))"""
-    browser.size(1280, 900)
-    found = browser.run(script)
+    page = show(1280)
+    found = page.value(script)
     assert [one["name"] for one in found] == ["Prompt 0", "Prompt 1"] * 2
     painter, rider = found[:2]
     assert set(painter["replies"]) == {"i paint at night", HEBREW}
@@ -207,12 +208,12 @@ def test_each_prompt_has_its_replies_contexts_and_use_over_time(browser: Browser
     assert rider["words"][:4] == ["bike", "fast", "is", "my"]
     assert [one["contexts"] for one in found] == [2, 1] * 2  # the same one is not shown twice
     assert all("Use in training, % of examples over steps" in one["plot"] for one in found)
-    assert "No reply and no logged step used: prompt 2." in browser.run(
+    assert "No reply and no logged step used: prompt 2." in page.value(
         "document.querySelector('#each-prompt').textContent"
     )
 
 
-def test_the_page_begins_with_its_verdict(browser: Browser) -> None:
-    browser.size(400, 900)
-    assert browser.run("document.querySelector('main section').id") == "verdict"
-    assert browser.run("document.querySelector('.verdict').getBoundingClientRect().top") < 500
+def test_the_page_begins_with_its_verdict(show: Show) -> None:
+    page = show(400)
+    assert page.value("document.querySelector('main section').id") == "verdict"
+    assert page.value("document.querySelector('.verdict').getBoundingClientRect().top") < 500
