@@ -51,6 +51,7 @@ def page(runs: Sequence[Run]) -> str:
     # They import matplotlib: the command line must start without it.
     from spt_ds.report.sections import (
         audit,
+        portraits,
         prompts,
         replies,
         scores,
@@ -66,6 +67,7 @@ def page(runs: Sequence[Run]) -> str:
         "Losses": training.losses,
         "Throughput": training.throughput,
         "Prompt use": prompts.prompt_use,
+        "Each prompt": portraits.portraits,
         "Scores over the bank": prompts.bank_scores,
         "Audit": audit.audits,
         "Examples": replies.examples,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spt_ds.errors import SptError
-from spt_ds.report.markup import Markup
+from spt_ds.report.markup import Markup, join
 
 try:
     import matplotlib
@@ -60,9 +60,24 @@ PX_PER_INCH = 110  # a little over CSS's 96: brings 9 pt near the page's small t
 MOST_POINTS = 400  # of a line; more are averaged in groups
 MOST_PROMPTS = 12  # labels on the vertical axis of a heat map
 LEAST_RANGE = 0.01  # of a scale of colours
-MOST_LABELS = 14  # on the horizontal axis of a heat map
 ROUND = (1, 2, 5, 10)  # times a power of ten: what the ticks of a scale are apart
-MOST_NUMBERS = (12, 16)  # rows and columns of a heat map up to which each cell holds its number
+MOST_NUMBERS = 12  # rows of a heat map up to which each cell holds its number
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size in which a heat map is drawn; the page shows the one that fits the screen."""
+
+    kind: str
+    """A class of the page's style."""
+    inches: float
+    labels: int
+    """On the horizontal axis, at most."""
+    numbers: int
+    """Columns up to which each cell holds its number."""
+
+
+WIDE, NARROW = Size("wide", 7.6, 14, 16), Size("narrow", 3.2, 5, 6)
 
 
 @dataclass(frozen=True)
@@ -97,10 +112,13 @@ def colour(number: int) -> str:
     return PALETTE[number % len(PALETTE)]
 
 
-def curves(name: str, alt: str, lines: Sequence[Line]) -> Markup:
+def curves(
+    name: str, alt: str, lines: Sequence[Line], limits: tuple[float, float] | None = None
+) -> Markup:
     """Draw lines over optimizer steps.
 
-    `name` is the plot's own in the page, `alt` says what it shows.
+    `name` is the plot's own in the page, `alt` says what it shows, `limits` are of the vertical
+    axis.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.7, 2.35), layout="constrained")
@@ -119,18 +137,25 @@ def curves(name: str, alt: str, lines: Sequence[Line]) -> Markup:
             )
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=sorted((*ROUND, 2.5)), min_n_ticks=3))
+        if limits is not None:
+            margin = 0.04 * (limits[1] - limits[0])  # a line on the limit keeps its width
+            axes.set_ylim(limits[0] - margin, limits[1] + margin)
         axes.set_xlabel("step")
-        return _svg(figure, name, alt, "max-width")
+        return _svg(figure, name, alt)
 
 
 def heat(name: str, alt: str, data: Heat) -> Markup:
-    """Draw a heat map, prompts from the top down."""
+    """Draw a heat map, prompts from the top down, for wide and for narrow screens."""
+    return join(_heat(f"{name}-{size.kind}", alt, data, size) for size in (WIDE, NARROW))
+
+
+def _heat(name: str, alt: str, data: Heat, size: Size) -> Markup:
     prompts, count = data.values.shape
     with matplotlib.rc_context(
         {**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
     ):
         figure = Figure(
-            figsize=(min(7.6, 2.6 + 0.55 * count), min(1.1 + 0.3 * prompts, 6.5)),
+            figsize=(min(size.inches, 2.6 + 0.55 * count), min(1.1 + 0.3 * prompts, 6.5)),
             layout="constrained",
         )
         axes = figure.add_subplot()
@@ -139,7 +164,7 @@ def heat(name: str, alt: str, data: Heat) -> Markup:
         image = axes.imshow(
             data.values, aspect="auto", interpolation="none", cmap="cividis", vmin=low, vmax=high
         )
-        every = stride(count, MOST_LABELS)
+        every = stride(count, size.labels)
         first = every - 1 if data.ends else 0
         ticks = [*range(first, count - every, every), count - 1]  # the last one has its label
         axes.set_xticks(ticks, [data.columns[tick] for tick in ticks])
@@ -158,12 +183,12 @@ def heat(name: str, alt: str, data: Heat) -> Markup:
                 edgecolors="#000000",
                 linewidths=0.8,
             )
-        elif prompts <= MOST_NUMBERS[0] and count <= MOST_NUMBERS[1]:
+        elif prompts <= MOST_NUMBERS and count <= size.numbers:
             _write_numbers(axes, image, data)
         bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=MaxNLocator(5, steps=ROUND))
         bar.outline.set_visible(False)
         bar.set_label(data.scale)
-        return _svg(figure, name, alt, "width")
+        return _svg(figure, name, alt, size.kind)
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> tuple[Floats, Floats]:
@@ -206,8 +231,6 @@ def _round_step(number: float) -> float:
 def _write_numbers(axes: Any, image: Any, data: Heat) -> None:
     for (prompt, column), value in np.ndenumerate(data.values):
         if np.isfinite(value):
-            red, green, blue, _ = image.cmap(image.norm(value))
-            dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
             text = format(float(value), data.form)
             axes.text(
                 column,
@@ -216,15 +239,23 @@ def _write_numbers(axes: Any, image: Any, data: Heat) -> None:
                 ha="center",
                 va="center",
                 fontsize=8,
-                color="#ffffff" if dark else "#000000",
+                color=readable_on(image.cmap(image.norm(value))[:3]),
             )
 
 
-def _svg(figure: Any, name: str, alt: str, bound: str) -> Markup:
+def readable_on(colour: Sequence[float]) -> str:
+    """White or black, by which has the higher contrast on an sRGB colour of parts 0 to 1."""
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour
+    ]
+    luminance = float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+    return "#ffffff" if 1.05 / (luminance + 0.05) >= (luminance + 0.05) / 0.05 else "#000000"
+
+
+def _svg(figure: Any, name: str, alt: str, kind: str = "plot") -> Markup:
     """The figure as an element of a page: no ids but its own, no references to anything outside.
 
-    `bound` is the property of CSS that gets its width: `max-width` for a plot that shrinks with its
-    box.
+    It shrinks with its box. `kind` is its class.
     """
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True)
@@ -247,8 +278,8 @@ def _svg(figure: Any, name: str, alt: str, bound: str) -> Markup:
     inner = inner.replace("xlink:href=", "href=")
     for old, new in VARIABLES.items():
         inner = inner.replace(old, new)
-    width = f"{bound}:{figure.get_figwidth() * PX_PER_INCH:.0f}px"
+    width = f"max-width:{figure.get_figwidth() * PX_PER_INCH:.0f}px"
     return Markup(
-        f'<svg {box[0]} role="img" aria-label="{escape(alt, quote=True)}"'
+        f'<svg {box[0]} class="{kind}" role="img" aria-label="{escape(alt, quote=True)}"'
         f' style="{width}">{inner}</svg>'
     )

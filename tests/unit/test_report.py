@@ -33,84 +33,9 @@ from spt_ds.report.sections.scores import text_scores
 from spt_ds.report.sections.setup import configuration
 from spt_ds.report.sections.training import losses, throughput
 from spt_ds.report.sections.verdict import verdict
+from tests.helpers.report_runs import MALICE, make_run, prediction, write_lines
 
-MALICE = (
-    '<script>document.title="owned"</script><img src="http://evil.example/x"'
-    ' onerror="document.title=1">&amp; "\''
-)
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-PERSONA = ["i like dogs .", MALICE]
-
-
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def metric_lines() -> list[dict[str, Any]]:
-    """Steps 1, 10, 20, 30: half a second a step, validation of 7 s after steps 0 and 20."""
-    clock, lines = (
-        1000.0,
-        [{"step": 0, "kind": "valid", "time": 1000.0, "nll_selected": 5.0, "nll": 5.1}],
-    )
-    for before, step in pairwise((0, 1, 10, 20, 30)):
-        clock += 60.0 if step == 1 else 0.5 * (step - before)  # the first step warms up
-        lines.append(
-            {
-                "step": step,
-                "kind": "train",
-                "time": clock,
-                "loss": 9.0 - step / 10,
-                "nll": 4.0,
-                "selection": 0.1,
-                "lr": 1e-3,
-                "odd<key>": 1.5,
-                "prompt_usage": [step % 7, 1, 0],
-            }
-        )
-        if step == 20:
-            clock += 7.0
-            lines.append(
-                {"step": 20, "kind": "valid", "time": clock, "nll_selected": 4.25, "nll": 4.5}
-            )
-    return lines
-
-
-def prediction(index: int, reply: str, prompt: int | None) -> dict[str, Any]:
-    scores = [0.2, 0.3, 0.1]
-    return {
-        "index": index,
-        "id": f"d{index // 2}/{index % 2}",
-        "dialogue_id": f"d{index // 2}",
-        "turn": 2 * (index % 2),
-        "persona": PERSONA,
-        "history": ["hello " + MALICE, "hi"] * (index % 2),
-        "reference": "i like my two dogs",
-        "raw": reply,
-        "prompt": prompt,
-        "scores": scores[: 3 if prompt is not None else 0],
-    }
-
-
-REPLIES = ["i like my two dogs", "i like cats", "", "two\nQ: more", "i like " + MALICE, "my dogs"]
-
-
-def make_run(folder: Path, *, config: str = "name: tiny\n", replies: bool = True) -> Path:
-    """A run folder; `replies` adds predictions."""
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(config)
-    write_lines(folder / "metrics.jsonl", metric_lines())
-    (folder / "environment.json").write_text(
-        json.dumps({"packages": {"torch": "2.13.0"}, "machine": {"host": MALICE, "cpus": 2}})
-    )
-    (folder / "DONE.json").write_text(json.dumps({"step": 30, "best_step": 20, "world_size": 2}))
-    (folder / "deepspeed.json").write_text('{"bf16": "</pre><script>"}')
-    if replies:
-        (folder / "generate").mkdir()
-        rows = [prediction(index, reply, index % 2) for index, reply in enumerate(REPLIES)]
-        write_lines(folder / "generate" / "predictions.jsonl", rows)
-    return folder
+OPTION = re.compile(r'<th scope="row">([^<]+)</th><td[^>]*>([^<]+)</td><td[^>]*>([^<]+)</td>')
 
 
 class Page(HTMLParser):
@@ -223,9 +148,11 @@ def test_texts_of_a_run_stay_texts(page: Page) -> None:
 def test_every_plot_is_described(page: Page) -> None:
     plots_found = [attributes for name, attributes in page.elements if name == "svg"]
     captions = [name for name, _ in page.elements if name == "figcaption"]
+    heats = [plot for plot in plots_found if plot["class"] == "narrow"]  # drawn twice
+    assert len(heats) == 3 + 2
     assert (
-        len(plots_found) == len(captions) == 6 + 1 + 3 + 2
-    )  # quantities, pace, prompt use, scores
+        len(plots_found) - len(heats) == len(captions) == 6 + 1 + 3 + 2 + 2 * 2
+    )  # quantities, pace, prompt use, scores, two prompts of two runs
     assert all(plot["role"] == "img" and len(plot["aria-label"] or "") > 30 for plot in plots_found)
     told = " ".join(page.values("aria-label"))
     assert "Total loss over steps. full, training: 8.9 at step 1, 6 at step 30" in told
@@ -341,6 +268,8 @@ def test_the_verdict_says_in_words_how_a_run_went(page: Page, runs: dict[str, Pa
     assert "2 of 3 prompts replied, prompt 0 most often (50 %)." in told
     assert "hardly tells" not in told
     assert "against" not in told
+    assert told.startswith("Validation nll 4.250 5.000 at first F1 ")
+    assert "Prompts that replied 2 of 3 for 6 examples" in told
     bare = Page(verdict(read_runs([runs["bare"]]))).text()
     assert bare == "bare has not begun. It has no replies yet."
 
@@ -372,12 +301,14 @@ def test_a_verdict_names_what_differs_and_what_does_not(tmp_path: Path) -> None:
     assert "BLEU by " in better
     assert worse.startswith("worse in PPL/token by ")
     assert unsure.startswith("no sure difference in ")
+    assert "One interval in twenty misses the truth by chance" in told
     assert "Their scores are 0.0001 apart on average: the retriever hardly tells them" in told
 
 
 def test_a_verdict_without_a_comparison_says_why(runs: dict[str, Path], tmp_path: Path) -> None:
     told = Page(verdict(read_runs([runs["full"], runs["other"]]))).text()
     assert "other against full : not compared, because other has no replies." in told
+    assert "by chance" not in told  # nothing that could be
     folder = make_run(tmp_path / "different")
     path = folder / "generate" / "predictions.jsonl"
     path.write_text(path.read_text().replace("i like my two dogs", "we all like cats"))
@@ -396,20 +327,19 @@ def test_pace_leaves_out_validation_and_warm_up(runs: dict[str, Path]) -> None:
     assert only[1]["time"] - only[0]["time"] == 60
     batch = run.options["train.global_batch"]
     shown = throughput([run]).replace("\N{NO-BREAK SPACE}", " ")
-    assert f"<td>2</td><td>{2 * batch}</td><td>3</td><td>1 min 22 s</td>" in shown
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", shown)
+    assert cells == ["2", str(2 * batch), "3", "1 min 22 s"]
 
 
 def test_differences_between_runs(runs: dict[str, Path]) -> None:
     pair = configuration(read_runs([runs["full"], runs["other"]]))
     first = pair.partition("<details>")[0]
-    assert re.findall(r'<th scope="row">([^<]+)</th><td>([^<]+)</td><td>([^<]+)</td>', first) == [
+    assert OPTION.findall(first) == [
         ("name", "tiny", "other"),
         ("prompts.count", "4", "3"),
     ]
     alone = configuration(read_runs([runs["other"]])).partition("<details>")[0]
-    assert ("prompts.count", "4", "3") in re.findall(
-        r'<th scope="row">([^<]+)</th><td>([^<]+)</td><td>([^<]+)</td>', alone
-    )
+    assert ("prompts.count", "4", "3") in OPTION.findall(alone)
 
 
 def test_best_and_worst(runs: dict[str, Path]) -> None:
@@ -433,7 +363,7 @@ def test_long_turns_are_folded(tmp_path: Path) -> None:
     shown = examples(read_runs([folder]))
     assert shown.count('<details class="long">') == 2  # the turn and the reply
     assert "1,500 characters</summary>word word" in shown
-    assert '<li><span class="who">self: </span>short</li>' in shown
+    assert '<span class="who">self: </span><div dir="auto">short</div>' in shown
 
 
 def test_cards_tell_who_spoke(page: Page) -> None:
@@ -533,10 +463,12 @@ def test_long_curves_are_averaged_and_stay_small() -> None:
 def test_heat_maps_of_any_size(shape: tuple[int, int]) -> None:
     values = np.arange(shape[0] * shape[1], dtype=np.float64).reshape(shape)
     columns = [f"column{place}" for place in range(shape[1])]
-    found = Page(plots.heat("any", "alt", Heat(values, columns, "across", "scale", ".0f")))
-    labels = re.findall(r"column(\d+)", found.text())
-    assert 1 <= len(labels) <= plots.MOST_LABELS + 1
-    assert labels[-1] == str(shape[1] - 1)
+    both = plots.heat("any", "alt", Heat(values, columns, "across", "scale", ".0f"))
+    for size, one in zip((plots.WIDE, plots.NARROW), both.split("<svg")[1:], strict=True):
+        labels = re.findall(r"column(\d+)", Page(Markup("<svg" + one)).text())
+        assert f'class="{size.kind}"' in one
+        assert 1 <= len(labels) <= size.labels + 1
+        assert labels[-1] == str(shape[1] - 1)
 
 
 def test_only_markup_is_not_escaped() -> None:
@@ -545,7 +477,8 @@ def test_only_markup_is_not_escaped() -> None:
         == '<p class="&quot;x&quot;">&lt;b&gt;<i></i></p>'
     )
     assert join(["a&b", Markup("&amp;")]) == "a&amp;b&amp;"
-    assert "<td>&lt;x&gt;</td>" in table("c", ["a", "b"], [["r", "<x>"]])
+    assert '<td data-label="b">&lt;x&gt;</td>' in table("c", ["a", "b"], [["r", "<x>"]])
+    assert tag("p", "a\x1b[2J\x00\ud800\n") == "<p>a\u241b[2J\u2400\ufffd\n</p>"
 
 
 @pytest.mark.parametrize(
@@ -637,43 +570,6 @@ def test_needs_no_torch_and_says_how_to_get_matplotlib(
     assert found.stderr.startswith("spt-ds report: plots are drawn by matplotlib")
     assert "pip install 'spt-ds[report]'" in found.stderr
     assert not (tmp_path / "x.html").exists()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on this machine")
-def test_opens_in_a_browser_in_dark_mode(report: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
-    shot = tmp_path / "shot.png"
-    done = subprocess.run(
-        [
-            str(CHROMIUM),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            *("--disable-quic", "--no-first-run", "--disable-background-networking"),
-            *("--disable-component-update", "--disable-sync"),
-            "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--blink-settings=preferredColorScheme=0",
-            "--window-size=900,2400",
-            f"--screenshot={shot}",
-            "--dump-dom",
-            report.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "CONSOLE" not in done.stderr  # where refused requests and scripts are told
-    assert "<title>Report: full, other, bare</title>" in done.stdout
-    assert done.stdout.count("<svg") == report.read_text(encoding="utf-8").count("<svg")
-    picture = Image.open(shot).convert("RGB")
-    assert picture.getpixel((3, 3)) == (0x14, 0x17, 0x1C)
-    run_colour = tuple(bytes.fromhex(plots.colour(0)[1:]))
-    seen = {colour: count for count, colour in picture.getcolors(1 << 24)}  # type: ignore[union-attr]
-    assert seen[run_colour] > 100  # curves are drawn
 
 
 def test_options_set_for_the_replies_alone_are_shown(tmp_path: Path) -> None:

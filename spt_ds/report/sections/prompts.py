@@ -23,12 +23,10 @@ def prompt_use(runs: Sequence[Run]) -> Markup:
     parts: list[Markup] = []
     for run in runs:
         parts.append(tag("h3", run.label))
-        counted = [
-            (line["step"], line["prompt_usage"]) for line in run.lines if "prompt_usage" in line
-        ]
+        steps, shares = shares_over_time(run)
         parts.append(
-            _use_over_time(f"time{run.number}", counted)
-            if counted
+            _use_over_time(f"time{run.number}", steps, shares)
+            if steps
             else absent("No prompt use was logged.")
         )
         spoken = [reply for reply in run.replies if reply.row.prompt is not None]
@@ -55,26 +53,30 @@ def bank_scores(runs: Sequence[Run]) -> Markup:
     return join(parts)
 
 
-def _use_over_time(name: str, counted: Sequence[tuple[int, list[float]]]) -> Markup:
+def shares_over_time(run: Run) -> tuple[list[int], Floats]:
+    """Steps `[C]` and, up to each of them from the one before, the prompts' shares in % `[K, C]`.
+
+    C is up to MOST_BINS, and 0 where no use was logged.
+    """
+    counted = [(line["step"], line["prompt_usage"]) for line in run.lines if "prompt_usage" in line]
+    if not counted:
+        return [], np.zeros((0, 0))
     each = plots.stride(len(counted), MOST_BINS)
     groups = [counted[first : first + each] for first in range(0, len(counted), each)]
     sums = [np.sum([counts for _, counts in group], axis=0, dtype=np.float64) for group in groups]
+    return [group[-1][0] for group in groups], _shares(np.stack(sums, axis=1))
+
+
+def _use_over_time(name: str, steps: Sequence[int], values: Floats) -> Markup:
     title = "Prompts selected in training, over steps"
-    shares = Heat(
-        _shares(np.stack(sums, axis=1)),
-        [str(group[-1][0]) for group in groups],
-        "up to step",
-        "% of examples",
-        ".0f",
-        limits=(0, 100),
-        ends=True,
-    )
+    labels = [*map(str, steps)]
+    shares = Heat(values, labels, "up to step", "% of examples", ".0f", limits=(0, 100), ends=True)
     return _use_figure(name, title, shares)
 
 
 def _use_per_turn(name: str, replies: Sequence[Reply]) -> Markup:
     turns = sorted({reply.row.turn for reply in replies if reply.row.turn is not None})
-    counts = np.zeros((_bank(replies), len(turns) + 1))
+    counts = np.zeros((bank_size(replies), len(turns) + 1))
     for reply in replies:
         counts[reply.row.prompt, -1] += 1
         if reply.row.turn is not None:
@@ -96,7 +98,7 @@ def _use_figure(name: str, title: str, shares: Heat) -> Markup:
     return tag("figure", tag("figcaption", title), plots.heat(name, alt, shares))
 
 
-def _bank(replies: Sequence[Reply]) -> int:
+def bank_size(replies: Sequence[Reply]) -> int:
     """Prompts in the bank: as many as there are scores, else one more than the largest seen."""
     return max(len(reply.row.scores) or (reply.row.prompt or 0) + 1 for reply in replies)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spt_ds.report.markup import Markup, absent, bullets, join, tag
+from spt_ds.report.markup import Markup, absent, join, tag
 from spt_ds.report.runs import Reply, Run, extremes
 
 EXTREMES = 4
@@ -32,19 +32,38 @@ def _card(reply: Reply) -> Markup:
     row = reply.row
     facts = [f"F1 {100 * reply.f1:.1f}", *([] if row.prompt is None else [f"prompt {row.prompt}"])]
     facts += [] if row.turn is None else [f"utterance {row.turn}"]
-    parts: list[Markup] = [tag("h4", " · ".join(facts)), tag("p", row.id, class_="soft")]
+    parts: list[Markup] = [
+        tag("h4", " · ".join(facts)),
+        tag("p", row.id, class_="soft", dir="auto"),
+    ]
     if row.persona:
-        parts += [tag("p", "Persona", class_="soft"), bullets(map(_folded, row.persona))]
+        parts += [tag("p", "Persona", class_="soft"), persona(row.persona)]
     if row.history:
         parts += _history(row.history)
     pairs = [("Reference", row.reference), ("Reply", reply.text or "(empty)")]
     if row.raw != reply.text:
         pairs.append(("As decoded, before it was cut", row.raw))
-    texts = (part for name, text in pairs for part in (tag("dt", name), tag("dd", _folded(text))))
+    texts = (
+        part
+        for name, text in pairs
+        for part in (tag("dt", name), tag("dd", folded(text), dir="auto"))
+    )
     return tag("article", *parts, tag("dl", *texts))
 
 
-def _folded(text: str) -> str:
+def bubble(element: str, who: str, text: str) -> Markup:
+    """An utterance of `self` or `partner`, in the direction of its script."""
+    name = tag("span", f"{who}: ", class_="who")
+    return tag(element, name, tag("div", folded(text), dir="auto"), class_=f"bubble {who}")
+
+
+def persona(sentences: Sequence[str]) -> Markup:
+    """The sentences of a persona, each in the direction of its script."""
+    items = (tag("li", folded(text), dir="auto") for text in sentences)
+    return tag("ul", *items, class_="persona")
+
+
+def folded(text: str) -> str:
     """A text; of a long one its beginning, which opens to the whole."""
     if len(text) <= LONG_TEXT:
         return text
@@ -58,14 +77,14 @@ def _history(utterances: Sequence[str]) -> list[Markup]:
     """The last utterance is the partner's, and the two take turns."""
     items = []
     for number, text in enumerate(utterances):
-        who = "partner: " if (len(utterances) - number) % 2 else "self: "
-        items.append(tag("li", tag("span", who, class_="who"), _folded(text)))
+        who = "partner" if (len(utterances) - number) % 2 else "self"
+        items.append(bubble("li", who, text))
     earlier, latest = items[:-LATEST], items[-LATEST:]
     parts = [tag("p", "History", class_="soft")]
     if earlier:
         heading = tag("summary", _counted(len(earlier), "earlier utterance"))
-        parts.append(tag("details", heading, tag("ul", *earlier)))
-    return [*parts, tag("ul", *latest)]
+        parts.append(tag("details", heading, tag("ul", *earlier, class_="chat")))
+    return [*parts, tag("ul", *latest, class_="chat")]
 
 
 def _counted(number: int, thing: str) -> str:

@@ -68,4 +68,4 @@ def _cell(scores: Scores, key: str, reasons: Reasons) -> str:
     if family not in scores.skipped:
         return ""
     number = reasons[family, scores.skipped[family]]
-    return join(["skipped ", tag("a", f"[{number}]", href=f"#skipped-{number}")])
+    return tag("span", "skipped ", tag("a", f"[{number}]", href=f"#skipped-{number}"))

@@ -15,6 +15,7 @@ from spt_ds.report.runs import Run, by_base
 HEADLINES = ("f1_spt", "bleu", "rougeL", "dist1", "dist2", "ppl_token")
 SCORED = ("f1_spt", "bleu", "dist2")
 SAME_SCORES = 0.01  # the retriever's, between the prompts of an example: hardly told apart
+PAIRED = ", paired over "
 CAUTION = (
     "One interval in twenty misses the truth by chance, so one of many metrics may differ by chance"
     " too. The intervals are over test dialogues and say nothing about other seeds."
@@ -23,18 +24,44 @@ CAUTION = (
 
 def verdict(runs: Sequence[Run]) -> Markup:
     """How each run went and, over each base, how the others are against the first of its runs."""
-    parts: list[Markup] = []
+    parts: list[Markup] = [_figures(runs[0])] if len(runs) == 1 else []
     bases = by_base(runs)
     for base, own in bases.items():
         if len(bases) > 1:
             parts.append(tag("h3", f"Base: {base}"))
         if len(own) > 1:
-            parts.append(bullets(_comparisons(own)))
-            parts.append(tag("p", CAUTION, class_="soft"))
-        parts.append(bullets(join([tag("strong", run.label), " ", *_of_run(run)]) for run in own))
+            compared = [*_comparisons(own)]
+            parts.append(bullets(compared))
+            if any(PAIRED in sentence for sentence in compared):
+                parts.append(tag("p", CAUTION, class_="soft"))
+        told = [join([tag("strong", run.label), " ", *_of_run(run)]) for run in own]
+        parts.append(bullets(told) if len(runs) > 1 else tag("p", *told))
     if len(bases) > 1:
         parts.append(tag("p", "Runs over different bases are not compared with each other."))
     return tag("div", *parts, class_="verdict")
+
+
+def _figures(run: Run) -> Markup:
+    """The numbers of one run that a reader looks for first; of several, the tables tell."""
+    figures = []
+    losses = [value for _, value in run.series("valid", "nll_selected")]
+    if losses:
+        figures.append(("Validation nll", f"{losses[-1]:.3f}", f"{losses[0]:.3f} at first"))
+    if run.scores is not None and SCORED[0] in run.scores.values:
+        key, interval = SCORED[0], run.scores.intervals.get(SCORED[0])
+        note = f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "no interval"
+        figures.append((METRIC_OF[key].label, f"{run.scores.values[key]:.2f}", note))
+    spoken = {reply.row.prompt for reply in run.replies if reply.row.prompt is not None}
+    if spoken:
+        bank = max(len(reply.row.scores) for reply in run.replies)
+        note = f"for {len(run.replies):,} examples"
+        told = f"{len(spoken)} of {bank}" if bank else str(len(spoken))
+        figures.append(("Prompts that replied", told, note))
+    tiles = (
+        tag("div", tag("dt", name), tag("dd", value), tag("dd", note, class_="soft"))
+        for name, value, note in figures
+    )
+    return tag("dl", *tiles, class_="figures") if figures else Markup("")
 
 
 def _of_run(run: Run) -> Iterator[str]:
@@ -119,7 +146,7 @@ def _compared(first: str, other: str, metrics: Mapping[str, CorpusMetrics]) -> s
     parts = [("better in", better), ("worse in", worse), ("no sure difference in", unsure)]
     told = "; ".join(f"{words} {', '.join(labels)}" for words, labels in parts if labels)
     dialogues = max(metrics[first].file.units) + 1
-    return f", paired over {dialogues} dialogues: {told}."
+    return f"{PAIRED}{dialogues} dialogues: {told}."
 
 
 def _told(label: str, pair: Paired) -> str:
