@@ -51,6 +51,7 @@ EXTRAS = {
     "baselines": ["peft>=0.19,<0.22"],
     # Older ones use names that NumPy 2 dropped; 2.16.0 also asks for a nightly TensorFlow.
     "tensorboard": ["tensorboard>=2.18"],
+    "completion": ["shtab>=1.7"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["evaluate"],
@@ -58,6 +59,7 @@ EXTRAS["dev"] = [
     *EXTRAS["baselines"],
     *EXTRAS["retrieve"],
     *EXTRAS["tensorboard"],
+    *EXTRAS["completion"],
     "packaging>=24",
     "pytest>=8",
     "pytest-timeout>=2.3",
