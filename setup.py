@@ -51,7 +51,8 @@ EXTRAS = {
     "baselines": ["peft>=0.19,<0.22"],
     # Older ones use names that NumPy 2 dropped; 2.16.0 also asks for a nightly TensorFlow.
     "tensorboard": ["tensorboard>=2.18"],
-    "completion": ["shtab>=1.7"],
+    # Older ones put a blank behind the folders that they complete.
+    "completion": ["shtab>=1.11"],
     # `make docs`, with docs/site/constraints.txt; Python 3.11 as myst-parser 5 asks.
     "docs": ["sphinx>=8.2", "myst-parser>=5", "furo>=2024.8.6"],
 }
