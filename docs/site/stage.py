@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from spt_ds.cli import COMMANDS, entry
 from spt_ds.config.load import json_schema
@@ -36,7 +37,7 @@ GENERATED = {
     "reference/api.md": "What can I import, and what does it take and return?",
 }
 API = {
-    "Replies": ["spt_ds.api.load", "spt_ds.api.Bot", "spt_ds.api.Reply"],
+    "Replies": ["spt_ds.load", "spt_ds.api.Bot", "spt_ds.api.Reply"],
     "Runs for others": [
         "spt_ds.export.run_files.open_trained",
         "spt_ds.export.run_files.Trained",
@@ -172,14 +173,16 @@ def notebook(cells: Mapping[str, Any]) -> str:
 
 def cli() -> str:
     """The page of all commands, from their parsers."""
-    os.environ["COLUMNS"] = "96"  # argparse wraps at the width of a terminal
     parts = [
         "# Arguments of each command\n",
         "What `--help` prints. [Commands](commands.md) says what they read and write.\n",
     ]
     for name, (_, line) in COMMANDS.items():
         parts.append(f"## `spt-ds {name}`\n\n{line[0].upper()}{line[1:]}.\n")
-        parts += [f"```text\n{parser.format_help().rstrip()}\n```\n" for parser in parsers(name)]
+        # argparse wraps at the width of a terminal.
+        with mock.patch.dict(os.environ, COLUMNS="96"):
+            helps = [parser.format_help().rstrip() for parser in parsers(name)]
+        parts += [f"```text\n{text}\n```\n" for text in helps]
     return "\n".join(parts)
 
 
