@@ -5,6 +5,7 @@
 # make test-wheel     the main job from a wheel that is installed outside the clone
 # make test-cluster   a real Slurm and several hosts on this machine; needs root and Debian
 # make check          formatting, lint and types
+# make docs           the site of docs/ in build/site/html; warnings are errors; Python 3.11 or later
 # make audit          licences and known vulnerabilities of the locked set; needs the internet
 # make async-io       DeepSpeed's extension for offload to NVMe, without which its tests skip
 # make constraints    the lock of the tested set, with the newest of everything
@@ -20,7 +21,7 @@ DEMO_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false SPT_CACHE=runs/cache
 # DeepSpeed and PyTorch call ninja by its name when they build.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo demo-real test test-versions test-wheel audit async-io test-slow test-cluster check constraints clean
+.PHONY: demo demo-real docs test test-versions test-wheel audit async-io test-slow test-cluster check constraints clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -34,11 +35,24 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Their lock is one of its own: nothing else needs them.
+$(VENV)/.installed-docs: $(VENV)/.installed docs/site/constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -c docs/site/constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/site/stage.py build/site/source
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env \
+	    -c docs/site build/site/source build/site/html
+
 # Needs nothing that is installed: it has to work while the old lock cannot be.
 constraints: $(BIN)/python
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile setup.py --constraints constraints.in --universal --python-version 3.10 \
 	    --extra dev --upgrade --no-annotate --no-emit-index-url --quiet --output-file constraints.txt
+	printf '%s\n' sphinx myst-parser furo | $(BIN)/uv pip compile - --constraints constraints.txt \
+	    --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --quiet \
+	    | grep -vxFf constraints.txt > docs/site/constraints.txt
 
 # $(call main_job,RUN,OPTIONS): two ranks under ZeRO-3 train and reply; then scores and a table.
 define main_job
@@ -72,7 +86,8 @@ audit: $(VENV)/.installed-dev
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --quiet pip-audit pip-licenses
 	.venv-audit/bin/pip-licenses --python $(BIN)/python --format=markdown --order=license
-	.venv-audit/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt
+	.venv-audit/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt \
+	    --requirement docs/site/constraints.txt
 
 # Takes minutes, once: DeepSpeed keeps the build in TORCH_EXTENSIONS_DIR.
 async-io: $(VENV)/.installed-dev

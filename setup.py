@@ -65,6 +65,10 @@ EXTRAS = {
     "wandb": ["wandb>=0.20"],
     "mlflow": ["mlflow>=3.14"],
     "trackio": ["trackio>=0.43"],
+    # Older ones put a blank behind the folders that they complete.
+    "completion": ["shtab>=1.11"],
+    # `make docs`, with docs/site/constraints.txt; Python 3.11 as myst-parser 5 asks.
+    "docs": ["sphinx>=8.2", "myst-parser>=5", "furo>=2024.8.6"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["evaluate"],
@@ -73,6 +77,7 @@ EXTRAS["dev"] = [
     *EXTRAS["retrieve"],
     *EXTRAS["tensorboard"],
     *EXTRAS["serve"],
+    *EXTRAS["completion"],
     "packaging>=24",
     "pytest>=8",
     "pytest-timeout>=2.3",

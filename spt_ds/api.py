@@ -32,11 +32,11 @@ from spt_ds.run.hub import OF_A_STRANGER, fetched, is_hub_id
 class Reply:
     """What a bot said."""
 
-    text: str  # cleaned as the scores clean it
-    prompt: int | None  # the prompt that answered; None when all were fused
-    scores: tuple[float, ...]  # [K] of the retriever
-    tokens: tuple[int, ...]  # as generated, end of sequence included
-    dropped_turns: int  # oldest turns that did not fit into data.max_tokens
+    text: str  #: cleaned as the scores clean it
+    prompt: int | None  #: the prompt that answered; None when all were fused
+    scores: tuple[float, ...]  #: [K] of the retriever
+    tokens: tuple[int, ...]  #: as generated, end of sequence included
+    dropped_turns: int  #: oldest turns that did not fit into data.max_tokens
 
 
 def load(run: str | Path, checkpoint: str | int = "best", **overrides: Any) -> Bot:

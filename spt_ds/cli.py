@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import spt_ds
 from spt_ds.config.load import dump_config, json_schema, load_config, recipe_list
-from spt_ds.log import prepare_streams, say_loading
+from spt_ds.log import prepare_streams
 from spt_ds.run.command import add_overrides, run_command
+from spt_ds.run.completion import SHELLS, Main, script
 
 COMMANDS = {
     "train": ("spt_ds.train", "train prompt bank and retriever"),
@@ -46,6 +47,7 @@ COMMANDS = {
     "slurm": ("spt_ds.slurm_command", "the job scripts of a cluster, listed or copied"),
     "doctor": ("spt_ds.doctor", "check machine, ranks and network before a run"),
     "config": ("spt_ds.cli", "show a resolved configuration, the schema or the recipes"),
+    "completion": ("spt_ds.cli", "what makes bash or zsh complete these commands"),
 }
 
 
@@ -54,13 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     if args and args[0] in COMMANDS:
-        # Its module imports torch at its top, so this must be said before.
-        if args[0] == "quantize":
-            say_loading()
-        module = importlib.import_module(COMMANDS[args[0]][0])
-        entry = config_main if args[0] == "config" else module.main
-        code: int = entry(args[1:])
-        return code
+        return entry(args[0])(args[1:])
     if args in (["--version"], ["-V"]):
         print(f"spt-ds {spt_ds.__version__}")
         return 0
@@ -72,6 +68,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {name:<10} {help_text}", file=stream)
     print("\n`spt-ds COMMAND --help` lists the options of a command.", file=stream)
     return 0 if stream is sys.stdout else 2
+
+
+def entry(name: str) -> Main:
+    """Return what runs a command; its module is imported here."""
+    own: dict[str, Main] = {"config": config_main, "completion": completion_main}
+    main_of: Main = own.get(name) or importlib.import_module(COMMANDS[name][0]).main
+    return main_of
+
+
+def completion_main(argv: Sequence[str]) -> int:
+    """`spt-ds completion`: print the completion of a shell."""
+    parser = argparse.ArgumentParser(
+        prog="spt-ds completion",
+        description='Put `eval "$(spt-ds completion bash)"` into ~/.bashrc, or zsh into ~/.zshrc.',
+    )
+    parser.add_argument("shell", choices=SHELLS)
+    return run_command(parser, argv, _print_completion)
+
+
+def _print_completion(args: argparse.Namespace) -> None:
+    print(script(args.shell, {name: (entry(name), line) for name, (_, line) in COMMANDS.items()}))
 
 
 def config_main(argv: Sequence[str]) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 FORESEEN = {
     r"needs a CUDA device": "there is no GPU",
     r"(flash|flash4|varlen) is not installed": "kernels of a GPU",
+    r"sphinx is not installed": "make docs, an earlier step, installs it in .venv alone",
     r"this machine does not let root make namespaces": "a container without that right",
     r"only root can mount a small disk": "a container without that right",
 }

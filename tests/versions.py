@@ -21,7 +21,7 @@ from tests.helpers.environments import ROOT, TORCH, call, install_into, make_env
 
 ENDS = ("oldest", "newest")
 # Not of its development.
-OF_THE_PACKAGE = ("", "baselines", "evaluate", "report", "retrieve", "tensorboard")
+OF_THE_PACKAGE = ("", "baselines", "completion", "evaluate", "report", "retrieve", "tensorboard")
 # The last: users see no warning of a library, which another end of the ranges may give.
 TESTS = ("tests/unit", "tests/numerics", "tests/integration/test_quiet.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # two workers, and as many cores at least

@@ -23,7 +23,7 @@ from transformers import (
 from spt_ds import quantize
 from spt_ds.config.model import ModelConfig
 from spt_ds.errors import ModelError
-from spt_ds.model import quant, quant_check
+from spt_ds.model import quant, quant_check, quant_write
 from spt_ds.model.backbone import Backbone, load_lm
 from spt_ds.model.loading import load_base_config
 from spt_ds.model.quant import Packing, QuantLinear, dequantise, linear
@@ -297,9 +297,9 @@ def test_every_layout_of_a_checkpoint_gives_the_same_bytes(
     if layout == "stored":
         stored = folder.parent / "stored"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantize, "FILE_BYTES", 2000)
-            patch.setattr(quantize, "load_tokenizer", lambda config: FakeTokenizer())
-            quantize.write_quantised(config, stored)
+            patch.setattr(quant_write, "FILE_BYTES", 2000)
+            patch.setattr(quant_write, "load_tokenizer", lambda config: FakeTokenizer())
+            quant_write.write_quantised(config, stored)
         assert len(list(stored.glob("*.safetensors"))) > 1
         config = config.model_copy(update={"base": str(stored)})
         assert sum(file.stat().st_size for file in stored.glob("*.safetensors")) < 20_000
@@ -412,7 +412,7 @@ def test_what_bitsandbytes_stored_is_refused_with_the_reason(
         with pytest.raises(ModelError, match=reason):
             load(found)
     with pytest.raises(ModelError, match=reason):
-        quantize.write_quantised(found.model_copy(update={"base_bits": 4}), tmp_path / "again")
+        quant_write.write_quantised(found.model_copy(update={"base_bits": 4}), tmp_path / "again")
     assert not list(tmp_path.glob("again*"))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from spt_ds import files, quantize
+from spt_ds.model import quant_write
 
 
 def test_a_place_that_cannot_be_written_is_an_error_with_its_reason(
@@ -29,7 +30,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(
     def full(*args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(quantize, "save_file", full)
+    monkeypatch.setattr(quant_write, "save_file", full)
     assert quantize.main(["embedded", str(tmp_path / "q")]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
