@@ -59,6 +59,7 @@ class MicroSize:
             # Micro-batches as equal as can be, instead of full ones and a small rest.
             return [count * step // steps for step in range(steps + 1)]
         found, used = [0], 0
+        # Greedy and in order: rows are sorted by length, so that a pass holds rows of like length.
         for row, cost in enumerate(costs.tolist()):
             if used and used + cost > self.tokens:
                 found.append(row)

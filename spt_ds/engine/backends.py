@@ -110,6 +110,8 @@ def _attention(backend: str, device: torch.device, dtype: torch.dtype) -> float:
     for layout in (Layout(lens, positions[0], backend), tree):
         q, k, v = (tensor.detach().requires_grad_() for tensor in numbers[:3])
         out = layout.attend(0, q, k, v, HEAD_SIZE**-0.5)
+        # The sine gives each output a gradient of its own. Of a plain sum all would be one, and a
+        # backward pass that mixes rows up would not show.
         got = [out, *torch.autograd.grad(out.float().sin().sum(), (q, k, v))]
         own, before = seen[type(layout)]
         mask = torch.cat([before.expand(sum(lens), -1), own], dim=1).to(device)

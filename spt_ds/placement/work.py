@@ -52,6 +52,7 @@ def work_of(
     # third.
     passes = 2 + (placement.recompute != "off") + (config.method.type in TRAIN_THE_BASE)
     layers = shape.layers * shape.layer_parameters / _experts(shape)
+    # One row of targets more, the fused one. The head's gradient is made in its forward pass.
     targets = examples * (prompts + 1) * lengths.response
     head = shape.vocabulary * shape.embed
     flops = 2 * layers * (rows * passes + contexts) + 4 * head * targets

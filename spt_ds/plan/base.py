@@ -59,6 +59,7 @@ def memory_of(gpu_gib: float | None, host_gib: float | None, ranks: int) -> Memo
 
 def _gpu_bytes() -> int | None:
     """Memory of this machine's first GPU, None without one; by the driver's own tool."""
+    # To ask PyTorch would import it, which takes longer than the whole plan.
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
