@@ -89,7 +89,7 @@ def what_fits(config: Config, shape: BaseShape, ranks: int, memory: Memory) -> T
 
 def fewest_ranks(config: Config, shape: BaseShape, memory: Memory) -> Table:
     """The smallest power of two of ranks on which each way fits; empty where none does."""
-    # Powers of two, because nodes have 4 or 8 GPUs and a half-used node costs as much as a full one.
+    # Powers of two: nodes have 4 or 8 GPUs, and a half-used node costs as much as a full one.
     counts = [2**power for power in range(MOST_RANKS.bit_length())]
     rows: list[Sequence[Cell]] = []
     for name, variant in _variants(config):
