@@ -245,6 +245,7 @@ def _write_numbers(axes: Any, image: Any, data: Heat) -> None:
 
 def readable_on(colour: Sequence[float]) -> str:
     """White or black, by which has the higher contrast on an sRGB colour of parts 0 to 1."""
+    # The parts are not proportional to light: half of their sum is a fifth of the light of white.
     linear = [
         part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour
     ]

@@ -62,6 +62,7 @@ def distinctive(texts: Sequence[str], corpus: Corpus, most: int) -> list[Word]:
         for word, count in own.held.items()
         if count >= LEAST_TEXTS
     ]
+    # Each prompt says "the" a little more or less often: without a least lead it would be shown.
     leading = [word for word in found if word.own - word.others >= LEAST_LEAD]
     return sorted(leading, key=lambda word: (word.others - word.own, word.text))[:most]
 
@@ -77,9 +78,12 @@ def central(texts: Sequence[str], corpus: Corpus) -> list[int]:
     for bag in bags:
         for word, weight in bag.items():
             total[word] += weight
+    # Two replies that differ in a full stop would fill the list with one answer.
     first: dict[tuple[str, ...], int] = {}
     for place, text in enumerate(texts):
         first.setdefault(tuple(words(text)), place)
+    # The mean cosine to all others orders as the product with the sum of all bags does, and needs
+    # no table of pairs: a prompt may have thousands of replies.
     likeness = {
         place: sum(weight * total[word] for word, weight in bags[place].items())
         for place in first.values()
@@ -89,6 +93,7 @@ def central(texts: Sequence[str], corpus: Corpus) -> list[int]:
 
 def surest(replies: Sequence[Reply], prompt: int) -> list[Reply]:
     """One reply for each context, by the prompt's lead over the next best one: largest first."""
+    # A test set asks the same of several personas, and repeats of one context would hide the next.
     ranked = sorted(replies, key=lambda reply: (-lead(reply, prompt), reply.row.index))
     first: dict[str, Reply] = {}
     for reply in ranked:

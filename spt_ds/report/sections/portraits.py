@@ -65,6 +65,7 @@ def portraits(runs: Sequence[Run]) -> Markup:
 def _bank(bank: Bank) -> list[Markup]:
     size = max(len(bank.shares), bank_size(bank.replies) if bank.replies else 0)
     counts = Counter(reply.row.prompt for reply in bank.replies)
+    # A prompt that only training selected has a part too: when it fell silent can be seen there.
     trained = {prompt for prompt, shares in enumerate(bank.shares) if shares.any()}
     used = [prompt for prompt in range(size) if counts[prompt] or prompt in trained]
     ranked = sorted(used, key=lambda prompt: (-counts[prompt], prompt))
@@ -118,6 +119,7 @@ def _time(bank: Bank, prompt: int) -> Markup:
         f" {values.max():.0f} %."
     )
     line = Line([*zip(bank.steps, map(float, values), strict=True)], plots.colour(bank.run.number))
+    # All prompts have the same vertical axis, or a use of 2 % would look like one of 80 %.
     plot = plots.curves(f"use{bank.run.number}-{prompt}", alt, [line], limits=(0, 100))
     return tag("figure", tag("figcaption", title), plot)
 

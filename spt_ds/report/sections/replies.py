@@ -53,6 +53,7 @@ def _card(reply: Reply) -> Markup:
 
 def bubble(element: str, who: str, text: str) -> Markup:
     """An utterance of `self` or `partner`, in the direction of its script."""
+    # A block of its own: an override of direction that a text does not close ends with it.
     name = tag("span", f"{who}: ", class_="who")
     return tag(element, name, tag("div", folded(text), dir="auto"), class_=f"bubble {who}")
 
