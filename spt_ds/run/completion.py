@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
-from unittest import mock
 
 from spt_ds.config.load import key_paths, recipe_names
 from spt_ds.config.schema import Config
@@ -67,11 +66,14 @@ def parser_of(main: Main) -> argparse.ArgumentParser:
 
     # A command makes its parser where it is called, so that the others start without it. It ends
     # here at the first thing that it does with it.
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", keep):
-        try:
-            main([])
-        except _Made as made:
-            return made.parser
+    parse_args = argparse.ArgumentParser.parse_args
+    argparse.ArgumentParser.parse_args = keep  # type: ignore[assignment, method-assign]
+    try:
+        main([])
+    except _Made as made:
+        return made.parser
+    finally:
+        argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
     raise RuntimeError(f"{main} parsed no arguments")
 
 

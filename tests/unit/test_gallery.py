@@ -26,7 +26,7 @@ def test_it_fetches_nothing_and_names_no_machine() -> None:
     assert "default-src 'none'" in PAGE
     assert not re.search(r"(?:src|href)=\"(?!#|data:)", PAGE)
     assert not re.search(r"/(?:home|root|tmp|Users)/", PAGE)
-    (host,) = re.findall(r">machine\.host</th><td>([^<]+)<", PAGE)
+    (host,) = re.findall(r">machine\.host</th><td[^>]*>([^<]+)<", PAGE)
     assert host == "example"
 
 
@@ -40,4 +40,4 @@ def test_the_pictures_are_small_and_of_the_widths_that_the_page_names() -> None:
             widths.add(image.width)
     assert widths == {1280, 400}
     assert sum(path.stat().st_size for path in pictures) < 300_000
-    assert len(PAGE.encode()) < 300_000
+    assert len(PAGE.encode()) < 400_000

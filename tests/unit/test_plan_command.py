@@ -168,7 +168,7 @@ def test_a_recipe_is_planned_offline_and_without_torch() -> None:
     code = (
         "import socket, sys\n"
         "def refuse(*a, **k): raise AssertionError('network')\n"
-        "socket.socket = refuse\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
         "from spt_ds.cli import main\n"
         "assert main(['plan', '--config', sys.argv[1], '--memory-gib', '80']) in (0, 2)\n"
         "assert 'torch' not in sys.modules"
