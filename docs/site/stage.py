@@ -226,8 +226,10 @@ def leaves(
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield each option of a schema by its dotted path."""
     for name, option in node["properties"].items():
-        if "$ref" in option:
-            yield from leaves(defs[option["$ref"].rpartition("/")[2]], defs, f"{prefix}{name}.")
+        # Older releases of pydantic wrap the reference of a section that has a default.
+        (reference,) = option.get("allOf", [option])
+        if "$ref" in reference:
+            yield from leaves(defs[reference["$ref"].rpartition("/")[2]], defs, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", option
 
