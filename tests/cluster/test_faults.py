@@ -183,6 +183,9 @@ def test_generation_goes_on_after(
         f"data.test={config.parent}/train.jsonl",
         "--set",
         "generate.max_new_tokens=48",
+        # One reply after the other: the fault must come before the last of them.
+        "--set",
+        "generate.batch_size=1",
     ]
     jobs.run_here("spt_ds.generate", str(undisturbed), "--out", str(tmp_path / "here"), *arguments)
     out = tmp_path / "out"
