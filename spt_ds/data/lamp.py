@@ -13,12 +13,10 @@ from typing import Any
 from spt_ds.data.dialogue import Example
 from spt_ds.data.json_array import objects_of
 from spt_ds.data.records import checked_text
-from spt_ds.data.textfile import readable
+from spt_ds.data.textfile import file_beside, readable
 from spt_ds.display import shown
 from spt_ds.errors import DataError
 from spt_ds.json_input import MAX_FILE_BYTES, parse_object
-
-_QUESTIONS, _OUTPUTS = "questions", "outputs"
 
 
 def read_lamp(path: Path) -> Iterator[Example]:
@@ -39,16 +37,7 @@ def read_lamp(path: Path) -> Iterator[Example]:
 
 def outputs_of(path: Path) -> Path:
     """The file of answers beside a file of questions."""
-    if _QUESTIONS not in path.name:
-        raise DataError(
-            f"{path}: a LaMP source is a file such as train_{_QUESTIONS}.json, with"
-            f" train_{_OUTPUTS}.json next to it; rename it so"
-        )
-    before, _, after = path.name.rpartition(_QUESTIONS)
-    beside = path.with_name(f"{before}{_OUTPUTS}{after}")
-    if not beside.is_file():
-        raise DataError(f"{path}: the answers are read from {beside}, which is not there")
-    return beside
+    return file_beside(path, "questions", "outputs", path.suffix)
 
 
 def _answers(path: Path) -> dict[str, str]:

@@ -15,12 +15,11 @@ from typing import Any
 from spt_ds.data.csv_file import rows_of
 from spt_ds.data.dialogue import Example
 from spt_ds.data.records import checked_text, message_of
-from spt_ds.data.textfile import lines
+from spt_ds.data.textfile import file_beside, lines
 from spt_ds.display import shown
 from spt_ds.errors import DataError
 from spt_ds.json_input import parse_object
 
-_QUESTIONS, _CONTEXTS = "questions", "shared_contexts"
 _CONTEXT, _END = "shared_context_id", "end_index_in_shared_context"
 _ASKED, _RIGHT, _OPTIONS = "user_question_or_message", "correct_answer", "all_options"
 COLUMNS = ("persona_id", "question_id", _ASKED, _RIGHT, _OPTIONS, _CONTEXT, _END)
@@ -61,16 +60,7 @@ def read_personamem(path: Path) -> Iterator[Example]:
 
 def contexts_of(path: Path) -> Path:
     """The file of histories beside a file of questions."""
-    if _QUESTIONS not in path.name:
-        raise DataError(
-            f"{path}: a PersonaMem source is a file such as {_QUESTIONS}_32k.csv, with"
-            f" {_CONTEXTS}_32k.jsonl next to it; rename it so"
-        )
-    before, _, after = path.stem.rpartition(_QUESTIONS)
-    beside = path.with_name(f"{before}{_CONTEXTS}{after}.jsonl")
-    if not beside.is_file():
-        raise DataError(f"{path}: the histories are read from {beside}, which is not there")
-    return beside
+    return file_beside(path, "questions", "shared_contexts", ".jsonl")
 
 
 def _check_header(header: list[str], origin: str) -> None:

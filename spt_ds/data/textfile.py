@@ -48,3 +48,21 @@ def lines(path: Path, keep_end: bool = False) -> Iterator[tuple[int, str]]:
             yield number, line if keep_end else line.rstrip("\r\n")
     if not number:
         raise DataError(f"{path}: the file is empty, dialogues are needed")
+
+
+def file_beside(path: Path, first: str, second: str, suffix: str) -> Path:
+    """The second file of a source of two, such as train_outputs.json beside train_questions.json.
+
+    `first` and `second` are the words in which their names differ, `suffix` ends the second's name.
+    Raises DataError where the name of `path` has no such word, or the second file is not there.
+    """
+    if first not in path.stem:
+        raise DataError(
+            f"{path}: such a source is a file with the word {first!r} in its name, with"
+            f" {second!r} and {suffix} in the name of the one next to it; rename it so"
+        )
+    before, _, after = path.stem.rpartition(first)
+    beside = path.with_name(f"{before}{second}{after}{suffix}")
+    if not beside.is_file():
+        raise DataError(f"{path}: the rest of it is read from {beside}, which is not there")
+    return beside
