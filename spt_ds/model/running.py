@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from transformers.generation.logits_process import LogitsProcessor
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.conversation import Endings
 from spt_ds.model.decode_rows import left_pad
+from spt_ds.model.roomy_cache import RoomyCache
 
 READ_TOGETHER = 16  # rows whose beginnings are read in one pass
 
@@ -31,6 +31,7 @@ class Row:
     beginning: torch.Tensor  # [n, D] embeddings of context and prompt, in the base's dtype
     endings: Endings
     max_new_tokens: int
+    min_new_tokens: int = 0
     processors: Sequence[LogitsProcessor] = ()  # of this row alone: they may hold a state
     tokens: list[int] = field(default_factory=list)  # as generated, end of sequence included
     ended: bool = False  # by a token or a text that ends a reply; not by its length
@@ -51,7 +52,7 @@ class RunningRows:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        self._cache = DynamicCache()
+        self._cache: RoomyCache | None = None  # of no rows
         self._mask = torch.zeros(0, 0, dtype=torch.long)  # [R, L]
 
     def join(self, backbone: Backbone, rows: Sequence[Row]) -> None:
@@ -65,23 +66,20 @@ class RunningRows:
         embeddings, mask = left_pad([row.beginning for row in rows])
         # Without the base's configuration every layer keeps all its tokens, those of a sliding
         # window too; the window is in the attention mask.
-        cache = DynamicCache()
-        _choose(rows, backbone.next_logits(mask, cache, inputs_embeds=embeddings))
-        if self.rows:
+        read = DynamicCache()
+        _choose(rows, backbone.next_logits(mask, read, inputs_embeds=embeddings))
+        if self._cache is None:
+            self._cache = RoomyCache(read)
+        else:
+            self._cache.add_rows(read)
             longest = max(mask.shape[1], self._mask.shape[1])
-            joined = zip(_layers(self._cache), _layers(cache), strict=True)
-            cache = _cache_of(
-                [
-                    [torch.cat([_widened(old, longest), _widened(new, longest)]) for old, new in kv]
-                    for kv in (zip(*pair, strict=True) for pair in joined)
-                ]
-            )
             masks = (F.pad(m, (longest - m.shape[1], 0)) for m in (self._mask, mask))
             mask = torch.cat(list(masks))
-        self.rows, self._cache, self._mask = [*self.rows, *rows], cache, mask
+        self.rows, self._mask = [*self.rows, *rows], mask
 
     def step(self, backbone: Backbone) -> None:
         """Give each row its next token."""
+        assert self._cache is not None
         last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self._mask.device)
         self._mask = F.pad(self._mask, (0, 1), value=1)
         _choose(self.rows, backbone.next_logits(self._mask, self._cache, input_ids=last))
@@ -91,19 +89,37 @@ class RunningRows:
         kept = [number for number, row in enumerate(self.rows) if wanted(row)]
         if len(kept) == len(self.rows):
             return
-        self.rows = [self.rows[number] for number in kept]
-        index = torch.tensor(kept, dtype=torch.long, device=self._mask.device)
-        mask = self._mask[index]
+        order = _refilled(kept)
+        self.rows = [self.rows[number] for number in order]
+        if self._cache is None or not kept:
+            self._cache, self._mask = None, self._mask[:0, :0].clone()
+            return
+        mask = self._mask[torch.tensor(order, device=self._mask.device)]
         unused = int((~mask.any(dim=0)).sum())  # at the left: rows end in the same column
         self._mask = mask[:, unused:].clone()
-        layers = [[t[index, :, unused:] for t in kv] for kv in _layers(self._cache)]
-        self._cache = _cache_of(layers) if kept else DynamicCache()
+        self._cache.keep(order, unused)
+
+
+def _refilled(kept: Sequence[int]) -> list[int]:
+    """Which row takes each of the first places, ascending `kept`: most rows stay where they are."""
+    inside = {number for number in kept if number < len(kept)}
+    from_behind = iter(number for number in kept if number >= len(kept))
+    return [place if place in inside else next(from_behind) for place in range(len(kept))]
 
 
 def _choose(rows: Sequence[Row], logits: torch.Tensor) -> None:
     """logits [R, V]: each row takes the likeliest token after its own processors."""
     # `generate` too hands them on in fp32.
     logits = logits.float()
+    # All rows at once: `generate`'s own processor for this costs as much as a layer for 64 rows.
+    too_early = [
+        (number, token)
+        for number, row in enumerate(rows)
+        if len(row.tokens) < row.min_new_tokens
+        for token in row.endings.ids
+    ]
+    if too_early:
+        logits[tuple(torch.tensor(too_early, device=logits.device).T)] = -torch.inf
     for number, row in enumerate(rows):
         if row.processors:
             before = torch.tensor([row.tokens], dtype=torch.long, device=logits.device)
@@ -113,21 +129,3 @@ def _choose(rows: Sequence[Row], logits: torch.Tensor) -> None:
             logits[number] = own[0]
     for row, token in zip(rows, logits.argmax(dim=1).tolist(), strict=True):
         row.take(token)
-
-
-def _layers(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of each layer, [R, heads, L, head size]."""
-    layers: list[Any] = cache.layers
-    return [(layer.keys, layer.values) for layer in layers]
-
-
-def _cache_of(layers: Sequence[Sequence[torch.Tensor]]) -> DynamicCache:
-    cache = DynamicCache()
-    for number, (keys, values) in enumerate(layers):
-        cache.update(keys, values, number)
-    return cache
-
-
-def _widened(states: torch.Tensor, columns: int) -> torch.Tensor:
-    """Pad [R, heads, L, head size] at the left to so many columns."""
-    return F.pad(states, (0, 0, columns - states.shape[2], 0))

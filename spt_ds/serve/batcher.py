@@ -285,12 +285,14 @@ class Batcher:
         head = batch.before_prompt(spt.suffix)[0]
         virtual = spt.trainables.bank.weight[prompt].to(text.dtype)
         endings = job.text.endings
+        others = options.model_copy(update={"min_new_tokens": 0})  # that one is the row's own
         processors = [
-            *constraints(options, endings.ids, text.device),
+            *constraints(others, endings.ids, text.device),
             *sampling(options, [self._keys(job)], spt.config.train.seed),
         ]
         beginning = torch.cat([text[:head], virtual, text[head:]])
-        return Row(beginning, endings, options.max_new_tokens, processors, job.tokens)
+        lengths = options.max_new_tokens, options.min_new_tokens
+        return Row(beginning, endings, *lengths, processors, job.tokens)
 
     def _keys(self, job: _Job) -> tuple[int, ...]:
         return (job.number if job.ask.seed is None else job.ask.seed,)

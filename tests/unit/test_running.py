@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -13,6 +11,7 @@ from spt_ds.model import running
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.conversation import Endings
 from spt_ds.model.logits import constraints, sampling
+from spt_ds.model.roomy_cache import MORE_COLUMNS, layers_of
 from spt_ds.model.running import Row, RunningRows
 from tests.helpers.tiny import EOS, tiny_backbone
 
@@ -101,13 +100,34 @@ def test_columns_go_with_the_row_that_reached_them() -> None:
         assert batch._mask.shape == (3, 71)
         batch.keep(lambda row: row is not rows[1])
     assert batch._mask.shape == (2, 9)
-    layer: Any = batch._cache.layers[0]
-    keys = layer.keys
-    assert keys.shape[2] == 9
-    # no view: it would hold the memory of the rows that left
-    assert keys.untyped_storage().nbytes() == keys.numel() * keys.element_size()
+    assert batch._cache is not None
+    assert batch._cache.get_seq_length() == 9
+    with torch.no_grad():
+        batch.step(backbone)
+    keys = layers_of(batch._cache)[0][0]
+    # The memory of the rows that left is free as soon as a token needs room.
+    most = 2 * keys[0].numel() // keys.shape[2] * (9 + 1 + MORE_COLUMNS)
+    assert keys.untyped_storage().nbytes() <= most * keys.element_size()
     batch.keep(lambda row: False)
-    assert batch._cache.get_seq_length() == 0
+    assert batch._cache is None
+
+
+def test_a_reply_is_not_shorter_than_its_row_asks() -> None:
+    backbone = tiny_backbone("llama")
+    free = rows_of(backbone, ends=())
+    run_together(backbone, free)
+    ends = (free[0].tokens[1], free[2].tokens[0])
+    rows, apart = rows_of(backbone, ends), rows_of(backbone, ends)
+    options = GenerateConfig(min_new_tokens=4)
+    for row, one in zip(rows, apart, strict=True):
+        row.min_new_tokens = 4
+        one.processors = constraints(options, ends, torch.device("cpu"))
+    run_together(backbone, rows)
+    run_together(backbone, apart)
+    assert [row.tokens for row in rows] == [row.tokens for row in apart]
+    assert [row.tokens for row in rows] != [
+        row.endings.cut(whole.tokens) for row, whole in zip(rows, free, strict=True)
+    ]
 
 
 def test_penalties_and_noise_are_a_row_s_own() -> None:
