@@ -60,8 +60,9 @@ FILES = Path(__file__).parents[1] / "ds_configs"
 
 def settings(placement: str, bits: int, attention: str = "sdpa") -> Config:
     """A tiny step without the contrastive loss, which takes no pass through the base."""
+    position = {"prefix": "before_text", "suffix": "before_reply"}[placement]
     overrides = [
-        f"prompts.placement={placement}",
+        f"prompts.position={position}",
         f"model.base_bits={bits}",
         f"model.attention={attention}",
     ]

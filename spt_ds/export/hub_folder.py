@@ -65,5 +65,11 @@ def _public_sources(given: Any) -> Any:
     if isinstance(given, str):
         return given if is_public(given) or given.startswith("split:") else NOT_SHARED
     return [
-        {**source, "path": _public_sources(source["path"]), "columns": None} for source in given
+        {
+            **source,
+            "path": _public_sources(source["path"]),
+            # A public data set cannot be read again without the names of its columns.
+            "columns": source["columns"] if is_public(source["path"]) else None,
+        }
+        for source in given
     ]

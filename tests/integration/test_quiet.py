@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 WARNING = re.compile(r"\b[A-Z]\w*Warning\b|deprecat", re.IGNORECASE)
 SHORT = {
-    "prompts.placement": "suffix",  # keeps the cache of a conversation from turn to turn
+    "prompts.position": "before_reply",  # keeps the cache of a conversation from turn to turn
     "model.activation_checkpointing": "non_reentrant",
     "train.max_steps": 1,
     "train.global_batch": 4,

@@ -20,10 +20,12 @@ import spt_ds
 from spt_ds import dist, generate
 from spt_ds.api import load
 from spt_ds.config.load import load_config
+from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
 from spt_ds.evaluate import command as evaluate
 from spt_ds.export import command, push_command
 from spt_ds.export.card import is_public
+from spt_ds.export.hub_folder import public_config
 from spt_ds.run import checkpoint
 from spt_ds.run.folder import RunFolder
 from spt_ds.run.hub import is_hub_id
@@ -343,3 +345,16 @@ def test_a_baseline_is_shared_too(tmp_path: Path) -> None:
     assert command.main(["hub", str(run), str(tmp_path / "out")]) == 0
     assert "method.type: lora" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert spt_ds.__version__ in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_columns_of_a_public_source_are_kept_and_those_of_a_file_are_not() -> None:
+    config = load_config("demo").model_dump(mode="json")
+    own = {"persona": f"{PLANTED}_column"}
+    config["data"]["train"] = [
+        {"path": "hub:org/talks", "columns": {"persona": "profile"}},
+        {"path": f"/home/{PLANTED}.jsonl", "columns": own},
+    ]
+    public = public_config(Config.model_validate(config), None)
+    kept = [source.columns for source in public.data.train if not isinstance(source, str)]
+    assert kept == [{"persona": "profile"}, None]
+    assert PLANTED not in public.model_dump_json()
