@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from spt_ds import dist
 from spt_ds.cli import main
 from tests.helpers.pages import bash
 from tests.helpers.shell_blocks import BLOCKS, Block, commands, ours, words_of
@@ -59,8 +60,6 @@ SHORT = {
     r"^(generate|chat|audit) ": BRIEF,
     r"^bench (more|objectives|step) ": "--shape tiny --steps 1 --batch 2",
     r"^bench ": "--shape tiny --steps 1 --batch 2 --prompts 2 --examples 4",
-    r"^push (?!.*--dry-run)": "--dry-run",
-    r"^sweep (?!.*--list)": "--list",
     r"^benchmarks/rounding": "--examples 1",
 }
 
@@ -68,6 +67,11 @@ SHORT = {
 def matches(key: str, command: str) -> bool:
     """Whether a pattern of `CANNOT` is that of a command, without the variables before it."""
     return bool(re.match(key, re.sub(r"^([A-Z_]+=\S+ )+", "", command)))
+
+
+def needs(program: str) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
 
 
 def syntax(shell: Shell, command: str) -> None:
@@ -118,11 +122,23 @@ def one_rank(shell: Shell, command: str) -> None:
         from torch.distributed.run import parse_args as torchrun
 
         assert torchrun(words[1:]).module
-    elif words[0] in ("bash", "sbatch"):
+    elif words[0] == "sbatch":
         script(shell, command)
     own = ours(words)
     assert own is not None
     shell.spt_ds([word.replace("/shared/runs/", "runs/") for word in own])
+
+
+def dry(shell: Shell, command: str) -> None:
+    """It lists what it would send."""
+    shell.run(f"{command} --dry-run")
+
+
+def listed(shell: Shell, command: str) -> None:
+    """It lists its cells, whose options are all checked for that."""
+    if command.startswith("bash"):
+        script(shell, command)
+    shell.run(f"{command} --list")
 
 
 def image(shell: Shell, command: str) -> None:
@@ -160,6 +176,7 @@ def client(shell: Shell, command: str) -> None:
 
 def curl(shell: Shell, command: str) -> None:
     """Asks a server of the run, as the page has just started one."""
+    needs("curl")
     url = "http://127.0.0.1:8000"
     assert url in command
     shell.serve(
@@ -184,6 +201,7 @@ def there(shell: Shell, command: str) -> None:
 
 def key(shell: Shell, command: str) -> None:
     """The key that it makes is long enough for the server, which the next command starts."""
+    needs("openssl")
     shell.patch.setenv("SPT_API_KEY", bash(f"{command}; echo $SPT_API_KEY", shell.place).strip())
     assert len(os.environ["SPT_API_KEY"]) >= 16
 
@@ -200,10 +218,13 @@ CANNOT: dict[str, tuple[str, Check]] = {
     r"mkdir .* sudo ": ("needs root", syntax),
     r"docker build ": ("no container can be built on the test machines", image),
     r"docker run ": ("no container can run there; its command does", one_rank),
-    r"sbatch |bash slurm/": ("needs Slurm; `make test-cluster` has it", one_rank),
+    r"sbatch ": ("needs Slurm; `make test-cluster` has it", one_rank),
+    r"bash slurm/": ("the same", listed),
+    r"spt-ds sweep (?!.*--list)": ("trains every cell of a grid, for hours", listed),
+    r"spt-ds push (?!.*--dry-run)": ("sends files to the hub", dry),
     r"torchrun --nnodes|deepspeed --hostfile": ("needs several nodes", one_rank),
     r"deepspeed --num_gpus 8 ": ("needs eight GPUs", one_rank),
-    r"deepspeed --num_gpus 2 ": ("two starts of DeepSpeed; `make demo` is tested", one_rank),
+    r"deepspeed --num_gpus 2 ": ("starts two ranks; .ci/run makes the demo with two", one_rank),
     r"vllm serve ": ("vLLM needs a GPU", base_there),
     r"spt-ds serve .*--upstream ": ("its vLLM is another server of embeddings here", upstream),
     r"python \S+/client\.py ": ("the same", client),
@@ -290,6 +311,9 @@ def runs(folder: Path) -> None:
     }.items():
         for name in names:
             shutil.copytree(f"runs/{source}", f"runs/{name}")
+    # It is compared with a run that answers VALID.
+    shutil.rmtree("runs/spt/generate")
+    assert main(["generate", "runs/spt", *BRIEF.split(), "--set", f"data.test={folder}/VALID"]) == 0
     seed = Path("runs/spt-seed1/config.yaml")
     seed.write_text(seed.read_text().replace("seed: 0", "seed: 1"), encoding="utf-8")
     assert main(["export", "hub", "runs/demo", "shared/demo"]) == 0
@@ -310,6 +334,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bases_and_data(folder)
         page_files(folder)
         runs(folder)
+    dist.shutdown()
     return folder
 
 
@@ -323,7 +348,6 @@ def test_a_block_runs(
     place = tmp_path / "place"
     shutil.copytree(prepared, place, symlinks=True)
     monkeypatch.setenv("SPT_CACHE", str(prepared / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     threads = torch.get_num_threads()
     shell = Shell(place, SHORT, monkeypatch)
     todo = list(commands(block.code))
@@ -336,6 +360,7 @@ def test_a_block_runs(
         )
         check(shell, command)
     torch.set_num_threads(threads)
+    dist.shutdown()
 
 
 def test_a_command_without_a_rule_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
