@@ -346,7 +346,7 @@ def test_a_block_runs(
         assert Path(block.page).name in (ROOT / test).read_text(encoding="utf-8")
         return
     place = tmp_path / "place"
-    shutil.copytree(prepared, place, symlinks=True)
+    shutil.copytree(prepared, place, symlinks=True, ignore=shutil.ignore_patterns("cache"))
     monkeypatch.setenv("SPT_CACHE", str(prepared / "cache"))
     threads = torch.get_num_threads()
     shell = Shell(place, SHORT, monkeypatch)
@@ -361,6 +361,9 @@ def test_a_block_runs(
         check(shell, command)
     torch.set_num_threads(threads)
     dist.shutdown()
+    # So many copies would fill a disk; that of a block which fails is kept.
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(place)
 
 
 def test_a_command_without_a_rule_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
