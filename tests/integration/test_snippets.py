@@ -1,7 +1,6 @@
 """The Python of the documents runs as it is printed, and their YAML is accepted.
 
-Shell commands are tested where they are explained: each names a command, options, recipes and files
-that exist (tests/unit/test_documents.py), and the tutorials are run word for word.
+Shell commands run in tests/integration/test_shell_snippets.py.
 """
 
 from __future__ import annotations
