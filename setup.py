@@ -1,4 +1,4 @@
-"""Package metadata. Tool settings are in pyproject.toml; every version bound says why it stands."""
+"""Package metadata. Tool settings are in pyproject.toml; a comment says why a bound is not plain."""
 
 import pathlib
 import re

@@ -63,23 +63,26 @@ SHAPES = {
 }
 
 
-def build(shape: str, config: Config, device: torch.device) -> tuple[Backbone, Spt]:
-    """A backbone of random weights and the method on it.
+def build(
+    shape: str | PretrainedConfig, config: Config, device: torch.device
+) -> tuple[Backbone, Spt]:
+    """A backbone of random weights, of a shape in `SHAPES` or your own, and the method on it.
 
     With `config.model.base_bits` 4 or 8 each layer is drawn and quantised before the next, so that
     the whole base never exists in 16 bits.
     """
     torch.manual_seed(0)
     dtype = base_dtype(config.model.base_bits)
+    name, base = (shape, SHAPES[shape]()) if isinstance(shape, str) else ("random", shape)
     if config.model.base_bits in (4, 8):
         from spt_ds.model.quant_load import load_quantized
 
         drawn = config.model.model_copy(update={"random_init": True})
-        lm: Any = load_quantized(drawn, SHAPES[shape](), shape, None, dtype)
+        lm: Any = load_quantized(drawn, base, name, None, dtype)
         lm.to(device)  # the weights are there already, the buffers are not
     else:
         with device:
-            lm = new_lm(SHAPES[shape](), dtype)
+            lm = new_lm(base, dtype)
     backend = choose_backend(config.model.attention, device, dtype, strict=False)
     backbone = Backbone(lm, backend)
     backbone.checkpoint_activations(config.model.activation_checkpointing)

@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=at_least(1), default=64, help="replies that grow together")
     parser.add_argument("--queue", type=at_least(1), default=256, help="requests that may wait")
     parser.add_argument(
-        "--max-tokens", type=at_least(1), help="of one reply; default: half of data.max_tokens"
+        "--max-tokens",
+        type=at_least(1),
+        help="of one reply; default: half of data.max_tokens, or generate.max_new_tokens if more",
     )
     parser.add_argument("--max-body-kib", type=at_least(1), default=256, help="of one request")
     parser.add_argument("--request-seconds", type=at_least(1), default=120, help="of one request")
