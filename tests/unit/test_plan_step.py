@@ -22,7 +22,7 @@ from spt_ds.model.quant import QuantLinear
 from spt_ds.model.quant_load import load_quantized
 from spt_ds.placement.estimate import BaseShape, MicroBatch, needs_of, step_bytes
 
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 344,
     "num_hidden_layers": 2,
@@ -50,8 +50,7 @@ def shape_of(name: str) -> BaseShape:
 
 def held(seen: profile) -> np.ndarray:
     """Bytes that are alive after each allocation and each release that was seen."""
-    assert seen.profiler is not None
-    events = seen.profiler.kineto_results.events()
+    events: Any = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
     moves = [event for event in events if event.name() == "[memory]"]
     return np.cumsum([event.nbytes() for event in sorted(moves, key=lambda e: e.start_ns())])
 
