@@ -7,8 +7,8 @@ process of its own. *Measured* is its largest resident memory above that before 
 *Counted* is what the plan counts for the largest micro-batch that the run has read: base,
 trainables, activations with the head. *Live* is the most that the C library had given out at a
 time (mallinfo2), with pages of files such as mapped weights. Of it *kernels* are what stays after
-the last step beyond base and trainables. *Slack*, measured less live, is what the C library holds
-free between pieces in use. The last line is JSON.
+the last step beyond base and trainables. *Slack* is measured less live: what the C library holds
+free between pieces in use, and peaks that are shorter than a sample. The last line is JSON.
 """
 
 from __future__ import annotations
