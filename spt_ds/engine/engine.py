@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -111,7 +112,8 @@ class Engine:
         )
         out.total.backward()
         self.sums.add(out)
-        return out
+        # A graph that is spent still holds its layouts, and they the keys of all contexts.
+        return replace(out, total=out.total.detach())
 
     def _contrast(self, window: Window, outs: list[MicroLosses]) -> None:
         """Add the contrastive loss, whose pairs run across micro-batches and ranks.

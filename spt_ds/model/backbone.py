@@ -24,6 +24,7 @@ from spt_ds.model.base_check import check_base
 from spt_ds.model.base_files import base_path
 from spt_ds.model.conversation import cache_argument
 from spt_ds.model.head import FrozenHead
+from spt_ds.model.kernel_caches import bound_kernel_caches
 from spt_ds.model.loading import check_weights, first_line, new_lm, stored_lm
 
 
@@ -225,6 +226,7 @@ def build_backbone(
     `shard` shards one module at once; a quantised base, which is made layer by layer, needs it
     under ZeRO-3.
     """
+    bound_kernel_caches()
     lm = load_lm(config, base, shard)
     backend = choose_backend(config.attention, device, base_dtype(config.base_bits), strict=strict)
     return Backbone(lm, backend, config.base_bits in (4, 8) and config.quant.self_check)

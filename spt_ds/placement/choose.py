@@ -12,7 +12,7 @@ from spt_ds.config.method import TRAIN_THE_BASE
 from spt_ds.config.schema import Config
 from spt_ds.errors import EngineError
 from spt_ds.placement.ds_check import plan_of_file, plan_of_kind
-from spt_ds.placement.estimate import FIXED_BYTES, BaseShape, Needs, needs_of
+from spt_ds.placement.estimate import FIXED_BYTES, BaseShape, MicroBatch, Needs, needs_of
 from spt_ds.placement.memory import GIB, Memory
 from spt_ds.placement.zero_plan import Kind, ZeroPlan
 
@@ -37,13 +37,16 @@ def choose_placement(
     deepspeed_config: str | None,
     world_size: int,
     memory: Memory,
+    batch: MicroBatch | None = None,
 ) -> Placement:
     """Settle the placement for `world_size` ranks with so much memory each.
+
+    `batch` is the largest micro-batch, where it is known.
 
     A DeepSpeed file, where one is given, decides where the base lives; else `engine.placement`.
     Raises ConfigError for a file that cannot be used, EngineError where `auto` finds no place.
     """
-    needs = needs_of(config, shape, world_size)
+    needs = needs_of(config, shape, world_size, batch)
     if deepspeed_config is not None:
         zero = plan_of_file(deepspeed_config, config, shape, world_size)
         kind, why = zero.kind, f"placement: {zero.kind} ({deepspeed_config})"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from spt_ds.config.method import SUFFIX_POSITIONS, TRAIN_THE_BASE
+from spt_ds.config.model import QuantConfig
 from spt_ds.config.schema import Config
 from spt_ds.display import shown
 from spt_ds.errors import ModelError
@@ -19,6 +20,8 @@ from spt_ds.placement.zero_plan import Kind
 FIXED_BYTES = GIB  # process, kernels and communication buffers
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters, as it stands in ds_configs/ too
 RESPONSE_TOKENS = 64  # four times the mean reply of ConvAI2
+HEAD_COPIES = 3  # of a chunk's logits where the head itself trains (`model/head.py`)
+DEFAULT_QUANT = QuantConfig()
 # Models whose feed-forward has no gate although it is sized by `intermediate_size`.
 UNGATED = {"phi", "gpt_neox", "starcoder2", "nemotron"}
 
@@ -105,11 +108,30 @@ class BaseShape:
         """Elements of the largest matrix: the embedding table or a feed-forward layer."""
         return max(self.vocabulary * self.embed, self.hidden * self.ffn)
 
-    def base_bytes(self, bits: int) -> int:
-        """Bytes of the weights; embeddings and head stay at 16 bits when the layers have 4 or 8."""
-        table = self.table_parameters * (4 if bits == 32 else 2)
-        scales = 4 / 64 if bits in (4, 8) else 0.0  # an fp32 scale per block of 64
-        return int(self.layers * self.layer_parameters * (bits / 8 + scales) + table)
+    def base_bytes(self, bits: int, quant: QuantConfig = DEFAULT_QUANT) -> int:
+        """Bytes of the weights.
+
+        Embeddings, head and `quant.skip_modules` stay at 16 bits when the layers have 4 or 8.
+        """
+        plain, weights = self.table_parameters, self.layers * self.layer_parameters
+        if bits not in (4, 8):
+            return (plain + weights) * bits // 8
+        skipped = sum(map(self._weights_of, set(quant.skip_modules)))
+        # A block has an fp32 scale; of 4 bits it may have 8 bits, and a scale for 256 of them.
+        scale = 1 + 4 / 256 if bits == 4 and quant.double_quant else 4
+        packed = (weights - skipped) * (bits / 8 + scale / quant.block_size)
+        return int(packed) + 2 * (plain + skipped)
+
+    def _weights_of(self, module: str) -> int:
+        """Weights of the linear layers whose names end so: of one layer where a number is in it."""
+        *path, name = module.split(".")
+        sides = {
+            **dict.fromkeys(("q_proj", "o_proj", "out_proj"), self.queries),
+            **dict.fromkeys(("k_proj", "v_proj"), self.keys),
+            **dict.fromkeys(("gate_proj", "up_proj", "down_proj", "fc1", "fc2"), self.ffn),
+        }
+        layers = 1 if any(part.isdecimal() for part in path) else self.layers
+        return layers * self.hidden * sides.get(name, 0)
 
     def activation_bytes(
         self, tokens: int, bits: int, *, recompute: bool, trained: bool = False
@@ -126,6 +148,15 @@ class BaseShape:
         is the most there can be.
         """
         size = 4 if bits == 32 else 2
+        layer = self._layer_numbers(bits, trained=trained)
+        last_norm = self.hidden * 4
+        if recompute:
+            return tokens * (self.layers * self.hidden * size + layer + last_norm)
+        return tokens * (self.layers * layer + last_norm)
+
+    def _layer_numbers(self, bits: int, *, trained: bool) -> int:
+        """Bytes that one layer keeps of a token."""
+        size = 4 if bits == 32 else 2
         gated = self.ffn_matrices == 3
         norms = 2 * self.hidden * (4 if gated else size)
         attention = 2 * (self.queries + self.keys) * size
@@ -138,10 +169,25 @@ class BaseShape:
                 layer += 4 * 2 * self.hidden
             if bits != 32:
                 layer += 4 * (3 * self.hidden + self.queries)
-        last_norm = self.hidden * 4
-        if recompute:
-            return tokens * (self.layers * self.hidden * size + layer + last_norm)
-        return tokens * (self.layers * layer + last_norm)
+        return layer
+
+    def slope_bytes(self, tokens: int, bits: int) -> int:
+        """Most bytes of gradients that exist together on the way back through a layer.
+
+        Rows are taken to be short, so that attention, which goes row by row, needs less.
+        """
+        size, gated = 4 if bits == 32 else 2, self.ffn_matrices == 3
+        feed_forward = (2 * self.hidden + (3 if gated else 2) * self.ffn) * size
+        # RMS norms, which go with gates, are made of single operations in fp32.
+        norm = self.hidden * (5 * 4 + size) if gated else 0
+        return tokens * max(feed_forward, norm)
+
+    def head_bytes(self, rows: int, bits: int, chunk_mib: int, *, trained: bool = False) -> int:
+        """Bytes of the logits of one chunk: fp32 numbers, and their slopes in a 16-bit base's."""
+        copies = HEAD_COPIES if trained else 1 + (bits != 32)
+        chunk = max(1, (chunk_mib << 20) // (copies * self.vocabulary * 4))
+        number = 4 * HEAD_COPIES if trained else 4 + (bits != 32) * 2
+        return min(rows, chunk) * self.vocabulary * number
 
     def context_bytes(self, tokens: int, bits: int) -> int:
         """Keys and values of `tokens` context tokens, which the branches of `suffix` placement
@@ -178,17 +224,19 @@ class Needs:
     """The same where layers are recomputed."""
 
 
-def needs_of(config: Config, shape: BaseShape, world_size: int) -> Needs:
-    """Work out what a run on `world_size` ranks needs."""
-    bits, kinds = config.model.base_bits, get_args(Kind)
-    base = shape.base_bytes(bits)
+def needs_of(
+    config: Config, shape: BaseShape, world_size: int, batch: MicroBatch | None = None
+) -> Needs:
+    """Work out what a run on `world_size` ranks needs; `batch`: its largest, if known."""
+    model, kinds = config.model, get_args(Kind)
+    base = shape.base_bytes(model.base_bits, model.quant)
     return Needs(
         base=base,
-        resident={kind: resident_bytes(shape, bits, kind, world_size) for kind in kinds},
+        resident={kind: resident_bytes(base, model.base_bits, kind, world_size) for kind in kinds},
         share=base // world_size,
         trainables=trainable_bytes(config, shape),
-        activations=step_bytes(config, shape, recompute=False),
-        recomputed=step_bytes(config, shape, recompute=True),
+        activations=step_bytes(config, shape, recompute=False, batch=batch),
+        recomputed=step_bytes(config, shape, recompute=True, batch=batch),
     )
 
 
@@ -218,33 +266,62 @@ def trainable_bytes(config: Config, shape: BaseShape) -> int:
     return 16 * shape.embed * (rows + sides * (shape.embed + 1))
 
 
-def step_bytes(config: Config, shape: BaseShape, *, recompute: bool) -> int:
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sizes of the largest micro-batch of a run."""
+
+    examples: int
+    context: int
+    """Tokens of all of its contexts."""
+    response: int
+    """Tokens of all of its responses."""
+
+    @classmethod
+    def bound(cls, config: Config) -> MicroBatch:
+        """The largest that the options allow, where nothing is known of the data.
+
+        A response is taken to be at most RESPONSE_TOKENS long.
+        """
+        # One example may be longer than the budget, and is then read by itself.
+        examples = 1 if config.train.micro_batch_tokens else config.train.micro_batch
+        longest = config.data.max_tokens
+        response = min(RESPONSE_TOKENS, longest)
+        suffix = config.prompts.position in SUFFIX_POSITIONS
+        context = longest if suffix else longest - response
+        return cls(examples, examples * context, examples * response)
+
+
+def step_bytes(
+    config: Config, shape: BaseShape, *, recompute: bool, batch: MicroBatch | None = None
+) -> int:
     """Most bytes that one micro-batch keeps for its backward pass, or needs to read its contexts.
 
-    In suffix placement a response is taken to be at most RESPONSE_TOKENS long. Of a micro-batch
-    that is limited by tokens all are taken to have a backward pass.
+    Of a micro-batch that is limited by tokens, and of which no more is known (`batch` None), all
+    are taken to have a backward pass.
     """
     c, bits = config, config.model.base_bits
     suffix = c.prompts.position in SUFFIX_POSITIONS
-    per_prompt = c.prompts.tokens + (
-        min(RESPONSE_TOKENS, c.data.max_tokens) if suffix else c.data.max_tokens
-    )
-    # One example may be longer than the budget, and is then read by itself.
-    examples = 1 if c.train.micro_batch_tokens else c.train.micro_batch
-    tokens = examples * (c.losses.train_top_m or c.prompts.count) * per_prompt
-    tokens = max(tokens, c.train.micro_batch_tokens)
+    budget = 0 if batch else c.train.micro_batch_tokens
+    batch = batch or MicroBatch.bound(config)
+    prompts = c.losses.train_top_m or c.prompts.count
+    row = batch.examples * c.prompts.tokens + batch.response + (0 if suffix else batch.context)
+    tokens = max(prompts * row, budget)
     trained = c.method.type in TRAIN_THE_BASE
     kept = shape.activation_bytes(tokens, bits, recompute=recompute, trained=trained)
+    # The head works when all is kept, and its logits are gone when the way back begins.
+    targets = (c.prompts.count + 1) * max(batch.response, budget // prompts)
+    whole = c.method.type == "full"
+    head = shape.head_bytes(targets, bits, c.losses.head_chunk_mib, trained=whole)
+    kept += max(head, shape.slope_bytes(tokens, bits))
     if suffix:
-        contexts = max(examples * c.data.max_tokens, c.train.micro_batch_tokens)
+        contexts = max(batch.context, budget)
         # Contexts are read before the branches keep anything. Of long ones that takes more.
         kept = max(kept, shape.reading_bytes(contexts, bits)) + shape.context_bytes(contexts, bits)
     return kept
 
 
-def resident_bytes(shape: BaseShape, bits: int, kind: Kind, world_size: int) -> int:
-    """Bytes of the base on one rank: its copy, or its share and what ZeRO-3 has gathered."""
-    base = shape.base_bytes(bits)
+def resident_bytes(base: int, bits: int, kind: Kind, world_size: int) -> int:
+    """Bytes of a base on one rank: its copy, or its share and what ZeRO-3 has gathered."""
     if kind == "replicate":
         return base
     # DeepSpeed counts elements. Those of a packed layer are bytes.

@@ -63,7 +63,8 @@ def work_of(
     if placement.zero.stage == 3:
         uses = 2 + suffix  # forward and backward of the rows, and the contexts before them
         share = (ranks - 1) / ranks
-        gathered = shape.base_bytes(config.model.base_bits) * uses * micro_steps * share
+        base = shape.base_bytes(config.model.base_bits, config.model.quant)
+        gathered = base * uses * micro_steps * share
     # A ring sends and receives each gradient twice, but for the rank's own part. Weights, gradients
     # and two moments are four equal parts of what trains.
     reduced = 2 * trainable_bytes(config, shape) / 4 * (ranks - 1) / ranks

@@ -13,7 +13,7 @@ from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
 from spt_ds.placement.choose import choose_placement
-from spt_ds.placement.estimate import needs_of
+from spt_ds.placement.estimate import MicroBatch, needs_of
 from spt_ds.placement.work import Lengths, work_of
 from spt_ds.plan.base import memory_of, shape_of
 from spt_ds.plan.text import (
@@ -68,6 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="C,R",
         help="mean tokens of a context and a reply (default %(default)s, as in ConvAI2)",
     )
+    parser.add_argument(
+        "--largest",
+        metavar="E,C,R",
+        help="examples of the largest micro-batch, tokens of its contexts and of its replies;"
+        " default the most that the options allow",
+    )
     parser.add_argument("--examples", type=float, metavar="N", help="of the training data")
     parser.add_argument(
         "--tflops", type=float, metavar="T", help="that a rank reaches, in 10^12 a second"
@@ -83,17 +89,17 @@ def _plan(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number above 0")
-    lengths, ranks = _lengths(args.tokens), _ranks(args.ranks)
+    lengths, ranks, batch = _lengths(args.tokens), _ranks(args.ranks), _largest(args.largest)
     config = load_config(args.config, args.overrides)
     shape = shape_of(config.model)
     memory = memory_of(args.memory_gib, args.host_gib, ranks or 1)
     print(f"base: {config.model.base}, {shape.parameters / 1e9:.2f} B weights")
     if ranks is None:
-        print(fewest_ranks(config, shape, memory).text(), end="")
+        print(fewest_ranks(config, shape, memory, batch).text(), end="")
         return
-    print("\n".join(sizes(needs_of(config, shape, ranks), ranks, memory)))
-    print(f"\n{what_fits(config, shape, ranks, memory).text()}")
-    placement = choose_placement(config, shape, args.deepspeed_config, ranks, memory)
+    print("\n".join(sizes(needs_of(config, shape, ranks, batch), ranks, memory)))
+    print(f"\n{what_fits(config, shape, ranks, memory, batch).text()}")
+    placement = choose_placement(config, shape, args.deepspeed_config, ranks, memory, batch)
     placement.zero.remove_swap_files()  # a dry run leaves no folder behind
     print("\n".join(placement.reasons))
     rate = Rate(args.tflops, args.seconds_per_step, args.price)
@@ -125,6 +131,19 @@ def _lengths(given: str) -> Lengths:
             f"--tokens {given}: give the mean tokens of a context and of a reply, such as {CONVAI2}"
         )
     return lengths
+
+
+def _largest(given: str | None) -> MicroBatch | None:
+    if given is None:
+        return None
+    numbers = given.split(",")
+    # Nine digits hold any window, and refuse what would be no size of a micro-batch.
+    if len(numbers) != 3 or not all(n.isdecimal() and 1 <= int(n) < 1e9 for n in numbers):
+        raise ConfigError(
+            f"--largest {given}: give the examples of the largest micro-batch, the tokens of its"
+            " contexts and those of its replies, such as 4,700,60"
+        )
+    return MicroBatch(*map(int, numbers))
 
 
 def _steps(config: Config, examples: float | None) -> int | None:

@@ -11,7 +11,7 @@ from typing import get_args
 from spt_ds.config.schema import Config
 from spt_ds.evaluate.tables import Cell, Table
 from spt_ds.placement.choose import Placement, fits
-from spt_ds.placement.estimate import FIXED_BYTES, BaseShape, Needs, needs_of
+from spt_ds.placement.estimate import FIXED_BYTES, BaseShape, MicroBatch, Needs, needs_of
 from spt_ds.placement.memory import GIB, USABLE, Memory
 from spt_ds.placement.work import Work
 from spt_ds.placement.zero_plan import Kind
@@ -66,11 +66,13 @@ def _variants(config: Config) -> Iterator[tuple[str, Config]]:
         yield f"{name}, {bits} bits", config.model_copy(update={"model": model, "prompts": prompts})
 
 
-def what_fits(config: Config, shape: BaseShape, ranks: int, memory: Memory) -> Table:
+def what_fits(
+    config: Config, shape: BaseShape, ranks: int, memory: Memory, batch: MicroBatch | None = None
+) -> Table:
     """GiB of a rank at each width and placement; empty where it does not fit."""
     rows: list[Sequence[Cell]] = []
     for name, variant in _variants(config):
-        needs = needs_of(variant, shape, ranks)
+        needs = needs_of(variant, shape, ranks, batch)
         # With recomputed layers, as `fits` counts: a run that has room left keeps all of them.
         fixed = FIXED_BYTES + needs.trainables + needs.recomputed
         rows.append(
@@ -87,13 +89,15 @@ def what_fits(config: Config, shape: BaseShape, ranks: int, memory: Memory) -> T
     return Table([f"GiB of a rank, {ranks} rank{'s' * (ranks > 1)}", *KINDS], rows)
 
 
-def fewest_ranks(config: Config, shape: BaseShape, memory: Memory) -> Table:
+def fewest_ranks(
+    config: Config, shape: BaseShape, memory: Memory, batch: MicroBatch | None = None
+) -> Table:
     """The smallest power of two of ranks on which each way fits; empty where none does."""
     # Powers of two: nodes have 4 or 8 GPUs, and a half-used node costs as much as a full one.
     counts = [2**power for power in range(MOST_RANKS.bit_length())]
     rows: list[Sequence[Cell]] = []
     for name, variant in _variants(config):
-        needs = {ranks: needs_of(variant, shape, ranks) for ranks in counts}
+        needs = {ranks: needs_of(variant, shape, ranks, batch) for ranks in counts}
         rows.append(
             [
                 name,

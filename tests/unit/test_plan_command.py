@@ -107,6 +107,15 @@ def test_it_says_what_fits_and_how_many_ranks_are_needed(
     assert needed == ["4", "2"]  # shards on the device, shards on the host
 
 
+def test_a_known_micro_batch_decides(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where all layers' activations do not fit at the options' bound, real lengths may fit."""
+    options = ["--config", "llama-2-7b", "--set", "train.micro_batch=16"]
+    bound = plan(capsys, *options)
+    assert "activation checkpointing: non_reentrant" in bound
+    known = plan(capsys, *options, "--largest", "16,2288,224")
+    assert "activation checkpointing: off" in known
+
+
 def test_time_and_cost_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--config", "llama-2-7b", "--ranks", "4", "--examples", "32000"]
     out = plan(capsys, *options)
@@ -139,6 +148,8 @@ def test_the_command_to_start_with(
         ["--ranks", "100000"],
         ["--tokens", "143"],
         ["--tokens", "0,5"],
+        ["--largest", "4,700"],
+        ["--largest", "4,700,x"],
         ["--price", "-1"],
     ],
 )
