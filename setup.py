@@ -1,4 +1,4 @@
-"""Package metadata. Tool settings are in pyproject.toml; a comment says why a bound is not plain."""
+"""Package metadata. Tool settings are in pyproject.toml; a comment says why a bound stands."""
 
 import pathlib
 import re

@@ -68,7 +68,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     for size in REPLIES:
         options = f"decode --shape {BIG} --bits 16 --cases ours --batch {size} --steps 1"
         yield bench(f"decode {BIG} x{size}", 90, options)
-    for size in BATCHES[:1] if not GPU else (4, 32):
+    for size in (4, 32) if GPU else (3,):
         options = f"{step} --shape {SMALL} --bits 16 --cases prefix --batch {size}"
         yield bench(f"prefix {SMALL} x{size}", 60, options)
     for bits in (4, 8):

@@ -24,7 +24,7 @@ from spt_ds.costs.naive_step import naive_loss
 from spt_ds.costs.random_bases import build, micro_batch
 from spt_ds.model.backbone import Backbone, base_dtype
 from spt_ds.model.spt import Spt
-from spt_ds.placement.estimate import BaseShape
+from spt_ds.placement.estimate import BaseShape, MicroBatch, needs_of
 
 # precise is prefix in float64: it shows whose rounding a difference is.
 CASES = ("naive", "prefix", "suffix", "precise")
@@ -66,6 +66,7 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
         "cost_unit": stepper.clock.unit,
         "parts": parts,
         "peak_mib": peak / 2**20,
+        "planned_mib": planned_bytes(config, shape, batch) / 2**20,
         "before_mib": before / 2**20,
         "tokens_read": reads.positions,
         "real_share": reads.real / reads.positions,
@@ -76,6 +77,14 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
         "matmul_tflop_per_cost": ceiling,
         "share_of_matmul": tflop / cost / ceiling,
     }
+
+
+def planned_bytes(config: Config, shape: BaseShape, batch: Batch) -> int:
+    """What the plan counts for base, trainables and this micro-batch; not for the process."""
+    largest = MicroBatch(len(batch), len(batch.context_ids), len(batch.response_ids))
+    needs = needs_of(config, shape, 1, largest)
+    recomputes = config.model.activation_checkpointing != "off"
+    return needs.base + needs.trainables + (needs.recomputed if recomputes else needs.activations)
 
 
 def config_of(
