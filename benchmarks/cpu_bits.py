@@ -41,7 +41,7 @@ def worker(config_name: str, steps: int, overrides: list[str]) -> None:
         seconds.append(time.process_time() - begin)
         return out
 
-    Engine.train_window = timed  # type: ignore[method-assign]
+    Engine.train_window = timed  # type: ignore[method-assign, assignment]
     config = load_config(config_name, [*SMALL, f"train.max_steps={steps + 1}", *overrides])
     with tempfile.TemporaryDirectory() as folder:
         train_run(config, RunFolder(Path(folder) / "run"), None, dist.init(600))
