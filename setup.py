@@ -29,13 +29,16 @@ INSTALL = [
     "accelerate>=1.1,<2",
     # Finds files that were fetched before; the oldest that transformers 5.17 takes.
     "huggingface_hub>=1.5,<3",
+    # `hub:` sources of data alone.
     "datasets>=4,<6",
+    # The table of examples; 21 is the oldest that every admitted release of datasets reads with.
+    "pyarrow>=21",
     "pyyaml>=6.0.2",
     # Chat templates. The sandbox of older releases lets a template out (CVE-2025-27516).
     "jinja2>=3.1.6",
     "pydantic>=2.8,<3",
     "safetensors>=0.8",
-    # pyarrow, which datasets reads with, imports no older one.
+    # pyarrow imports no older one.
     "numpy>=2",
     # Sentence BLEU of context pairs in the contrastive loss, corpus BLEU in the scores.
     "sacrebleu>=2.4,<3",

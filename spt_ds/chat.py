@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from spt_ds.display import holds_surrogate
 from spt_ds.errors import DataError, SptError
 from spt_ds.log import say_loading, show
-from spt_ds.run.command import add_overrides, run_command
+from spt_ds.run.command import add_overrides, large_imports, run_command
 
 if TYPE_CHECKING:
     from spt_ds.api import Bot, Reply
@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _talk(args: argparse.Namespace) -> None:
     persona = read_persona(args.persona) if args.persona else None
     say_loading()
-    from spt_ds.api import open_bot
+    with large_imports():
+        import spt_ds.engine.generator  # noqa: F401 (what opening a bot loads)
+        from spt_ds.api import open_bot
 
     bot = open_bot(args.run, args.checkpoint, args.overrides)
     with contextlib.suppress(ImportError):

@@ -13,7 +13,8 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -182,8 +183,44 @@ def init(timeout_s: int) -> World:
                 " wait until it ends, or give another port (deepspeed --master_port 29501,"
                 " torchrun --master-port 29501, else MASTER_PORT)"
             ) from error
-    _processes[:] = gather_json([socket.gethostname(), os.getpid()])
+    host = socket.gethostname()
+    told = gather_json([host, os.getpid(), own_cores()])
+    _processes[:] = [(where, pid) for where, pid, _ in told]
+    if not os.environ.get("OMP_NUM_THREADS"):
+        # Each rank takes all cores by itself: two ranks would get in each other's way.
+        most = fair_threads(own_cores(), [cores for where, _, cores in told if where == host])
+        if most < torch.get_num_threads():
+            torch.set_num_threads(most)
     return World(place["RANK"], size, place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"], device)
+
+
+def own_cores() -> list[int]:
+    """Numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))  # macOS binds no process to cores
+
+
+def fair_threads(own: Sequence[int], ranks: Sequence[Sequence[int]]) -> int:
+    """Threads of a rank whose cores are `own`; `ranks` are the cores of each rank of its host.
+
+    A core that several ranks may use counts by its part: launchers that bind ranks to cores have
+    shared them out already.
+    """
+    users = Counter(core for cores in ranks for core in cores)
+    # Thirds do not add up to 1 exactly.
+    return max(1, int(sum(1 / users[core] for core in own) + 1e-6))
+
+
+def threads_line(world: World) -> str:
+    """How many threads this rank computes with, and who decided so."""
+    ranks = "1 rank" if world.local_size == 1 else f"each of {world.local_size} ranks"
+    given = os.environ.get("OMP_NUM_THREADS")
+    why = "OMP_NUM_THREADS is set" if given else "OMP_NUM_THREADS gives another number"
+    return (
+        f"threads: {torch.get_num_threads()} for {ranks} of this host,"
+        f" which may use {len(own_cores())} cores ({why})"
+    )
 
 
 def explain_loss(error: BaseException) -> str | None:

@@ -145,6 +145,8 @@ def _devices(environment: os._Environ[str]) -> Iterator[Finding]:
             else "no GPU: ranks compute on the CPU and talk through gloo"
         ),
     )
+    if not count:
+        yield from _cpu(place["LOCAL_WORLD_SIZE"])
     if count > 1 and place["WORLD_SIZE"] == 1:
         yield Finding(
             "warn",
@@ -155,6 +157,21 @@ def _devices(environment: os._Environ[str]) -> Iterator[Finding]:
         dist.gpu_of(place["LOCAL_RANK"])
     except SptError as error:
         yield Finding("FAIL", str(error))
+
+
+def _cpu(ranks: int) -> Iterator[Finding]:
+    """What decides how fast ranks compute on this machine's cores."""
+    from spt_ds.dist import own_cores
+    from spt_ds.model.bf16 import bf16_advice, bf16_units
+
+    threads = os.environ.get("OMP_NUM_THREADS")
+    who = f"{ranks} ranks share them" if ranks > 1 else "one rank takes them all"
+    how = f"OMP_NUM_THREADS={threads}" if threads else f"{who} (OMP_NUM_THREADS is not set)"
+    yield Finding("ok", f"cores that this process may use: {len(own_cores())}; {how}")
+    if advice := bf16_advice(16):
+        yield Finding("warn", advice)
+    elif bf16_units():
+        yield Finding("ok", "products in bf16: this CPU has units for them (model.base_bits: 16)")
 
 
 def _disk(what: str, folder: Path) -> Finding:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spt_ds.config.schema import Config
-from spt_ds.run.command import add_deepspeed, add_overrides
+from spt_ds.run.command import add_deepspeed, add_overrides, large_imports
 from spt_ds.run.folder import ReplyFolder, RunFolder
 from spt_ds.run.job import exit_with, join, run_job
 
@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides = [*args.overrides, *BASE_ALONE]
 
     def work(config: Config, folder: RunFolder) -> int:
-        from spt_ds import dist
+        with large_imports():
+            import spt_ds.engine.generator  # noqa: F401 (what `_generate` takes names from)
+            from spt_ds import dist
 
         world = join(config, folder)
         out = folder.replies_before if args.base_alone else folder.replies

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spt_ds.config.schema import Config
-from spt_ds.run.command import add_deepspeed, add_overrides
+from spt_ds.run.command import add_deepspeed, add_overrides, large_imports
 from spt_ds.run.folder import RunFolder
 from spt_ds.run.job import exit_with, join, run_job
 
@@ -30,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def work(config: Config, folder: RunFolder) -> int:
-        from spt_ds import dist
-        from spt_ds.engine.trainer import train_run
+        with large_imports():
+            from spt_ds import dist
+            from spt_ds.engine.trainer import train_run
 
         world = join(config, folder)
         code = train_run(config, folder, args.deepspeed_config, world, started_s)

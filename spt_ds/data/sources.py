@@ -15,8 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets.arrow_writer import ArrowWriter
-
 from spt_ds.config.data import DataConfig, Format, Source, held_out
 from spt_ds.data.dialogue import Example
 from spt_ds.data.encode import (
@@ -29,7 +27,7 @@ from spt_ds.data.encode import (
 )
 from spt_ds.data.frames import template_text
 from spt_ds.data.readers import NO_COLUMNS, Part, Split, digest, read
-from spt_ds.data.store import FEATURES, META, TABLE, ExampleStore
+from spt_ds.data.store import META, TABLE, ExampleStore, write_table
 from spt_ds.data.template import TemplateStyle
 from spt_ds.display import shown
 from spt_ds.errors import DataError
@@ -206,18 +204,13 @@ def _write(
 ) -> None:
     """Write the table and, last, its description into the new folder `path`."""
     with new_folder(path) as folder:
-        with ArrowWriter(path=str(folder / TABLE), features=FEATURES) as writer:
-            count = 0
-            for example, encoded in encoder.stream(examples, reserved):
-                writer.write(_row(example, encoded))
-                count += 1
-            if not count:
-                raise DataError(
-                    f"{meta['source']}: none of its {encoder.left_out} examples fits into"
-                    f" data.max_tokens {encoder.max_tokens}; raise it, or set data.overflow to"
-                    " truncate or retrieve"
-                )
-            writer.finalize()
+        encoded = encoder.stream(examples, reserved)
+        if not write_table(folder / TABLE, (_row(*each) for each in encoded)):
+            raise DataError(
+                f"{meta['source']}: none of its {encoder.left_out} examples fits into"
+                f" data.max_tokens {encoder.max_tokens}; raise it, or set data.overflow to"
+                " truncate or retrieve"
+            )
         meta = {**meta, "left_out": encoder.left_out}
         (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 

@@ -6,6 +6,7 @@ proves it at start-up. Legend: N packed tokens, n rows, D embedding size, V voca
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,10 +19,12 @@ from transformers import DynamicCache, GenerationConfig, PretrainedConfig
 
 from spt_ds.config.model import ModelConfig
 from spt_ds.errors import ModelError
+from spt_ds.log import say_once
 from spt_ds.model.activations import slim_activations
 from spt_ds.model.attention import PACKED, Layout, choose_backend
 from spt_ds.model.base_check import check_base
 from spt_ds.model.base_files import base_path
+from spt_ds.model.bf16 import bf16_advice
 from spt_ds.model.conversation import cache_argument
 from spt_ds.model.head import FrozenHead
 from spt_ds.model.kernel_caches import bound_kernel_caches
@@ -227,6 +230,8 @@ def build_backbone(
     under ZeRO-3.
     """
     bound_kernel_caches()
+    if device.type == "cpu" and (advice := bf16_advice(config.base_bits)):
+        say_once(advice, logging.WARNING)
     lm = load_lm(config, base, shard)
     backend = choose_backend(config.attention, device, base_dtype(config.base_bits), strict=strict)
     return Backbone(lm, backend, config.base_bits in (4, 8) and config.quant.self_check)

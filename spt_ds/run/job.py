@@ -16,7 +16,7 @@ from spt_ds.config.load import load_config
 from spt_ds.config.schema import Config
 from spt_ds.display import printable
 from spt_ds.errors import SptError, mendable
-from spt_ds.log import flush_output, prepare_streams, say_loading
+from spt_ds.log import flush_output, get_logger, prepare_streams, say_loading
 from spt_ds.run.command import EXIT_FAILED, EXIT_USER_ERROR
 from spt_ds.run.folder import RunFolder
 
@@ -34,6 +34,8 @@ def join(config: Config, folder: RunFolder) -> World:
     from spt_ds import dist
 
     world = dist.init(config.engine.collective_timeout_s)
+    if world.device.type == "cpu":
+        get_logger().info(dist.threads_line(world))
     if world.rank == 0:
         for old in folder.errors.glob(".first-*"):
             with contextlib.suppress(OSError):  # it is another start's, and harms none

@@ -134,7 +134,9 @@ class Runner:
 
     def _call(self, command: list[str], log: BinaryIO, devices: tuple[str, ...]) -> int:
         """Run one step to its end, its output appended to `log`; return its exit code."""
-        cores = (os.cpu_count() or 1) // (self._jobs * self._ranks)
+        from spt_ds.dist import own_cores
+
+        cores = len(own_cores()) // (self._jobs * self._ranks)
         environment = {"OMP_NUM_THREADS": str(max(1, cores)), **os.environ}
         if len(devices) == 1:
             environment["CUDA_VISIBLE_DEVICES"] = devices[0]

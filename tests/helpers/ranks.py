@@ -26,7 +26,7 @@ PRELOAD = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.opt.modeling_opt",
     "deepspeed",
-    "datasets",
+    "pyarrow",
     "spt_ds.engine.trainer",
     "torch.utils.tensorboard",
     "spt_ds.model.quant_load",

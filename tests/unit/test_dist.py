@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -194,3 +195,53 @@ def test_the_rank_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, text: s
         told = dist.explain_loss(RuntimeError(text))  # not even buried yet
         assert told is not None
         assert told.startswith(f"rank 1 (pid {other.pid} on {here}) ended in the middle of a step")
+
+
+@pytest.mark.parametrize(
+    ("own", "ranks", "expected"),
+    [
+        (range(8), [range(8)], 8),
+        (range(8), [range(8)] * 2, 4),
+        (range(6), [range(6)] * 3, 2),
+        (range(8), [range(8)] * 3, 2),
+        (range(2), [range(2)] * 4, 1),  # never none
+        # A launcher that binds each rank to cores of its own has shared them out.
+        (range(4), [range(4), range(4, 8)], 4),
+        # The rank that is bound to core 0 leaves the other seven to its neighbour.
+        (range(8), [range(8), [0]], 7),
+    ],
+)
+def test_ranks_of_a_host_share_its_cores(
+    own: range, ranks: list[Sequence[int]], expected: int
+) -> None:
+    assert dist.fair_threads(own, ranks) == expected
+
+
+def threads_of(world: dist.World, given: str | None) -> tuple[int, str]:
+    """Threads of a rank that meets the others again, where OMP_NUM_THREADS is `given`."""
+    dist.shutdown()
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if given is not None:
+        os.environ["OMP_NUM_THREADS"] = given
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    torch.set_num_threads(5)
+    again = dist.init(60)
+    return torch.get_num_threads(), dist.threads_line(again)
+
+
+def test_two_ranks_do_not_both_take_all_cores() -> None:
+    cores = len(dist.own_cores())
+    threads = min(5, max(1, cores // 2))
+    line = (
+        f"threads: {threads} for each of 2 ranks of this host, which may use {cores} cores"
+        " (OMP_NUM_THREADS gives another number)"
+    )
+    assert run_ranks(2, threads_of, None) == [(threads, line)] * 2
+
+
+def test_who_sets_omp_num_threads_is_obeyed() -> None:
+    line = (
+        f"threads: 5 for each of 2 ranks of this host, which may use {len(dist.own_cores())} cores"
+        " (OMP_NUM_THREADS is set)"
+    )
+    assert run_ranks(2, threads_of, "5") == [(5, line)] * 2

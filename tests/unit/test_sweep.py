@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spt_ds import dist
 from spt_ds.config.load import dump_config, load_config, recipe_names
 from spt_ds.errors import ConfigError, EngineError
 from spt_ds.sweep import command
@@ -381,3 +382,18 @@ def test_ranks_start_by_the_launcher_and_gpus_are_shared_out(
     assert "--include localhost:6,7" in " ".join(runner._launched(["m"], ("6", "7")))
     with pytest.raises(EngineError, match="need 6 GPUs, this machine shows 4"):
         Runner(3, 2)
+
+
+def test_jobs_share_the_cores_that_the_sweep_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the machine may be more: a job of a cluster has a part of them."""
+    monkeypatch.setattr(dist, "own_cores", lambda: list(range(12)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    ask = [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
+    for given, told in ((None, "3"), ("5", "5")):
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        with (tmp_path / "log").open("wb") as log:
+            assert Runner(2, 2)._call(ask, log, ()) == 0
+        assert (tmp_path / "log").read_text().strip() == told
