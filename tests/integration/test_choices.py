@@ -37,7 +37,7 @@ def test_a_bank_learns_a_label_that_follows_from_the_profile(followed: tuple[Pat
     right = sum(line["reply"] == line["reference"] for line in before)
     assert values["accuracy"] > 90, "chance is 33"
     assert values["f1_macro"] > 90
-    assert right <= 0.5 * len(before), "the base alone does not know it"
+    assert right <= 0.6 * len(before), "the base alone does not know it"
     (row,) = re.findall(r"^accuracy +.*$", out, re.M)
     assert float(row.split()[4]) == pytest.approx(values["accuracy"] - 100 * right / 60, abs=0.01)
     assert row.endswith("< 0.0001")

@@ -34,7 +34,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def server_of(run: Path) -> tuple[Batcher, Meters]:
-    session, meters = open_run(run, "best", ()), Meters()
+    session, meters = open_run(run, "best", ["generate.min_new_tokens=8"]), Meters()
     rules = Rules("bank", 4, session.config.generate, 64)
     return Batcher(session, rules, Limits(16, 16, 60), meters), meters
 

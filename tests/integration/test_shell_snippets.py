@@ -210,6 +210,7 @@ Check = Callable[[Shell, str], None]
 # What does not run as it is printed: a pattern of commands, the reason, and the check instead.
 CANNOT: dict[str, tuple[str, Check]] = {
     r"\. \.venv/bin/activate": ("the tests run in an environment of their own", syntax),
+    r"pip (download|wheel|install --no-index) ": ("needs a package index", syntax),
     r"pip install ": ("needs a package index", extra),
     r"make ": ("installs, or runs for minutes; make itself is not tested here", made),
     r"\.ci/": ("installs Debian packages as root; runs these tests", script),
@@ -233,6 +234,7 @@ CANNOT: dict[str, tuple[str, Check]] = {
     r"python benchmarks/(communication|load_memory)": ("starts ranks for minutes", accepted),
     r"python -m benchmarks\.(sharded_layer|launches)": ("starts ranks, or needs a GPU", accepted),
     r"python -m benchmarks\.(long_context|peers|serving|soak)": ("takes minutes", accepted),
+    r"python -m benchmarks\.plan_against_peaks": ("needs a real base", accepted),
     r"python benchmarks/(quality_bits|generate_all)": ("trains or replies for hours", accepted),
     r"python benchmarks/real_base": ("loads 93 MB of weights", accepted),
     r"python benchmarks/gpu": ("needs a GPU", accepted),
@@ -305,7 +307,7 @@ def runs(folder: Path) -> None:
             assert main(["generate", run, *BRIEF.split(), *more]) == 0
         assert main(["evaluate", run]) == 0
     for source, names in {
-        "demo": ("bank", "spt", "llama-2-7b", "../other/folder"),
+        "demo": ("bank", "first", "spt", "llama-2-7b", "../other/folder"),
         "one": ("spt-seed0", "spt-seed1"),
         "pt": ("pt-longer", "pt-same-size", "pt-seed0", "lora-seed0"),
     }.items():
