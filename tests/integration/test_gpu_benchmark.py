@@ -75,15 +75,17 @@ def test_every_row_is_right_or_measured(tmp_path: Path) -> None:
 
 BARE = """
 import sys
+from importlib.machinery import PathFinder
 
 
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"deepspeed", "bitsandbytes", "datasets"}:
-            raise ModuleNotFoundError(name)
+class Installed(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] not in {"deepspeed", "bitsandbytes", "datasets"}:
+            return super().find_spec(name, path, target)
 
 
-sys.meta_path.insert(0, Missing())
+sys.meta_path[sys.meta_path.index(PathFinder)] = Installed
 """
 
 
