@@ -1,11 +1,13 @@
-"""Skips tests marked `gpu` where there is none, and notes every skipped test in the file that
-SPT_SKIPS names: see tests/skips.py.
+"""Skips tests marked `gpu` where there is none, keeps DeepSpeed's patch within its test, and notes
+every skipped test in the file that SPT_SKIPS names: see tests/skips.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _linear_of_pytorch() -> Iterator[None]:
+    """DeepSpeed replaces `functional.linear` for good by one that keeps every layer's input, so a
+    later test of the same process would count other bytes.
+    """
+    functional = getattr(sys.modules.get("torch.nn"), "functional", None)
+    linear = functional and functional.linear
+    yield
+    if functional:
+        functional.linear = linear
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

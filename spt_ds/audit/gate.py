@@ -30,9 +30,9 @@ class Gate:
 
     features: str
     kind: str
-    r2: float
+    r2: float | None
     """Share of the variance of the differences between prompts that it explains; below 0 it
-    predicts worse than their mean."""
+    predicts worse than their mean. None where these differences are the same everywhere."""
     prompts: Ints
     """[N] the prompt that it chooses."""
 
@@ -63,8 +63,9 @@ def _gate(measured: Measured, name: str, kind: str, fit: Fit) -> Gate:
         # R2 is over what a gate without features would predict, which knows the other folds only.
         mean[out] = targets[~out].mean(axis=0)
         predicted[out] = fit(scaled[~out], targets[~out], scaled[out])
-    r2 = 1.0 - np.square(targets - predicted).sum() / np.square(targets - mean).sum()
-    return Gate(name, kind, float(r2), predicted.argmin(axis=1))
+    varied = np.square(targets - mean).sum()
+    r2 = float(1.0 - np.square(targets - predicted).sum() / varied) if varied > 0 else None
+    return Gate(name, kind, r2, predicted.argmin(axis=1))
 
 
 def ridge(features: Floats, targets: Floats, new: Floats) -> Floats:

@@ -128,6 +128,7 @@ class _Tracker(threading.Thread):
         self._kept = kept
         self._lines: queue.Queue[Line | None] = queue.Queue(WAITING_LINES)
         self.lost = False
+        self._losing = threading.Lock()
         self._opening = Opening(
             config, folder, self._record.id, self._record.keep, first.step, self._record.sent
         )
@@ -142,13 +143,16 @@ class _Tracker(threading.Thread):
 
     def lose(self, why: str) -> None:
         """Say once that this tracker gets no more."""
-        if not self.lost:
-            self.lost = True
+        with self._losing:
+            if self.lost:
+                return
             say_once(
                 f"log.trackers: {self.name} gets no more lines ({why}); training continues, and"
                 " metrics.jsonl has them all",
                 logging.WARNING,
             )
+            # Last: a process that sees a lost tracker may end, and the message with it.
+            self.lost = True
 
     def run(self) -> None:
         logger: Logger | None = None

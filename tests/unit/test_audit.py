@@ -127,6 +127,17 @@ def test_a_gate_finds_nothing_where_the_context_tells_nothing() -> None:
             assert row.share_of_gap[1] < 0.1
 
 
+@pytest.mark.filterwarnings("error")
+def test_prompts_that_are_the_same_everywhere_leave_no_r2() -> None:
+    measured = bank(0.0)
+    same = replace(measured, losses=np.repeat(measured.tokens[:, None], PROMPTS, axis=1))
+    audit = audited(random_scores(same))[1]
+    gates = [row for row in audit.rows if row.name.startswith("gate")]
+    assert len(gates) == 2
+    assert [row.r2 for row in gates] == [None, None]
+    assert json.loads(json.dumps(asdict(audit), allow_nan=False))
+
+
 def test_better_than_chance_is_not_enough() -> None:
     measured = bank(0.0)
     losses = measured.losses.copy()
