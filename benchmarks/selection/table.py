@@ -1,6 +1,6 @@
-"""One table of the runs of a sweep on the task of kinds, over its seeds.
+"""One table of the runs of a sweep, over its seeds.
 
-    python -m benchmarks.selection.table runs/kinds --kinds FILE [--against pt-64]
+    python -m benchmarks.selection.table runs/kinds --against pt-64 [--kinds FILE]
 
 A folder of the sweep is ROW.seed-N. Each run is measured once, on `data.test`, by the code of
 `spt-ds audit`, and what was measured stays in RUN/measured.npz. The differences to the row
@@ -74,13 +74,15 @@ def figures(run: Measured, other: Measured, kinds: Sequence[str]) -> dict[str, f
     if run.count == 1:
         return numbers
     usage = np.bincount(run.selected, minlength=run.count)
+    if kinds:
+        numbers["by kind"] = per_token(run.of(best_of_kinds(run, kinds)))
+        numbers["kind %"] = 100 * kind_accuracy(kind_counts(run.selected, kinds, run.count))
     return {
         **numbers,
         "best single": per_token(run.of(best_single(run))),
         "random": per_token(run.losses.mean(axis=1)),
-        "by kind": per_token(run.of(best_of_kinds(run, kinds))),
+        "ensemble": per_token(run.ensemble),
         "oracle": per_token(judge.oracle),
-        "kind %": 100 * kind_accuracy(kind_counts(run.selected, kinds, run.count)),
         "least %": 100 * usage.min() / usage.sum(),
         "most %": 100 * usage.max() / usage.sum(),
         "entropy": entropy(usage) or 0.0,
@@ -91,10 +93,10 @@ def main(argv: Sequence[str]) -> int:
     """Measure, print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("root", type=Path, help="folder of the sweep")
-    parser.add_argument("--kinds", type=Path, required=True, help="kinds of data.test")
-    parser.add_argument("--against", default="pt-64", help="row that the others are compared with")
+    parser.add_argument("--against", required=True, help="row that the others are compared with")
+    parser.add_argument("--kinds", type=Path, help="kinds of data.test, one a line")
     args = parser.parse_args(argv)
-    kinds = args.kinds.read_text(encoding="utf-8").splitlines()
+    kinds = args.kinds.read_text(encoding="utf-8").splitlines() if args.kinds else []
     runs: dict[str, dict[str, Measured]] = {}
     for done in sorted(args.root.glob("*.seed-*/DONE.json")):
         row, _, seed = done.parent.name.partition(".seed-")
@@ -109,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
         report[row] = {key: [numbers[key] for numbers in columns] for key in columns[0]}
     names = list(dict.fromkeys(key for numbers in report.values() for key in numbers))
     lines: list[list[str | int | float | None]] = [
-        [row, len(numbers["nll"]), *(_spread(numbers.get(key, ())) for key in names)]
+        [row, len(numbers["nll"]), *(_cell(key, numbers.get(key, ())) for key in names)]
         for row, numbers in sorted(report.items(), key=lambda item: item[1]["nll"][0])
     ]
     print(Table(["row", "seeds", *names], lines).text())
@@ -118,7 +120,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _spread(values: Sequence[float]) -> str:
+def _cell(key: str, values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds; of p-values the largest."""
+    if key == "p" and values:
+        return f"{max(values):.4f}"
     if len(values) < 2:
         return "".join(f"{value:.3f}" for value in values)
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"

@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 )
 
 from spt_ds.config.generation import GenerateConfig
-from spt_ds.rng import keyed_generator
+from spt_ds.rng import gumbel_noise, keyed_seed
 
 
 class FuseRows(LogitsProcessor):
@@ -66,28 +66,25 @@ class MixRows(LogitsProcessor):
 class GumbelNoise(LogitsProcessor):
     """Samples by the Gumbel-max trick: argmax(logits + noise) is a draw from softmax(logits).
 
-    The noise is keyed by example and position, so the draw depends neither on the batch nor on the
-    rank that makes it.
+    The noise is a hash of example, position and token, made on the device of the logits. So a draw
+    depends neither on the batch nor on the rank that makes it, and no host draws V numbers.
     """
 
     def __init__(self, keys: Sequence[tuple[int, ...]], seed: int) -> None:
         """`keys` are those of the rows: an example's index, and a candidate of it."""
-        self.generators = {
-            key: keyed_generator(seed, "sample", *key) for key in dict.fromkeys(keys)
-        }
-        self.keys = keys
+        places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        self._seeds = torch.tensor([keyed_seed(seed, "sample", *key) for key in places])
+        self._places = torch.tensor([places[key] for key in keys])  # [rows]
 
     def __call__(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """logits [rows, V] -> the same shape."""
-        # A generator is read once per token, so its n-th draw belongs to the n-th token of the
-        # reply. It is one of the CPU, whose numbers do not depend on the GPU.
-        # Drawn once per key and position: fused rows share it, as they share the token.
-        drawn = {
-            key: -torch.empty(logits.shape[1]).exponential_(generator=generator).log()
-            for key, generator in self.generators.items()
-        }
-        noise = torch.stack([drawn[key] for key in self.keys])
-        return logits + noise.to(logits.device, logits.dtype)
+        self._seeds, self._places = (
+            tensor.to(logits.device) for tensor in (self._seeds, self._places)
+        )
+        # Once per key: fused rows share the noise, as they share the token. `input_ids` holds the
+        # new tokens alone where rows are embeddings.
+        noise = gumbel_noise(self._seeds, input_ids.shape[1], logits.shape[1])
+        return logits + noise.to(logits.dtype)[self._places]
 
 
 def constraints(
