@@ -22,8 +22,9 @@ class GenerateConfig(Section):
     """Replies of each prompt among which `mode: rank` chooses; above 1 needs `do_sample: true`."""
     max_new_tokens: PositiveInt = 32
     """Longest reply in tokens."""
-    batch_size: PositiveInt = 16
-    """Examples decoded together on one rank."""
+    batch_size: PositiveInt | Literal["auto"] = 16
+    """Examples decoded together on one rank; `auto`: as many as its memory holds, of up to 256
+    replies."""
     do_sample: bool = False
     """Sample instead of greedy decoding."""
     temperature: PositiveFloat = 1.0

@@ -20,7 +20,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ from spt_ds.config.generation import GenerateConfig
 from spt_ds.data.loader import make_batch
 from spt_ds.data.store import ExampleStore
 from spt_ds.engine.choosing import chosen_lines, line_head
+from spt_ds.engine.reply_batches import fitting, plan_batches
 from spt_ds.engine.reply_text import ReplyText
 from spt_ds.engine.session import Session
 from spt_ds.errors import DataError, EngineError
@@ -40,13 +40,6 @@ from spt_ds.model.conversation import ReplyHooks
 from spt_ds.model.decode import Decoded, decode
 from spt_ds.run.folder import ReplyFolder
 from spt_ds.run.lock import only_start
-
-
-def plan_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
-    """Cut the examples, longest first, into batches of like length, for any number of ranks."""
-    # Stable: examples of one length keep their order, and batches are the same everywhere.
-    order = np.argsort(-lengths.astype(np.int64), kind="stable").tolist()
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def decode_batch(
@@ -105,7 +98,10 @@ class Generator:
         world = self.session.world
         dist.agreed(self._make_parts)
         done = set(dist.broadcast_json(sorted(self._finished()) if world.rank == 0 else None))
-        batches = plan_batches(self.store.lengths.context, self.session.config.generate.batch_size)
+        answers = self.session.config.generate.choices != "none"
+        rows_per_example = self._most_choices if answers else self._rows_per_example
+        fits = fitting(self.session, rows_per_example)
+        batches = plan_batches(self.store.lengths.context, fits)
         # A batch with one missing reply is decoded as a whole: with other companions its rows would
         # be rounded in another way.
         todo = [rows for rows in batches if not done.issuperset(rows)]

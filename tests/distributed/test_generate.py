@@ -182,6 +182,7 @@ def test_any_ranks_choose_with_the_same_bytes(scene: Scene, tmp_path: Path) -> N
         (5, 1, [2, 2, 1]),  # unlike numbers
         (2, 1, [1, 1, 0]),  # one rank with none
         (3, 4, [3, 0, 0]),  # two ranks with none
+        (4, "auto", [4, 0, 0]),
     ],
 )
 def test_ranks_with_fewer_examples_or_none_do_not_hang(
@@ -190,7 +191,7 @@ def test_ranks_with_fewer_examples_or_none_do_not_hang(
     tmp_path: Path,
     ds: str | None,
     examples: int,
-    batch_size: int,
+    batch_size: int | str,
     shares: list[int],
 ) -> None:
     more = [f"data.max_test_examples={examples}", f"generate.batch_size={batch_size}"]
