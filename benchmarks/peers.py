@@ -7,8 +7,10 @@ Each row trains on the same examples in a process of its own, forward and backwa
 a padded loop of one's own over batches sorted by length, the same over shuffled ones, the Trainer
 of transformers (whose loss is a mean over batches), and for K prompts K passes, as PEFT applies one
 prompt to a batch. The last two rows generate replies under four prompts: here in one batch, with
-PEFT one batch for each prompt. Losses in prefix placement must agree within 1e-4 where the base has
-32 bits. The last line is one JSON object, the exit code is 1 where they do not.
+PEFT one batch for each prompt. "One by one" is prefix placement with `train.micro_batch: 1`, whose
+K rows are as many as those of K padded examples in a pass of PEFT. Losses in prefix placement must
+agree within 1e-4 where the base has 32 bits. The last line is one JSON object, the exit code is 1
+where they do not.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ CLOSE = 1e-4
 PEFT = ("peft sorted", "peft shuffled", "trainer")
 CASES = (
     *((case, 1) for case in ("ours prefix", "ours suffix", *PEFT)),
-    *((case, 4) for case in ("ours prefix", "ours suffix", "peft sorted")),
+    *((case, 4) for case in ("ours prefix", "one by one", "ours suffix", "peft sorted")),
     *((case, 4) for case in ("ours replies", "peft replies")),
 )
 
@@ -130,10 +132,12 @@ def padded(batch: Batch, *, replies: bool = True, left: bool = False) -> dict[st
     return {"input_ids": out["ids"], "attention_mask": out["mask"], "labels": labels}
 
 
-def train_ours(args: argparse.Namespace, data: Batch, prompts: int, position: str) -> Any:
+def train_ours(
+    args: argparse.Namespace, data: Batch, prompts: int, position: str, micro: int
+) -> Any:
     """A function that takes one pass over the data and returns the mean loss a token."""
     backbone, spt = ours(args, prompts, position)
-    batches = list(micro_batches(data, args.micro, list(range(len(data)))))
+    batches = list(micro_batches(data, micro, list(range(len(data)))))
 
     def work() -> float:
         total = 0.0
@@ -226,8 +230,9 @@ def row(args: argparse.Namespace, case: str, prompts: int) -> dict[str, Any]:
     if case == "peft shuffled":
         order = np.random.default_rng(0).permutation(order).tolist()
     make: dict[str, Callable[[], Any]] = {
-        "ours prefix": lambda: train_ours(args, data, prompts, "before_text"),
-        "ours suffix": lambda: train_ours(args, data, prompts, "before_reply"),
+        "ours prefix": lambda: train_ours(args, data, prompts, "before_text", args.micro),
+        "one by one": lambda: train_ours(args, data, prompts, "before_text", 1),
+        "ours suffix": lambda: train_ours(args, data, prompts, "before_reply", args.micro),
         "peft sorted": lambda: train_peft(args, data, prompts, order),
         "peft shuffled": lambda: train_peft(args, data, prompts, order),
         "trainer": lambda: train_trainer(args, data),
@@ -275,7 +280,7 @@ def main() -> int:
         )
     alike: dict[int, list[float]] = {}
     for each in rows:
-        if each["case"] in ("ours prefix", "peft sorted", "peft shuffled"):
+        if each["case"] in ("ours prefix", "one by one", "peft sorted", "peft shuffled"):
             alike.setdefault(each["K"], []).append(each["loss"])
     gaps = [(max(losses) - min(losses)) / max(losses) for losses in alike.values()]
     kept = args.bits == 16 or max(gaps) < CLOSE
