@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from spt_ds.config.section import Section
 
 
@@ -43,9 +45,22 @@ class ModelConfig(Section):
     base_bits: Literal[4, 8, 16, 32] = 16
     """Bits of the frozen weights: 32 float, 16 bfloat, 8 or 4 quantised (see `quant`)."""
     quant: QuantConfig = QuantConfig()
+    base_matmul: Literal["base_bits", "fp8"] = "base_bits"
+    """How the base multiplies: in the width of `base_bits`, or in FP8 on GPUs that have it. FP8
+    takes a base of 16 bits that is whole on each rank.
+    """
     attention: Literal["auto", "flash", "varlen", "sdpa", "eager"] = "auto"
     """Kernel of the forward pass: flash-attn (4 or 2), torch's variable-length, SDPA, or plain
     (slow, exact).
     """
     activation_checkpointing: Literal["auto", "off", "non_reentrant", "reentrant"] = "auto"
     """Recompute layers in the backward pass; `auto` decides by memory and says why."""
+
+    @model_validator(mode="after")
+    def _products(self) -> ModelConfig:
+        if self.base_matmul == "fp8" and self.base_bits != 16:
+            raise ValueError(
+                f"base_matmul is fp8, which replaces products of 16 bits, and base_bits is"
+                f" {self.base_bits}; set base_bits: 16, or leave base_matmul out"
+            )
+        return self

@@ -131,6 +131,11 @@ class Config(Section):
                 " model.activation_checkpointing: reentrant loses; set it to non_reentrant, off or"
                 " auto"
             )
+        if self.model.base_matmul != "base_bits":
+            raise ValueError(
+                f"method.type: {kind} trains weights of the base, and model.base_matmul is"
+                f" {self.model.base_matmul}, which is for frozen ones; leave it out"
+            )
         if self.engine.placement not in ("auto", "replicate"):
             raise ValueError(
                 f"method.type: {kind} trains weights of the base, which needs all of it on each"

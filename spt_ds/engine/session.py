@@ -24,6 +24,7 @@ from spt_ds.errors import ConfigError
 from spt_ds.log import get_logger
 from spt_ds.model.backbone import Backbone, build_backbone
 from spt_ds.model.baselines import build_base_trainables
+from spt_ds.model.fp8 import multiply_in_fp8
 from spt_ds.model.loading import load_base_config, load_tokenizer
 from spt_ds.model.reference import functions_of
 from spt_ds.model.spt import Spt, Trainables, build_trainables
@@ -80,6 +81,12 @@ class Session:
 def open_session(config: Config, base: Base, placement: Placement, world: dist.World) -> Session:
     """Load the base as placed, prove it usable, and initialise what trains."""
     _check_positions(config, base.config, config.data.max_tokens, "data.max_tokens")
+    if config.model.base_matmul == "fp8" and placement.zero.stage == 3:
+        raise ConfigError(
+            "model.base_matmul: fp8 needs the whole base on each rank, and this run shards it; set"
+            " engine.placement: replicate and leave a DeepSpeed file of stage 3 out, or leave"
+            " model.base_matmul out"
+        )
     # A template that does not fit the base is refused here, before any weight is read.
     template = make_template(base.tokenizer, template_style(config))
     sharding = Sharding(placement.zero, world.device)
@@ -97,6 +104,9 @@ def open_session(config: Config, base: Base, placement: Placement, world: dist.W
     # One call of it, as every use of the base: its hooks gather weights and release them.
     suffix = config.prompts.position in SUFFIX_POSITIONS
     wrapped(lambda inner: inner.check(suffix=suffix))
+    if config.model.base_matmul == "fp8":
+        # After the check, which compares the base with its own forward pass.
+        multiply_in_fp8(backbone.lm, world.device)
     tokenizer, pad = base.tokenizer, base.tokenizer.pad_token_id
     assert isinstance(pad, int)
     functions = functions_of(config.reference, pad)

@@ -192,6 +192,16 @@ def first_gradient(world: dist.World, setup: Setup) -> np.ndarray:
     return row
 
 
+@pytest.mark.parametrize("placement", ["prefix", "suffix"])
+def test_products_in_fp8_are_alike_on_any_ranks(scene: Scene, placement: str) -> None:
+    """Each row of tokens has its own scale: its companions change no bit of it."""
+    options = ("model.base_bits=16", "model.base_matmul=fp8", f"prompts.placement={placement}")
+    asked = Setup(None, scene.overrides("llama", *options))
+    (expected,) = run_ranks(1, first_gradient, asked)
+    for found in run_ranks(2, first_gradient, asked):
+        assert gap(found, expected) <= BF16
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_nvme_equals_one_process(
     scene: Scene,
