@@ -6,8 +6,9 @@ On a GPU each of them is about one kernel launch, and a small layer is bound by 
 are counted on tensors that have shapes and no values, so no GPU is needed: a Llama of two layers
 and one of three are run, and their difference is one layer. Views and names of the same memory do
 not count. Limit: in suffix placement the variable-length kernels take at most 200 a layer, and in
-both placements as many for any number of examples. The last line is one JSON object, the exit code
-is 1 where a limit is missed.
+both placements as many for any number of examples. The last rows count one token of decoding, on
+a CPU with values, because transformers reads the mask. It too takes as many for any number of
+replies. The last line is one JSON object, the exit code is 1 where a limit is missed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from spt_ds.batch import Batch
 from spt_ds.config.load import load_config
@@ -33,6 +34,7 @@ BACKENDS = ("sdpa", "varlen")
 PLACEMENTS = {"prefix": "before_text", "suffix": "before_reply"}
 MOST_A_LAYER = 200
 VOCABULARY = 64
+CONTEXT = 100  # tokens that decoding has read
 
 
 class Dispatched(TorchDispatchMode):
@@ -59,9 +61,9 @@ def micro_batch(examples: int) -> Batch:
     return Batch(context_ids, response_ids, contexts, responses, tuple(range(examples)), weights)
 
 
-def step(layers: int, backend: str, placement: str, examples: int, prompts: int) -> Counter[str]:
-    """Operations of one micro-batch through a base of so many layers."""
-    base = LlamaConfig(
+def base_of(layers: int, backend: str) -> Backbone:
+    """A Llama of so many layers."""
+    config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
@@ -70,11 +72,31 @@ def step(layers: int, backend: str, placement: str, examples: int, prompts: int)
         num_key_value_heads=2,
         max_position_embeddings=512,
     )
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=PACKED)
+    return Backbone(lm, backend)
+
+
+def token(layers: int, rows: int) -> Counter[str]:
+    """Operations of one more token of so many replies."""
+    backbone, cache = base_of(layers, "varlen"), DynamicCache()
+
+    def decoded(inner: Backbone, width: int, read: int) -> None:
+        mask = torch.ones(rows, width, dtype=torch.long)
+        inner.next_logits(mask, cache, input_ids=mask[:, :read])
+
+    with torch.no_grad():
+        backbone(decoded, CONTEXT, CONTEXT)
+        with Dispatched() as dispatched:
+            backbone(decoded, CONTEXT + 1, 1)
+    return dispatched.counts
+
+
+def step(layers: int, backend: str, placement: str, examples: int, prompts: int) -> Counter[str]:
+    """Operations of one micro-batch through a base of so many layers."""
     position = PLACEMENTS[placement]
     options = [f"prompts.count={prompts}", f"prompts.position={position}", "losses.contrastive=0"]
     config = load_config("demo", options)
-    lm = AutoModelForCausalLM.from_config(base, dtype=torch.bfloat16, attn_implementation=PACKED)
-    backbone = Backbone(lm, backend)
+    backbone = base_of(layers, backend)
     functions = functions_of(config.reference, 0)
     spt = Spt(config, build_trainables(config, backbone, functions, [], 0), functions)
     backbone.to("meta")
@@ -90,6 +112,11 @@ def per_layer(backend: str, placement: str, examples: int, prompts: int = 4) -> 
     """Operations of one decoder layer."""
     counts = [step(layers, backend, placement, examples, prompts).total() for layers in (2, 3)]
     return counts[1] - counts[0]
+
+
+def per_layer_of_token(rows: int) -> int:
+    """Operations of one decoder layer for one more token."""
+    return token(3, rows).total() - token(2, rows).total()
 
 
 def main() -> int:
@@ -108,6 +135,10 @@ def main() -> int:
             if backend == "varlen":
                 kept &= len(set(counts.values())) == 1
                 kept &= placement == "prefix" or max(counts.values()) <= MOST_A_LAYER
+    counts = {size: per_layer_of_token(size) for size in sizes}
+    rows.append({"placement": "decode", "attention": "sdpa", "per_layer": counts})
+    kept &= len(set(counts.values())) == 1
+    print("decode  sdpa    " + ", ".join(f"{n} at B = {size}" for size, n in counts.items()))
     print(json.dumps({"rows": rows, "kept": kept}))
     return 0 if kept else 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.launches import MOST_A_LAYER, per_layer
+from benchmarks.launches import MOST_A_LAYER, per_layer, per_layer_of_token
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
@@ -17,3 +17,8 @@ def test_the_count_sees_a_loop_over_rows() -> None:
     """Row by row, as on a CPU."""
     few, many = (per_layer("sdpa", "suffix", examples) for examples in (2, 4))
     assert few < many
+
+
+def test_a_token_takes_as_many_for_any_number_of_replies() -> None:
+    few, many = (per_layer_of_token(rows) for rows in (2, 16))
+    assert few == many <= 50
