@@ -137,8 +137,11 @@ def test_preemption_saves_and_requeues(
     slurm: Slurm, config: Path, tmp_path: Path, expected_loss: float, costs: list[Cost]
 ) -> None:
     run = tmp_path / "run"
-    number = slurm.train(config, run)
+    patient = ["--set", "engine.collective_timeout_s=150"]
+    number = slurm.train(config, run, arguments=patient)
     begin, step = faults.wait_for_step(run, STEP)
+    # The run must not be done before Slurm looks at what is urgent. It sends SIGCONT before SIGTERM.
+    faults.pause(ranks())
     options = ("--partition=urgent", "--nodes=3", "--exclusive", f"--output={tmp_path}/urgent.out")
     urgent = int(slurm.call("sbatch", "--parsable", *options, "--wrap", "sleep 3"))
     slurm.wait_for(urgent)
