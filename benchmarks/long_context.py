@@ -2,7 +2,7 @@
 
     python -m benchmarks.long_context [--windows 2048,8192,16384] [--folder KEEP]
 
-Writes a Llama base of 19 million random weights and two examples, each with a persona of 160,000
+Writes a Llama base of 18 million random weights and two examples, each with a persona of 160,000
 tokens, then trains two steps of one example in suffix placement, in one process on the CPU.
 `data.overflow: retrieve` fills the window with the sentences that are nearest to the question. Each
 row of the table is a window, the seconds of the run, the peak memory of its process (ru_maxrss),

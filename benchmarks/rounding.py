@@ -30,6 +30,7 @@ from spt_ds.model.reference import functions_of
 from spt_ds.model.spt import Spt, build_trainables
 
 CPU = torch.device("cpu")
+POSITIONS = {"prefix": "before_text", "suffix": "before_reply"}
 
 
 def exact(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -86,7 +87,7 @@ def main() -> int:
         [
             f"model.base={args.base}",
             "model.base_bits=16",
-            f"prompts.placement={args.placement}",
+            f"prompts.position={POSITIONS[args.placement]}",
             "losses.selection=0",
             "losses.fusion=0",
             "losses.contrastive=0",

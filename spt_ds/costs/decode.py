@@ -7,6 +7,7 @@ timed.
 from __future__ import annotations
 
 import argparse
+import statistics
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def measure(case: str, prompts: int, args: argparse.Namespace) -> dict[str, Any]
     return {
         "case": case,
         "prompts": prompts,
-        "cost": min(costs),
+        "cost": statistics.median(costs),
         "cost_unit": Clock(device).unit,
         "row_steps": steps.count // (args.steps + 1),
         "examples_times_tokens": len(batch) * args.new_tokens,
