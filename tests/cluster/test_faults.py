@@ -140,7 +140,7 @@ def test_preemption_saves_and_requeues(
     patient = ["--set", "engine.collective_timeout_s=150"]
     number = slurm.train(config, run, arguments=patient)
     begin, step = faults.wait_for_step(run, STEP)
-    # The run must not be done before Slurm looks at what is urgent, which sends SIGCONT with SIGTERM.
+    # The run must not be done before Slurm looks at what is urgent. Slurm wakes what it pre-empts.
     faults.pause(ranks())
     options = ("--partition=urgent", "--nodes=3", "--exclusive", f"--output={tmp_path}/urgent.out")
     urgent = int(slurm.call("sbatch", "--parsable", *options, "--wrap", "sleep 3"))
