@@ -74,6 +74,10 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     for bits in (4, 8):
         options = f"{step} --shape {BIG} --bits {bits} --cases prefix --batch 4"
         yield bench(f"prefix {BIG} {bits} bits", 90, options, "bitsandbytes")
+    options = (
+        f"{step} --shape {BIG} --bits 16 --base-matmul fp8 --cases prefix --batch {BATCHES[-1]}"
+    )
+    yield bench(f"prefix {BIG} fp8 x{BATCHES[-1]}", 90, options)
     yield check("runs", 180, "deepspeed", "bitsandbytes")
     options = f"{step} --shape {HUGE} --bits 4 --cases prefix --checkpointing non_reentrant"
     yield bench(f"prefix {HUGE} 4 bits", 180, options, "bitsandbytes")

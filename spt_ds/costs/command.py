@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=4, help="examples")
     parser.add_argument("--bits", type=int, default=32, choices=[4, 8, 16, 32])
     parser.add_argument(
+        "--base-matmul", default="base_bits", help="step: as model.base_matmul (default base_bits)"
+    )
+    parser.add_argument(
         "--steps",
         type=int,
         default=3,

@@ -100,6 +100,7 @@ def config_of(
             f"prompts.tokens={args.tokens}",
             f"prompts.position={'before_reply' if case == 'suffix' else 'before_text'}",
             f"model.base_bits={args.bits}",
+            f"model.base_matmul={args.base_matmul}",
             f"model.attention={args.attention}",
             f"model.activation_checkpointing={recompute}",
             "losses.contrastive=0",
