@@ -167,6 +167,8 @@ def _make_groups(place: Mapping[str, int], timeout_s: int, backend: str) -> None
     os.environ.update({key: str(value) for key, value in place.items()})
     size, margin_s = place["WORLD_SIZE"], MARGIN_S[backend]
     timeout = datetime.timedelta(seconds=timeout_s + margin_s)
+    # A group that somebody else makes, as DeepSpeed does, gets torch's default.
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     # A lone process takes no port, so any number of them can run on a host.
     store = dist.HashStore() if size == 1 else None  # type: ignore[attr-defined]
     if store is None and "MASTER_ADDR" not in os.environ:

@@ -180,18 +180,22 @@ def test_a_second_copy_per_host_equals_one_process(scene: Scene, bits: int) -> N
 def test_two_hosts_share_a_second_copy_without_being_asked(scene: Scene) -> None:
     asked = Setup(scene.ds("zero3"), scene.overrides("llama", "model.base_bits=16"))
     (expected,) = run_ranks(1, first_gradient, Setup(None, asked.overrides))
-    for found, ranks in run_ranks(4, on_two_hosts, asked):
+    for found, ranks, timeout_s in run_ranks(4, on_two_hosts, asked):
         assert gap(found, expected) <= BF16
         assert ranks == 2
+        # The group of a host's ranks is DeepSpeed's own, but waits as long as all do.
+        assert timeout_s == 90
 
 
-def on_two_hosts(world: dist.World, setup: Setup) -> tuple[np.ndarray, int]:
-    """`first_gradient` where a host has two ranks; the ranks of the copy's group."""
+def on_two_hosts(world: dist.World, setup: Setup) -> tuple[np.ndarray, int, float]:
+    """`first_gradient` where a host has two ranks; the ranks of the copy's group, its time-out."""
     from deepspeed.utils import groups
 
     two = replace(world, local_size=2, local_rank=world.rank % 2)
     row = first_gradient(two, setup)
-    return row, groups._get_zero_param_intra_parallel_group().size()
+    group = groups._get_zero_param_intra_parallel_group()
+    timeout = group._get_backend(torch.device("cpu")).options._timeout
+    return row, group.size(), timeout.total_seconds()
 
 
 def first_gradient(world: dist.World, setup: Setup) -> np.ndarray:
