@@ -12,7 +12,6 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,23 +19,17 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
-from spt_ds import errors
+from spt_ds import errors, peers
 from spt_ds.errors import EngineError
 from spt_ds.log import get_logger
 
 Result = TypeVar("Result")
-# What gloo and NCCL say in the survivors of a dead or silent rank.
-_LOSS_SIGNS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Timed out waiting",
-    "timed out",
-    "remote process exited",
-    "NCCL communicator was aborted",
-)
-_processes: list[tuple[str, int]] = []  # (host, process id) of each rank
+# How much later than the decisions' a group's time-out is. Past its own NCCL ends the process, so
+# `peers` must have spoken by then; gloo raises an exception, which is as good.
+MARGIN_S = {"gloo": 0, "nccl": 60}
+_decisions: dist.ProcessGroup | None = None  # connects hosts by gloo; None: the default group does
 
 
 @dataclass(frozen=True)
@@ -134,10 +127,11 @@ def gpu_of(local_rank: int) -> int | None:
     return local_rank if count else None
 
 
-def init(timeout_s: int) -> World:
+def init(timeout_s: int, give_up: Callable[[str], None] = peers.say_and_end) -> World:
     """Join, or alone make, the process group: NCCL on GPUs, gloo on CPUs.
 
-    Collectives fail after `timeout_s` seconds.
+    Collectives fail after `timeout_s` seconds: with an exception, or where that cannot be, with a
+    call of `give_up`, which gets the reason and ends the process.
     """
     place = launch_variables(os.environ)
     size = place["WORLD_SIZE"]
@@ -151,47 +145,61 @@ def init(timeout_s: int) -> World:
             "start with `deepspeed --num_gpus N --module spt_ds.train ...` to use them"
         )
     if not dist.is_initialized():
-        # DeepSpeed reads its place from torchrun's names, whichever launcher there was.
-        os.environ.update({key: str(value) for key, value in place.items()})
-        timeout = datetime.timedelta(seconds=timeout_s)
-        # A lone process takes no port, so any number of them can run on a host.
-        store = dist.HashStore() if size == 1 else None  # type: ignore[attr-defined]
-        if store is None and "MASTER_ADDR" not in os.environ:
-            os.environ.update(_srun_address(os.environ))
-        missing = [
-            name
-            for name in ("MASTER_ADDR", "MASTER_PORT")
-            if store is None and name not in os.environ
-        ]
-        if missing:
-            raise EngineError(
-                f"{' and '.join(missing)} not set: every rank needs the address and port of rank 0"
-            )
-        try:
-            dist.init_process_group(
-                "gloo" if gpu is None else "nccl",
-                timeout=timeout,
-                store=store,
-                rank=place["RANK"],
-                world_size=size,
-            )
-        except dist.DistNetworkError as error:
-            if "EADDRINUSE" not in str(error):
-                raise
-            raise EngineError(
-                f"port {os.environ['MASTER_PORT']} of this host is in use, probably by another job;"
-                " wait until it ends, or give another port (deepspeed --master_port 29501,"
-                " torchrun --master-port 29501, else MASTER_PORT)"
-            ) from error
+        _make_groups(place, timeout_s, "gloo" if gpu is None else "nccl")
+        if size > 1:
+            store = c10d._get_default_store().clone()
+            peers.start(store, place["RANK"], size, timeout_s, _entered, give_up)
     host = socket.gethostname()
     told = gather_json([host, os.getpid(), own_cores()])
-    _processes[:] = [(where, pid) for where, pid, _ in told]
+    peers.know([(where, pid) for where, pid, _ in told])
     if not os.environ.get("OMP_NUM_THREADS"):
         # Each rank takes all cores by itself: two ranks would get in each other's way.
         most = fair_threads(own_cores(), [cores for where, _, cores in told if where == host])
         if most < torch.get_num_threads():
             torch.set_num_threads(most)
     return World(place["RANK"], size, place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"], device)
+
+
+def _make_groups(place: Mapping[str, int], timeout_s: int, backend: str) -> None:
+    """Make the group of all ranks, and one that connects their hosts where that one does not."""
+    global _decisions
+    # DeepSpeed reads its place from torchrun's names, whichever launcher there was.
+    os.environ.update({key: str(value) for key, value in place.items()})
+    size, margin_s = place["WORLD_SIZE"], MARGIN_S[backend]
+    timeout = datetime.timedelta(seconds=timeout_s + margin_s)
+    # A group that somebody else makes, as DeepSpeed does, gets torch's default.
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    # A lone process takes no port, so any number of them can run on a host.
+    store = dist.HashStore() if size == 1 else None  # type: ignore[attr-defined]
+    if store is None and "MASTER_ADDR" not in os.environ:
+        os.environ.update(_srun_address(os.environ))
+    missing = [
+        name for name in ("MASTER_ADDR", "MASTER_PORT") if store is None and name not in os.environ
+    ]
+    if missing:
+        raise EngineError(
+            f"{' and '.join(missing)} not set: every rank needs the address and port of rank 0"
+        )
+    try:
+        dist.init_process_group(
+            backend, timeout=timeout, store=store, rank=place["RANK"], world_size=size
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise EngineError(
+            f"port {os.environ['MASTER_PORT']} of this host is in use, probably by another job;"
+            " wait until it ends, or give another port (deepspeed --master_port 29501,"
+            " torchrun --master-port 29501, else MASTER_PORT)"
+        ) from error
+    if margin_s and size > 1:
+        own = datetime.timedelta(seconds=timeout_s)
+        _decisions = dist.new_group(backend="gloo", timeout=own)
+
+
+def _entered() -> int:
+    """Collectives that this rank has entered, in all groups; in step on all ranks."""
+    return sum(group._get_sequence_number_for_group() for group in list(c10d._world.pg_map))
 
 
 def own_cores() -> list[int]:
@@ -223,48 +231,11 @@ def threads_line(world: World) -> str:
     )
 
 
-def explain_loss(error: BaseException) -> str | None:
-    """Say which rank is gone; None when `error` is not that of a collective without a peer."""
-    text = str(error)
-    if not any(sign in text for sign in _LOSS_SIGNS):
-        return None
-    host = socket.gethostname()
-    gone: list[int] = []
-    # A killed process closes its connections before it is gone.
-    give_up_s = time.monotonic() + 1.0
-    while not gone and time.monotonic() < give_up_s:
-        gone = [
-            rank
-            for rank, (where, pid) in enumerate(_processes)
-            if where == host and not _alive(pid)
-        ]
-        time.sleep(0.02)
-    if gone:
-        who = " and ".join(f"rank {rank} (pid {_processes[rank][1]} on {host})" for rank in gone)
-        return (
-            f"{who} ended in the middle of a step: killed (out of memory?), or its own message"
-            " is printed above"
-        )
-    elsewhere = sorted({where for where, _ in _processes} - {host})
-    suspects = f"a rank on {', '.join(elsewhere)}" if elsewhere else "a rank"
-    return (
-        f"{suspects} died or did not answer within engine.collective_timeout_s (every rank on"
-        f" {host} is alive): it hangs, or the network is cut"
-    )
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process of this host runs; one that nobody has buried yet does not."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            # The name of a program is in brackets and may itself hold blanks and brackets.
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return not os.path.isdir("/proc/self")  # not Linux: nothing is known
-
-
 def shutdown() -> None:
     """Leave the process group."""
+    global _decisions
+    peers.leave()
+    _decisions = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -276,13 +247,13 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """Stack equally shaped tensors of all ranks: [...] -> [ranks, ...], without gradient."""
     size = dist.get_world_size()
     if size == 1:
         return tensor.detach()[None]
     out = [torch.empty_like(tensor) for _ in range(size)]
-    dist.all_gather(out, tensor.detach().contiguous())
+    dist.all_gather(out, tensor.detach().contiguous(), group)
     return torch.stack(out)
 
 
@@ -291,12 +262,12 @@ def gather_json(value: Any) -> list[Any]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     # JSON and not `all_gather_object`, which pickles: a pickle runs code where it is read.
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     # Gathered tensors must have one shape, so lengths travel first and the rows are padded.
-    lengths = all_gather(torch.tensor([len(data)], device=data.device))[:, 0].tolist()
-    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=data.device)
+    lengths = all_gather(torch.tensor([len(data)]), _decisions)[:, 0].tolist()
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
     padded[: len(data)] = data
-    rows = all_gather(padded).cpu()
+    rows = all_gather(padded, _decisions)
     return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)]
 
 
@@ -314,7 +285,7 @@ def broadcast_(tensor: torch.Tensor) -> None:
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        all_reduce_sum(torch.zeros(1, device=_device()))
+        dist.all_reduce(torch.zeros(1), group=_decisions)
 
 
 def same_everywhere(what: str, value: str) -> None:
@@ -361,11 +332,3 @@ def agreed(work: Callable[[], Result]) -> Result:
     if first is not None:
         raise getattr(errors, first[0])(first[1])
     return cast(Result, result)
-
-
-def _device() -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if dist.get_backend() == "nccl"
-        else torch.device("cpu")
-    )

@@ -22,9 +22,11 @@ def agree_on_placement(
     Raises on every rank what `choose_placement` raises on one, and EngineError when the DeepSpeed
     files of the ranks differ.
     """
-    memory = _least_memory(world)
+    memory, per_host = _least_memory(world), _ranks_per_host(world)
     placement = dist.agreed(
-        lambda: choose_placement(config, shape, deepspeed_config, world.size, memory)
+        lambda: choose_placement(
+            config, shape, deepspeed_config, world.size, memory, host_ranks=per_host
+        )
     )
     if deepspeed_config is not None:
         # Ranks must shard alike; only the swap folder of NVMe offload is each process's own.
@@ -34,6 +36,17 @@ def agree_on_placement(
     for line in placement.reasons:
         get_logger().info(line)
     return placement
+
+
+def _ranks_per_host(world: dist.World) -> int:
+    """Ranks of each host; all of them where hosts differ, or where a host's have no common place.
+
+    DeepSpeed takes neighbours in the order of ranks for a host.
+    """
+    told = dist.gather_json([world.rank - world.local_rank, world.local_size])
+    size = told[0][1]
+    alike = all(found == [rank // size * size, size] for rank, found in enumerate(told))
+    return size if alike else world.size
 
 
 def _least_memory(world: dist.World) -> Memory:

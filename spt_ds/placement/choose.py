@@ -12,6 +12,7 @@ from spt_ds.config.method import TRAIN_THE_BASE
 from spt_ds.config.schema import Config
 from spt_ds.errors import EngineError
 from spt_ds.placement.ds_check import plan_of_file, plan_of_kind
+from spt_ds.placement.ds_machine import Hosts
 from spt_ds.placement.estimate import FIXED_BYTES, BaseShape, MicroBatch, Needs, needs_of
 from spt_ds.placement.memory import GIB, Memory
 from spt_ds.placement.zero_plan import Kind, ZeroPlan
@@ -38,22 +39,28 @@ def choose_placement(
     world_size: int,
     memory: Memory,
     batch: MicroBatch | None = None,
+    host_ranks: int | None = None,
 ) -> Placement:
     """Settle the placement for `world_size` ranks with so much memory each.
 
-    `batch` is the largest micro-batch, where it is known.
+    `batch` is the largest micro-batch, where it is known; `host_ranks` the ranks of each host, by
+    default all.
 
     A DeepSpeed file, where one is given, decides where the base lives; else `engine.placement`.
     Raises ConfigError for a file that cannot be used, EngineError where `auto` finds no place.
     """
     needs = needs_of(config, shape, world_size, batch)
+    ranks = host_ranks or world_size
+    hosts = Hosts(ranks, needs.base // ranks, room_for_copy(config, needs, memory))
     if deepspeed_config is not None:
-        zero = plan_of_file(deepspeed_config, config, shape, world_size)
+        zero = plan_of_file(deepspeed_config, config, shape, world_size, hosts)
         kind, why = zero.kind, f"placement: {zero.kind} ({deepspeed_config})"
     else:
         kind, why = place_base(config, needs, world_size, memory)
-        zero = plan_of_kind(kind, config, world_size)
-    recompute, why_recompute = choose_checkpointing(config, needs, kind, memory.rank_bytes)
+        zero = plan_of_kind(kind, config, world_size, hosts)
+    # Offloaded, the second copy is on the host as the first.
+    copy = needs.base // zero.copy_ranks if zero.copy_ranks and kind == "zero3" else 0
+    recompute, why_recompute = choose_checkpointing(config, needs, kind, memory.rank_bytes - copy)
     return Placement(zero, recompute, (why, why_recompute, *zero.notes))
 
 
@@ -98,6 +105,16 @@ def place_base(config: Config, needs: Needs, world_size: int, memory: Memory) ->
 def room(needs: Needs, memory: Memory) -> int:
     """Bytes that are left for the base on a rank whose layers are recomputed."""
     return memory.rank_bytes - FIXED_BYTES - needs.trainables - needs.recomputed
+
+
+def room_for_copy(config: Config, needs: Needs, memory: Memory) -> int:
+    """Bytes that are left for a second copy (hpZ) beside shards and what layers keep.
+
+    A second copy is no reason to recompute layers: that costs more than it saves.
+    """
+    recompute, _ = choose_checkpointing(config, needs, "zero3", memory.rank_bytes)
+    kept = needs.activations if recompute == "off" else needs.recomputed
+    return memory.rank_bytes - FIXED_BYTES - needs.trainables - needs.resident["zero3"] - kept
 
 
 def fits(kind: Kind, needs: Needs, world_size: int, memory: Memory) -> bool:

@@ -18,20 +18,23 @@ from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
 from spt_ds.json_input import load_json
 from spt_ds.placement import ds_machine
-from spt_ds.placement.ds_machine import Findings
+from spt_ds.placement.ds_machine import Findings, Hosts
 from spt_ds.placement.ds_schema import OTHER_NAMES, SECTIONS, Key
 from spt_ds.placement.estimate import BaseShape, trainable_bytes
 from spt_ds.placement.zero_plan import Kind, ZeroPlan
 from spt_ds.shipped import ds_config_path
 
 
-def plan_of_file(path: str, config: Config, shape: BaseShape, world_size: int) -> ZeroPlan:
-    """Read and check the DeepSpeed JSON at `path` for `world_size` ranks.
+def plan_of_file(
+    path: str, config: Config, shape: BaseShape, world_size: int, hosts: Hosts | None = None
+) -> ZeroPlan:
+    """Read and check the DeepSpeed JSON at `path` for `world_size` ranks, by default of one host.
 
     It decides where the base lives, whatever `engine.placement` says. Raises ConfigError with every
     problem of the file.
     """
-    plan = _Checker(path, config, shape, world_size).plan(read_deepspeed_file(path))
+    checker = _Checker(path, config, shape, world_size, hosts)
+    plan = checker.plan(read_deepspeed_file(path))
     asked = config.engine.placement
     if asked in ("auto", plan.kind):
         return plan
@@ -67,12 +70,14 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
     return tree
 
 
-def plan_of_kind(kind: Kind, config: Config, world_size: int) -> ZeroPlan:
+def plan_of_kind(
+    kind: Kind, config: Config, world_size: int, hosts: Hosts | None = None
+) -> ZeroPlan:
     """Return the plan of a run without a DeepSpeed file, with DeepSpeed's own defaults."""
     zero: dict[str, Any] = {"stage": 0 if kind == "replicate" else 3}
     if kind == "zero3_offload":
         zero["offload_param"] = {"device": "cpu"}
-    checker = _Checker(f"engine.placement {kind}", config, None, world_size)
+    checker = _Checker(f"engine.placement {kind}", config, None, world_size, hosts)
     return checker.plan({"zero_optimization": zero})
 
 
@@ -86,12 +91,18 @@ class _Checker:
     """One walk over one file: collects problems, notes and the keys that act."""
 
     def __init__(
-        self, source: str, config: Config, shape: BaseShape | None, world_size: int
+        self,
+        source: str,
+        config: Config,
+        shape: BaseShape | None,
+        world_size: int,
+        hosts: Hosts | None,
     ) -> None:
         self.source = source
         self.config = config
         self.shape = shape
         self.world_size = world_size
+        self.hosts = hosts or Hosts(world_size)
         self.found = Findings()
 
     def plan(self, tree: dict[str, Any]) -> ZeroPlan:
@@ -110,8 +121,9 @@ class _Checker:
             ds_machine.check_nvme(self.found, zero, self.shape, self.world_size)
         if "zero_quantized_weights" in zero:
             ds_machine.check_quantised(self.found, zero, self.config.model.base_bits)
-        if "zero_hpz_partition_size" in zero:
-            ds_machine.check_second_copy(self.found, zero, self.world_size)
+        if stage == 3:
+            bits = self.config.model.base_bits
+            ds_machine.check_second_copy(self.found, zero, self.world_size, bits, self.hosts)
         if self.found.problems:
             self.fail()
         if offload != "nvme" and acting.pop("aio", None):

@@ -15,6 +15,7 @@ from typing import Any
 
 from spt_ds.display import shortened
 from spt_ds.placement.estimate import BaseShape
+from spt_ds.placement.memory import GIB
 
 DEFAULT_NVME_BUFFER = 100_000_000  # elements, as DeepSpeed has it
 
@@ -29,6 +30,18 @@ class Findings:
     """Consequences and warnings."""
     inert: list[str] = field(default_factory=list)
     """Keys that are accepted and have no effect."""
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """What a second copy of a sharded base would find on each host."""
+
+    ranks: int
+    """Of the run, on each host; all of them where there is one host, or where hosts differ."""
+    copy_bytes: int = 0
+    """Of the copy, on each rank."""
+    room_bytes: int = 0
+    """That are left for it on each rank."""
 
 
 def check_nvme(
@@ -107,25 +120,44 @@ def check_quantised(found: Findings, zero: dict[str, Any], base_bits: int) -> No
         )
 
 
-def check_second_copy(found: Findings, zero: dict[str, Any], world_size: int) -> None:
-    """Check the ranks among which ZeRO++ (hpZ) keeps a second sharded copy."""
-    size = zero["zero_hpz_partition_size"]
-    if size == "auto":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        size = local if local < world_size and world_size % local == 0 else 1
-        zero["zero_hpz_partition_size"] = size
-        gain = (
-            f"{size} ranks of each host"
-            if size > 1
-            else "off, the ranks are not spread over equal hosts"
-        )
-        found.notes.append(f"zero_hpz_partition_size auto: {gain}")
-    if size < 1 or world_size % size:
+def check_second_copy(
+    found: Findings, zero: dict[str, Any], world_size: int, base_bits: int, hosts: Hosts
+) -> None:
+    """Settle and check the ranks among which ZeRO++ (hpZ) keeps a second sharded copy.
+
+    A file that does not say means "auto": where it saves gathers between hosts and fits.
+    """
+    asked, device = zero.get("zero_hpz_partition_size"), zero.get("offload_param", {}).get("device")
+    if asked in (None, "auto"):
+        spread, why = 1 < hosts.ranks < world_size, None
+        if not spread:
+            why = "it takes several equal hosts, with several ranks each"
+        elif base_bits != 16:
+            why = f"it is for 16-bit bases, model.base_bits is {base_bits}"
+        elif device in ("cpu", "nvme"):
+            why = "offload_param keeps the base off the device"
+        elif hosts.copy_bytes > hosts.room_bytes:
+            why = (
+                f"{hosts.copy_bytes / GIB:.2f} GiB do not fit into the"
+                f" {max(hosts.room_bytes, 0) / GIB:.2f} GiB that are left on each rank"
+            )
+        if why is None:
+            zero["zero_hpz_partition_size"] = hosts.ranks
+            found.notes.append(
+                f"zero_hpz_partition_size: the {hosts.ranks} ranks of each host share a second copy"
+                f" of the base, {hosts.copy_bytes / GIB:.2f} GiB on each, so that hosts gather"
+                " nothing from one another"
+            )
+            return
+        zero.pop("zero_hpz_partition_size", None)
+        if asked or spread:
+            found.notes.append(f"zero_hpz_partition_size is off: {why}")
+    elif asked < 1 or world_size % asked:
         found.problems.append(
-            f"zero_optimization.zero_hpz_partition_size: {size} does not divide the"
+            f"zero_optimization.zero_hpz_partition_size: {asked} does not divide the"
             f' {world_size} ranks; give the number of ranks per host, or "auto"'
         )
-    elif size > 1 and zero.get("offload_param", {}).get("device") == "nvme":
+    elif asked > 1 and device == "nvme":
         found.problems.append(
             "zero_optimization.zero_hpz_partition_size: DeepSpeed cannot keep the second copy"
             " on a disk; set it to 1, or offload_param.device to cpu"

@@ -102,7 +102,8 @@ ZERO: Table = {
     "stage3_use_all_reduce_for_fetch_params": _acts("bool", "gather by all-reduce"),
     "stage3_allgather_sequential": _acts("bool", "gather parameter by parameter"),
     "zero_hpz_partition_size": _acts(
-        "int", "ranks that hold a second sharded copy; auto: the ranks of one host"
+        "int",
+        "ranks that hold a second sharded copy; auto, the default: those of a host, if it fits",
     ),
     "zero_quantized_weights": _acts(
         "bool", "gather in int8; CUDA only, 16-bit bases only; auto: where it works"

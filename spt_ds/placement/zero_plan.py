@@ -33,6 +33,12 @@ class ZeroPlan:
             return "replicate"
         return "zero3" if self.offload == "none" else "zero3_offload"
 
+    @property
+    def copy_ranks(self) -> int:
+        """Ranks among which a second copy of the base is sharded (hpZ); 0 where there is none."""
+        ranks: int = self.engine_config["zero_optimization"].get("zero_hpz_partition_size", 1)
+        return ranks if ranks > 1 else 0
+
     def remove_swap_files(self) -> None:
         """Delete this process's swap files of NVMe offload, which DeepSpeed leaves behind."""
         if self.offload == "nvme":

@@ -17,6 +17,7 @@ from spt_ds.placement.estimate import MicroBatch, needs_of
 from spt_ds.placement.work import Lengths, work_of
 from spt_ds.plan.base import memory_of, shape_of
 from spt_ds.plan.text import (
+    GPUS_OF_A_NODE,
     MOST_RANKS,
     Rate,
     fewest_ranks,
@@ -99,7 +100,10 @@ def _plan(args: argparse.Namespace) -> None:
         return
     print("\n".join(sizes(needs_of(config, shape, ranks, batch), ranks, memory)))
     print(f"\n{what_fits(config, shape, ranks, memory, batch).text()}")
-    placement = choose_placement(config, shape, args.deepspeed_config, ranks, memory, batch)
+    # As the command to start with, which is printed last.
+    host_ranks = GPUS_OF_A_NODE if ranks % GPUS_OF_A_NODE == 0 else ranks
+    file = args.deepspeed_config
+    placement = choose_placement(config, shape, file, ranks, memory, batch, host_ranks)
     placement.zero.remove_swap_files()  # a dry run leaves no folder behind
     print("\n".join(placement.reasons))
     rate = Rate(args.tflops, args.seconds_per_step, args.price)

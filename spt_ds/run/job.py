@@ -6,9 +6,11 @@ import contextlib
 import os
 import socket
 import sys
+import threading
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +19,14 @@ from spt_ds.config.schema import Config
 from spt_ds.display import printable
 from spt_ds.errors import SptError, mendable
 from spt_ds.log import flush_output, get_logger, prepare_streams, say_loading
+from spt_ds.peers import explain_loss
 from spt_ds.run.command import EXIT_FAILED, EXIT_USER_ERROR
 from spt_ds.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from spt_ds.dist import World
 
+RESUMES = "The same command resumes from the newest checkpoint."
 _started: list[str] = []  # name of this start, the same on every rank, once they have met
 
 
@@ -33,7 +37,7 @@ def join(config: Config, folder: RunFolder) -> World:
     """
     from spt_ds import dist
 
-    world = dist.init(config.engine.collective_timeout_s)
+    world = dist.init(config.engine.collective_timeout_s, partial(_give_up, folder))
     if world.device.type == "cpu":
         get_logger().info(dist.threads_line(world))
     if world.rank == 0:
@@ -74,27 +78,28 @@ def run_job(
             _speak(folder, f"error: {mended}")
             return EXIT_USER_ERROR
         text = traceback.format_exc()
-        kept = _keep_traceback(folder, text)
-        what, lost = _explained(error)
-        message = f"failed: {what}\n{text if kept is None else f'traceback in {kept}'}"
-        _speak(folder, message, socket.gethostname() if lost else "")
+        loss = explain_loss(error)
+        if loss is None:
+            _fail(folder, f"{type(error).__name__}: {error}", text)
+        else:
+            _fail(folder, f"{loss}.\n{RESUMES} What the transport said: {error}", text, lost=True)
         return EXIT_FAILED
 
 
-def _explained(error: Exception) -> tuple[str, bool]:
-    """What happened, and whether it is that a peer is gone."""
-    from spt_ds import dist
+def _give_up(folder: RunFolder, loss: str) -> None:
+    """End a process whose main thread waits for a rank that is gone, as its exception would."""
+    main = threading.main_thread().ident
+    frame = sys._current_frames().get(main) if main else None
+    text = "Where the main thread waits:\n" + "".join(traceback.format_stack(frame))
+    _fail(folder, f"{loss}.\n{RESUMES}", text, lost=True)
+    exit_with(EXIT_FAILED)
 
-    loss = dist.explain_loss(error)
-    if loss is None:
-        return f"{type(error).__name__}: {error}", False
-    return (
-        (
-            f"{loss}.\nThe same command resumes from the newest checkpoint. What the transport"
-            f" said: {error}"
-        ),
-        True,
-    )
+
+def _fail(folder: RunFolder | None, what: str, text: str, *, lost: bool = False) -> None:
+    """Keep the traceback and say what happened; `lost`: that a peer is gone."""
+    kept = _keep_traceback(folder, text)
+    message = f"failed: {what}\n{text if kept is None else f'traceback in {kept}'}"
+    _speak(folder, message, socket.gethostname() if lost else "")
 
 
 def exit_with(code: int) -> None:

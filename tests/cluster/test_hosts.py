@@ -4,6 +4,7 @@ one ends both.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def test_static_torchrun_ends_on_both_sides_of_a_cut(
     assert seconds > CUT_S
     for host, other in zip(launch.TWO, reversed(launch.TWO), strict=True):
         told = links.log(f"torchrun-29503-{host}")
-        assert f"a rank on {other} died or did not answer" in told
+        assert re.search(rf"rank \d \(pid \d+ on {other}\) died or did not answer", told)
         assert f"Timed out waiting {TIMEOUT_S}000ms" in told
 
 
@@ -89,7 +90,8 @@ def test_pdsh_trains_on_two_hosts_and_ends_when_one_is_cut_off(
     faults.wait_for_step(run, jobs.EVERY + 2)
     links.link("node2", "down")
     wait_until("the end of all ranks", lambda: not ranks(), TIMEOUT_S + LEEWAY_S)
-    assert "a rank on node2 died or did not answer" in links.log("deepspeed-29504")
+    told = links.log("deepspeed-29504")
+    assert re.search(r"rank 1 \(pid \d+ on node2\) died or did not answer", told)
     wait_until("the end of the launcher", lambda: ended([launcher]), TIMEOUT_S + LEEWAY_S)
     assert launcher.returncode != 0
     assert not (run / "DONE.json").exists()

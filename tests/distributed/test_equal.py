@@ -7,6 +7,7 @@ its rounding.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from dataclasses import replace
@@ -18,11 +19,8 @@ import torch
 from torch.utils.cpp_extension import get_default_build_root
 
 from spt_ds import dist
-from spt_ds.config.load import load_config
-from spt_ds.placement.ds_check import plan_of_file
 from tests.distributed.conftest import Reference
 from tests.distributed.scenes import (
-    CONFIG,
     Outcome,
     Scene,
     Setup,
@@ -31,7 +29,6 @@ from tests.distributed.scenes import (
     open_engine,
     windows,
 )
-from tests.helpers.ds_files import sizes
 from tests.helpers.ranks import run_ranks
 
 FP32, BF16 = 1e-6, 1e-5
@@ -168,20 +165,37 @@ def test_every_combination_equals_one_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 8])
 def test_a_second_copy_per_host_equals_one_process(scene: Scene, bits: int) -> None:
-    """zeropp.json on two hosts of two ranks: each host holds the base once more."""
-    asked = Setup(scene.ds("zeropp"), scene.overrides("llama", f"model.base_bits={bits}"))
+    """Two hosts of two ranks: each host holds the base once more."""
+    file = Path(scene.ds("zero3"))
+    tree = json.loads(file.read_text())
+    tree["zero_optimization"]["zero_hpz_partition_size"] = 2
+    asked_for = file.with_name("second_copy.json")
+    asked_for.write_text(json.dumps(tree))
+    asked = Setup(str(asked_for), scene.overrides("llama", f"model.base_bits={bits}"))
     (expected,) = run_ranks(1, first_gradient, Setup(None, asked.overrides))
-    for found in run_ranks(4, on_two_hosts, asked):
+    for found in run_ranks(4, first_gradient, asked):
         assert gap(found, expected) <= FP32
 
 
-def on_two_hosts(world: dist.World, setup: Setup) -> np.ndarray:
-    """`first_gradient` where the launcher says that a host has two ranks."""
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
-    assert setup.ds is not None
-    plan = plan_of_file(setup.ds, load_config(CONFIG, list(setup.overrides)), sizes(), world.size)
-    assert plan.engine_config["zero_optimization"]["zero_hpz_partition_size"] == 2
-    return first_gradient(world, setup)
+def test_two_hosts_share_a_second_copy_without_being_asked(scene: Scene) -> None:
+    asked = Setup(scene.ds("zero3"), scene.overrides("llama", "model.base_bits=16"))
+    (expected,) = run_ranks(1, first_gradient, Setup(None, asked.overrides))
+    for found, ranks, timeout_s in run_ranks(4, on_two_hosts, asked):
+        assert gap(found, expected) <= BF16
+        assert ranks == 2
+        # The group of a host's ranks is DeepSpeed's own, but waits as long as all do.
+        assert timeout_s == 90
+
+
+def on_two_hosts(world: dist.World, setup: Setup) -> tuple[np.ndarray, int, float]:
+    """`first_gradient` where a host has two ranks; the ranks of the copy's group, its time-out."""
+    from deepspeed.utils import groups
+
+    two = replace(world, local_size=2, local_rank=world.rank % 2)
+    row = first_gradient(two, setup)
+    group = groups._get_zero_param_intra_parallel_group()
+    timeout = group._get_backend(torch.device("cpu")).options._timeout
+    return row, group.size(), timeout.total_seconds()
 
 
 def first_gradient(world: dist.World, setup: Setup) -> np.ndarray:

@@ -14,6 +14,7 @@ from spt_ds.config.schema import Config
 from spt_ds.errors import ConfigError
 from spt_ds.placement import ds_machine
 from spt_ds.placement.ds_check import plan_of_file
+from spt_ds.placement.ds_machine import Hosts
 from spt_ds.placement.estimate import BaseShape
 from spt_ds.placement.zero_plan import ZeroPlan
 
@@ -45,10 +46,11 @@ def load(
     cfg: Config | None = None,
     world: int = 2,
     shape: BaseShape | None = None,
+    hosts: Hosts | None = None,
 ) -> ZeroPlan:
     path = tmp_path / "ds.json"
     path.write_text(tree if isinstance(tree, str) else json.dumps(tree))
-    return plan_of_file(str(path), cfg or Config(), shape or sizes(), world)
+    return plan_of_file(str(path), cfg or Config(), shape or sizes(), world, hosts)
 
 
 def problems(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from spt_ds import dist, errors
+from spt_ds import dist, errors, peers
 from spt_ds.errors import DataError, EngineError
 from tests.helpers.ranks import run_ranks
 
@@ -166,7 +166,7 @@ def test_differing_values_are_listed_by_rank() -> None:
 
 
 def test_other_errors_explain_no_loss() -> None:
-    assert dist.explain_loss(RuntimeError("shape mismatch")) is None
+    assert peers.explain_loss(RuntimeError("shape mismatch")) is None
 
 
 @pytest.mark.parametrize(
@@ -183,16 +183,16 @@ def test_the_rank_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, text: s
     with subprocess.Popen(["sleep", "60"]) as other:
         here = socket.gethostname()
         monkeypatch.setattr(
-            dist, "_processes", [[here, os.getpid()], [here, other.pid], ["elsewhere", 1]]
+            peers, "_processes", [[here, os.getpid()], [here, other.pid], ["elsewhere", 1]]
         )
-        told = dist.explain_loss(RuntimeError(text))
+        told = peers.explain_loss(RuntimeError(text))
         assert told is not None
         assert (
             "a rank on elsewhere died or did not answer within engine.collective_timeout_s (every"
             f" rank on {here}" in told
         )
         other.kill()
-        told = dist.explain_loss(RuntimeError(text))  # not even buried yet
+        told = peers.explain_loss(RuntimeError(text))  # not even buried yet
         assert told is not None
         assert told.startswith(f"rank 1 (pid {other.pid} on {here}) ended in the middle of a step")
 

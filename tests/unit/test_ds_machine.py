@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,12 @@ import pytest
 
 from spt_ds.config.schema import Config
 from spt_ds.placement import ds_machine
+from spt_ds.placement.choose import choose_placement
 from spt_ds.placement.ds_check import plan_of_kind
+from spt_ds.placement.ds_machine import Hosts
+from spt_ds.placement.estimate import FIXED_BYTES, BaseShape, needs_of
+from spt_ds.placement.known_bases import KNOWN_BASES
+from spt_ds.placement.memory import Memory
 from tests.helpers.ds_files import config, load, plain_machine, problems, sizes, zero
 
 __all__ = ["plain_machine"]  # a fixture
@@ -104,15 +110,61 @@ def test_nvme_releases_parameters_at_once(tmp_path: Path) -> None:
 # --- ZeRO++
 
 
+@pytest.mark.parametrize("asked", [{}, {"zero_hpz_partition_size": "auto"}])
 @pytest.mark.parametrize(
-    ("local", "world", "size"), [("2", 4, 2), ("4", 4, 1), ("3", 4, 1), ("8", 64, 8)]
+    ("local", "world", "bits", "room", "ranks"),
+    [
+        (2, 4, 16, 5, 2),
+        (8, 64, 16, 5, 8),
+        (4, 4, 16, 5, 0),  # one host, or hosts that differ
+        (1, 4, 16, 5, 0),  # a whole copy on each rank is no sharding
+        (2, 4, 32, 5, 0),
+        (2, 4, 4, 5, 0),
+        (2, 4, 16, 4, 0),  # does not fit
+    ],
 )
-def test_hpz_auto_is_the_ranks_of_one_host(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: str, world: int, size: int
+def test_a_second_copy_per_host_is_made_where_it_saves_gathers_and_fits(
+    tmp_path: Path,
+    asked: dict[str, str],
+    local: int,
+    world: int,
+    bits: int,
+    room: int,
+    ranks: int,
 ) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    plan = load(tmp_path, zero(zero_hpz_partition_size="auto"), world=world)
-    assert plan.engine_config["zero_optimization"]["zero_hpz_partition_size"] == size
+    cfg = config(model={"base_bits": bits})
+    plan = load(tmp_path, zero(**asked), cfg, world=world, hosts=Hosts(local, 5, room))
+    assert plan.copy_ranks == ranks
+    assert plan.engine_config["zero_optimization"].get("zero_hpz_partition_size", 0) == ranks
+    said = [note for note in plan.notes if "zero_hpz_partition_size" in note]
+    # A run to which it cannot apply hears of it only where the file names it.
+    assert len(said) == bool(asked or 1 < local < world)
+
+
+@pytest.mark.parametrize("device", ["cpu", "nvme"])
+def test_a_base_that_is_offloaded_gets_no_second_copy(tmp_path: Path, device: str) -> None:
+    tree = nvme(tmp_path)
+    tree["zero_optimization"]["offload_param"] |= {"device": device}
+    assert load(tmp_path, tree, world=4, hosts=Hosts(2, 5, 5)).copy_ranks == 0
+
+
+def test_a_second_copy_is_in_the_plan_and_makes_no_layer_recompute(tmp_path: Path) -> None:
+    """Llama-2-7B on two hosts of two GPUs: 3.1 GiB of shares, 6.3 GiB of the second copy."""
+    shape = BaseShape.from_config(KNOWN_BASES["meta-llama/Llama-2-7b-hf"])
+    asked = config(engine={"placement": "zero3"})
+    needs = needs_of(asked, shape, 4)
+    copy = needs.base // 2
+    least = FIXED_BYTES + needs.trainables + needs.resident["zero3"] + needs.activations
+    for spare, ranks in ((copy, 2), (copy - 1, 0)):
+        memory = Memory(least + spare, None)
+        found = choose_placement(asked, shape, None, 4, memory, host_ranks=2)
+        assert found.zero.copy_ranks == ranks
+        assert found.recompute == "off"
+    # A file that names the ranks is obeyed, and its copy takes room from the activations.
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(zero(zero_hpz_partition_size=2)))
+    found = choose_placement(asked, shape, str(file), 4, Memory(least, None), host_ranks=2)
+    assert (found.zero.copy_ranks, found.recompute) == (2, "non_reentrant")
 
 
 def test_hpz_and_nvme_exclude_each_other(tmp_path: Path) -> None:

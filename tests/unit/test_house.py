@@ -28,7 +28,7 @@ LAYERS = [
     {"batch", "display", "files", "rng"},
     {"errors", "yaml_input"},
     {"log"},
-    {"config", "json_input", "shipped"},
+    {"config", "json_input", "peers", "shipped"},
     {"data", "dist", "model"},
     {"placement", "run"},
     {"evaluate", "track"},
