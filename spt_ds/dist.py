@@ -19,13 +19,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
 from spt_ds import errors, peers
 from spt_ds.errors import EngineError
 from spt_ds.log import get_logger
 
 Result = TypeVar("Result")
+c10d: Any = dist.distributed_c10d  # has more than its types declare
 # How much later than the decisions' a group's time-out is. Past its own NCCL ends the process, so
 # `peers` must have spoken by then; gloo raises an exception, which is as good.
 MARGIN_S = {"gloo": 0, "nccl": 60}

@@ -44,7 +44,7 @@ if __name__ == "__main__":
     def dying(self: Engine, window: Any, step: int, *args: Any) -> Any:
         if self.world.rank == int(victim) and step + 1 == int(fatal):
             if how == "stop":  # in the middle of a step, when the others have begun theirs
-                Engine._forward_backward = stopping  # type: ignore[method-assign]
+                Engine._forward_backward = stopping  # type: ignore[method-assign,assignment]
             else:
                 fail(how)
         return train_window(self, window, step, *args)
