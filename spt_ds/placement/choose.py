@@ -51,7 +51,8 @@ def choose_placement(
     """
     needs = needs_of(config, shape, world_size, batch)
     ranks = host_ranks or world_size
-    hosts = Hosts(ranks, needs.base // ranks, room_for_copy(config, needs, memory))
+    room_bytes = room_for_copy(config, needs, memory) if ranks < world_size else 0
+    hosts = Hosts(ranks, needs.base // ranks, room_bytes)
     if deepspeed_config is not None:
         zero = plan_of_file(deepspeed_config, config, shape, world_size, hosts)
         kind, why = zero.kind, f"placement: {zero.kind} ({deepspeed_config})"
@@ -59,7 +60,7 @@ def choose_placement(
         kind, why = place_base(config, needs, world_size, memory)
         zero = plan_of_kind(kind, config, world_size, hosts)
     # Offloaded, the second copy is on the host as the first.
-    copy = needs.base // zero.copy_ranks if zero.copy_ranks and kind == "zero3" else 0
+    copy = needs.base // zero.copy_ranks if kind == "zero3" and zero.copy_ranks else 0
     recompute, why_recompute = choose_checkpointing(config, needs, kind, memory.rank_bytes - copy)
     return Placement(zero, recompute, (why, why_recompute, *zero.notes))
 

@@ -55,6 +55,7 @@ SAME = "--set data.test=held_out.jsonl"  # of every run, so that runs can be com
 BRIEF = "--set generate.max_new_tokens=4"
 # What makes a long command short. The first pattern that a command matches counts.
 SHORT = {
+    r"^train .*base_matmul=fp8": f"{FEW} {SAME} --set model.base_bits=16",
     r"^train .*(data\.test=|mine\.yaml)": FEW,
     r"^train ": f"{FEW} {SAME}",
     r"^(generate|chat|audit) ": BRIEF,
@@ -235,6 +236,7 @@ CANNOT: dict[str, tuple[str, Check]] = {
     r"python -m benchmarks\.(sharded_layer|launches)": ("starts ranks, or needs a GPU", accepted),
     r"python -m benchmarks\.(long_context|peers|serving|soak)": ("takes minutes", accepted),
     r"python -m benchmarks\.plan_against_peaks": ("needs a real base", accepted),
+    r"python -m benchmarks\.selection\.table": ("needs the runs of a sweep", accepted),
     r"python benchmarks/(quality_bits|generate_all)": ("trains or replies for hours", accepted),
     r"python benchmarks/real_base": ("loads 93 MB of weights", accepted),
     r"python benchmarks/gpu": ("needs a GPU", accepted),
@@ -307,9 +309,16 @@ def runs(folder: Path) -> None:
             assert main(["generate", run, *BRIEF.split(), *more]) == 0
         assert main(["evaluate", run]) == 0
     for source, names in {
-        "demo": ("bank", "first", "spt", "llama-2-7b", "../other/folder"),
+        "demo": (
+            "bank",
+            "first",
+            "spt",
+            "llama-2-7b",
+            "convai2/mixture-t1.seed-0",
+            "../other/folder",
+        ),
         "one": ("spt-seed0", "spt-seed1"),
-        "pt": ("pt-longer", "pt-same-size", "pt-seed0", "lora-seed0"),
+        "pt": ("pt-longer", "pt-same-size", "pt-seed0", "lora-seed0", "convai2/pt.seed-0"),
     }.items():
         for name in names:
             shutil.copytree(f"runs/{source}", f"runs/{name}")

@@ -101,7 +101,8 @@ def test_the_table_compares_rows_and_averages_seeds(
         saved(tmp_path / f"pt-64.seed-{seed}", one, np.zeros_like(one))
         two = np.where(np.eye(2)[[0, 1] * 10] > 0, 20.0, 50.0)  # each prompt is good for its kind
         saved(tmp_path / f"bank.seed-{seed}", two, -two)
-    assert table.main([str(tmp_path), "--kinds", str(tmp_path / "kinds")]) == 0
+    words = [str(tmp_path), "--against", "pt-64"]
+    assert table.main([*words, "--kinds", str(tmp_path / "kinds")]) == 0
     text = capsys.readouterr().out
     bank = json.loads(text.splitlines()[-1])["bank"]
     assert bank["nll"] == [2.0, 2.0]
@@ -110,6 +111,10 @@ def test_the_table_compares_rows_and_averages_seeds(
     assert bank["by kind"] == bank["oracle"] == [2.0, 2.0]
     assert (bank["kind %"], bank["entropy"]) == ([100.0, 100.0], [1.0, 1.0])
     assert "3.500 ± 0.707" in text  # pt-64 over its seeds
+    assert f"{max(bank['p']):.4f}" in text
+    assert table.main(words) == 0
+    without = json.loads(capsys.readouterr().out.splitlines()[-1])["bank"]
+    assert set(bank) - set(without) == {"by kind", "kind %"}
 
 
 def test_the_shipped_clients_are_made_by_this_script(tmp_path: Path) -> None:
