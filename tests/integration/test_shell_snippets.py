@@ -314,11 +314,10 @@ def runs(folder: Path) -> None:
             "first",
             "spt",
             "llama-2-7b",
-            "convai2/mixture-t1.seed-0",
             "../other/folder",
         ),
         "one": ("spt-seed0", "spt-seed1"),
-        "pt": ("pt-longer", "pt-same-size", "pt-seed0", "lora-seed0", "convai2/pt.seed-0"),
+        "pt": ("pt-longer", "pt-same-size", "pt-seed0", "lora-seed0"),
     }.items():
         for name in names:
             shutil.copytree(f"runs/{source}", f"runs/{name}")
