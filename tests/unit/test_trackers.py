@@ -205,7 +205,7 @@ def test_a_tracker_that_hangs_keeps_nobody_waiting(
     started = time.monotonic()
     hung = start(folder_in(tmp_path), ["mlflow"])
     send(hung, LINES[:4])
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30  # the tracker hangs for an hour
     assert ["mlflow gets no more" in message for message in said] == [True]
 
 
