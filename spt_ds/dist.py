@@ -26,10 +26,10 @@ from spt_ds.log import get_logger
 
 Result = TypeVar("Result")
 c10d: Any = dist.distributed_c10d  # has more than its types declare
-# How much later than the decisions' a group's time-out is. Past its own NCCL ends the process, so
-# `peers` must have spoken by then; gloo raises an exception, which is as good.
+# Seconds by which the group of all ranks waits longer than decisions do. Past its time-out NCCL
+# ends the process, so `peers` must have spoken by then; gloo raises an exception, which is as good.
 MARGIN_S = {"gloo": 0, "nccl": 60}
-_decisions: dist.ProcessGroup | None = None  # connects hosts by gloo; None: the default group does
+_decisions: dist.ProcessGroup | None = None  # of all ranks, over gloo; None: the default group is
 
 
 @dataclass(frozen=True)
@@ -161,13 +161,13 @@ def init(timeout_s: int, give_up: Callable[[str], None] = peers.say_and_end) -> 
 
 
 def _make_groups(place: Mapping[str, int], timeout_s: int, backend: str) -> None:
-    """Make the group of all ranks, and one that connects their hosts where that one does not."""
+    """Make the group of all ranks, and where it is NCCL's one over gloo for what they decide."""
     global _decisions
     # DeepSpeed reads its place from torchrun's names, whichever launcher there was.
     os.environ.update({key: str(value) for key, value in place.items()})
     size, margin_s = place["WORLD_SIZE"], MARGIN_S[backend]
     timeout = datetime.timedelta(seconds=timeout_s + margin_s)
-    # A group that somebody else makes, as DeepSpeed does, gets torch's default.
+    # A group that somebody else makes, as DeepSpeed does, has torch's default: so this is ours.
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     # A lone process takes no port, so any number of them can run on a host.
     store = dist.HashStore() if size == 1 else None  # type: ignore[attr-defined]
@@ -198,7 +198,7 @@ def _make_groups(place: Mapping[str, int], timeout_s: int, backend: str) -> None
 
 
 def _entered() -> int:
-    """Collectives that this rank has entered, in all groups; in step on all ranks."""
+    """Collectives that this rank has entered, in all groups; ranks that are as far have as many."""
     return sum(group._get_sequence_number_for_group() for group in list(c10d._world.pg_map))
 
 

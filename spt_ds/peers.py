@@ -1,9 +1,9 @@
-"""Who of the ranks is gone: names it, and ends a process that would wait for it without end.
+"""Names the ranks that are gone, and ends a process that would wait for them without a word.
 
 A rank that waits inside NCCL gets no exception. Past the time-out NCCL ends the process, and leaves
-neither a message nor a traceback. So each rank has a pulse beside its main thread: it writes into
-the store through which the ranks met how many collectives the rank has entered. A rank that comes
-no further looks there for one that is behind.
+neither a message nor a traceback. So each rank has a pulse in threads of its own. It writes how
+many collectives the rank has entered into the store through which the ranks met. A rank that comes
+no further looks there for others that are silent or behind.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOSS_SIGNS = (
     "remote process exited",
     "NCCL communicator was aborted",
 )
-TICKS = 20  # of a pulse within a time-out
+TICKS = 20  # of a pulse within a time-out, at least
 LONGEST_TICK_S = 5.0
 DONE = "done"
 _LIMIT = "engine.collective_timeout_s"
@@ -49,9 +49,9 @@ class Store(Protocol):
 class Pulse:
     """Tells the other ranks that this one lives and how far it has come, and looks after them.
 
-    `entered` counts the collectives that this rank has entered: a rank whose count is lower than
-    that of another, for `limit_s` seconds, is what the other waits for. `give_up` gets the words
-    for it, and ends the process.
+    `entered` counts the collectives that this rank has entered. Where the count stays the same for
+    more than `limit_s` seconds, and another rank is silent or has a lower count, `give_up` gets the
+    words for it and ends the process.
     """
 
     def __init__(
@@ -90,7 +90,10 @@ class Pulse:
             time.sleep(0.02)
 
     def lost(self) -> tuple[list[int], bool]:
-        """The ranks that this one waits for, and whether they live; none where nobody is behind."""
+        """The ranks that this one waits for, and whether they live.
+
+        Silent ones come first, then those with the lowest count; none where nobody is behind.
+        """
         before = self._read()
         if before is None:
             return [0], False
@@ -98,7 +101,7 @@ class Pulse:
         after = self._read() or before
         others = [n for n in range(len(after)) if n != self.rank and after[n] != DONE]
         silent = [n for n in others if after[n] == before[n]]
-        # Where the first process ended between the two, all seem silent.
+        # Without a second answer, as where the first process has just ended, all would seem silent.
         if silent and after is not before:
             return silent, False
         counts = {n: int(after[n].split()[1]) for n in others}

@@ -15,14 +15,14 @@ from spt_ds.placement.estimate import BaseShape, resident_bytes
 from spt_ds.placement.memory import GIB, USABLE, host_memory_per_rank
 
 MOST_ROWS = 256  # replies that grow at a time
-LOGIT_BYTES = 32  # of each token of the vocabulary and row: logits, and the noise of sampling
+LOGIT_BYTES = 32  # of a row for each token of the vocabulary: logits, and the noise of sampling
 
 Fits = Callable[[int], int]
 """Examples that can be decoded together where the longest context has so many tokens."""
 
 
 def plan_batches(lengths: np.ndarray, fits: Fits) -> list[list[int]]:
-    """Cut the examples, longest first, into batches of like length, for any number of ranks.
+    """Cut the examples, longest first, into batches of like length, whatever the number of ranks.
 
     `lengths` are the tokens of the contexts.
     """
@@ -38,12 +38,13 @@ def plan_batches(lengths: np.ndarray, fits: Fits) -> list[list[int]]:
 
 
 def fitting(session: Session, rows_per_example: int) -> Fits:
-    """What `generate.batch_size` says, alike on all ranks; `auto` looks at their memory now."""
+    """What `generate.batch_size` says, the same on all ranks; `auto` looks at their memory now."""
     size = session.config.generate.batch_size
     if size != "auto":
         return lambda _: size
     free = min(dist.gather_json(_free_bytes(session)))
-    # A power of two: the same batches, and so the same rounding, though a little less is free.
+    # A power of two: mostly the same batches, and so the same rounding, though a little less is
+    # free.
     budget = 1 << max(free.bit_length() - 1, 0)
     get_logger().info(f"generate.batch_size: auto: batches of {budget / GIB:.2f} GiB at most")
 
@@ -58,7 +59,8 @@ def row_bytes(config: Config, shape: BaseShape, longest: int) -> int:
     """Most bytes that one row takes whose context has `longest` tokens.
 
     Counted are keys and values, embeddings, what a layer needs to read the context, the mask, and
-    the logits of one token with what sampling makes of them. The tests count them.
+    the logits of one token with what sampling makes of them. The tests compare the sum with what
+    decoding takes.
     """
     bits = config.model.base_bits
     tokens = longest + config.prompts.tokens + config.generate.max_new_tokens

@@ -1,10 +1,10 @@
 """Frozen linear layers that multiply in FP8 (e4m3), which GPUs of compute capability 8.9 or more do
-at twice the speed of bf16.
+at up to twice the speed of bf16.
 
 A weight is stored as rows of W for the forward product and as rows of its transpose for the
-backward one, together as many bytes as in bf16. Each row has its own scale. Rows of inputs and
-slopes are scaled as they come. The format is of Micikevicius et al. 2022 (arXiv 2209.05433).
-Legend: N rows.
+backward one. Together they take as many bytes as in bf16, but for the scales: each row has its own.
+Rows of inputs and slopes are scaled as they come. The format is of Micikevicius et al. 2022 (arXiv
+2209.05433). Legend: N rows, n numbers of a row, m rows of a weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from spt_ds.log import say_once
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a row of zeros
 MULTIPLE = 16  # of which the kernels want both sizes of a weight
 CAPABILITY = (8, 9)
 
@@ -28,7 +28,7 @@ Codes = tuple[torch.Tensor, torch.Tensor]
 
 
 def scaled(rows: torch.Tensor) -> Codes:
-    """Rows [N, n] so that the largest number of each is the largest that e4m3 has."""
+    """Scale rows [N, n] so that the largest number of each is the largest that e4m3 has."""
     precise = rows.float()
     scales = (precise.abs().amax(dim=1, keepdim=True) / LARGEST).clamp_min(SMALLEST_SCALE)
     return (precise / scales).to(E4M3), scales
@@ -83,8 +83,9 @@ class _Product(torch.autograd.Function):
 
 
 def multiply_in_fp8(lm: nn.Module, device: torch.device) -> None:
-    """Replace the linear layers of a base that lies on `device`; its tables and head stay.
+    """Replace the linear layers of a base that is on `device`, where their sizes fit the kernels.
 
+    Embeddings and the head stay as they are: `Backbone` has put a module of its own for the head.
     Raises ModelError for a GPU without such products, or a base without a layer that fits.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
