@@ -33,16 +33,18 @@ def counted_uniform(seeds: torch.Tensor, position: int, size: int) -> torch.Tens
     """
     numbers = torch.arange(1, size + 1, device=seeds.device) + (position << 32)
     bits = seeds[:, None] + numbers * _STEP
+    # In place: each further tensor of R * size draws costs more than what is computed in it.
+    shifted = torch.empty_like(bits)
     for shift, factor in _ROUNDS:
-        bits = (bits ^ _shifted(bits, shift)) * factor
-    return (_shifted(bits, 64 - _BITS).double() + 0.5) * 2.0**-_BITS
+        bits.bitwise_xor_(_shift(bits, shift, shifted)).mul_(factor)
+    return _shift(bits, 64 - _BITS, shifted).double().add_(0.5).mul_(2.0**-_BITS)
 
 
 def gumbel_noise(seeds: torch.Tensor, position: int, size: int) -> torch.Tensor:
     """Standard Gumbel noise, as `counted_uniform` draws."""
-    return -(-counted_uniform(seeds, position, size).log()).log()
+    return counted_uniform(seeds, position, size).log_().neg_().log_().neg_()
 
 
-def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
+def _shift(bits: torch.Tensor, by: int, out: torch.Tensor) -> torch.Tensor:
     """Bits shifted to the right; PyTorch's own shift copies the sign into what becomes free."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
+    return torch.bitwise_right_shift(bits, by, out=out).bitwise_and_((1 << (64 - by)) - 1)

@@ -11,6 +11,7 @@ from spt_ds import dist
 from spt_ds.config.schema import Config
 from spt_ds.engine.session import Session
 from spt_ds.log import get_logger
+from spt_ds.model.roomy_cache import MORE_COLUMNS
 from spt_ds.placement.estimate import BaseShape, resident_bytes
 from spt_ds.placement.memory import GIB, USABLE, host_memory_per_rank
 
@@ -58,15 +59,17 @@ def fitting(session: Session, rows_per_example: int) -> Fits:
 def row_bytes(config: Config, shape: BaseShape, longest: int) -> int:
     """Most bytes that one row takes whose context has `longest` tokens.
 
-    Counted are keys and values, embeddings, what a layer needs to read the context, the mask, and
-    the logits of one token with what sampling makes of them. The tests compare the sum with what
-    decoding takes.
+    Counted are keys and values with what a layer needs to read the context, or the room that they
+    grow into where that is more, embeddings, the mask, and the logits of one token with what
+    sampling makes of them. The tests compare the sum with what decoding takes.
     """
     bits = config.model.base_bits
-    tokens = longest + config.prompts.tokens + config.generate.max_new_tokens
+    begun = longest + config.prompts.tokens
+    tokens = begun + config.generate.max_new_tokens
+    room = begun - (-config.generate.max_new_tokens // MORE_COLUMNS) * MORE_COLUMNS
+    reading = shape.context_bytes(tokens, bits) + shape.reading_bytes(tokens, bits)
     return (
-        shape.context_bytes(tokens, bits)
-        + shape.reading_bytes(tokens, bits)
+        max(reading, shape.context_bytes(room, bits))
         + tokens * (shape.hidden * (4 if bits == 32 else 2) + tokens)
         + shape.vocabulary * LOGIT_BYTES
     )

@@ -145,7 +145,7 @@ def _rows(
     # By options alone: ranks that share a sharded base must all read a context apart, or none.
     if spt.suffix and options.reads_every_prompt:
         return branches(backbone, batch, text, prompts)
-    return whole_rows(batch, text, prompts, suffix=spt.suffix)
+    return whole_rows(backbone, batch, text, prompts, suffix=spt.suffix)
 
 
 def _draws(batch: Batch, options: GenerateConfig, rows: int) -> Sequence[tuple[int, ...]]:
@@ -204,7 +204,7 @@ def _generate(
     # `generate` skips the embeddings whose keys and values the cache holds.
     head = batch.before_prompt(suffix=True)[0]  # what stands before the prompt of the one row
     with hooks.context.reading(batch.context_ids[:head].tolist()) as cache:
-        return backbone.generate(**inputs, **cache_argument(backbone.lm, cache))
+        return backbone.generate(**inputs | cache_argument(backbone.lm, cache))
 
 
 def reply_losses(

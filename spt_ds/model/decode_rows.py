@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache
 
 from spt_ds.batch import Batch
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.conversation import cache_argument
+from spt_ds.model.roomy_cache import RoomyCache
 
 
 def whole_rows(
-    batch: Batch, text: torch.Tensor, prompts: torch.Tensor, *, suffix: bool
+    backbone: Backbone, batch: Batch, text: torch.Tensor, prompts: torch.Tensor, *, suffix: bool
 ) -> dict[str, Any]:
     """Inputs of `generate` for rows that are read from their beginning.
 
@@ -30,7 +30,9 @@ def whole_rows(
         for virtual, context, head in _each(batch, text, prompts, suffix)
     ]
     embeddings, mask = left_pad(rows)
-    return {"inputs_embeds": embeddings, "attention_mask": mask}
+    # The cache of `generate` itself copies all that it holds for each token.
+    cache = cache_argument(backbone.lm, RoomyCache())
+    return {"inputs_embeds": embeddings, "attention_mask": mask, **cache}
 
 
 def branches(
@@ -40,9 +42,7 @@ def branches(
     heads = batch.before_prompt(suffix=True)
     contexts = text.split(batch.context_lens)
     before, seen = left_pad([context[:head] for context, head in zip(contexts, heads, strict=True)])
-    # Without the base's configuration every layer keeps all its tokens, those of a sliding window
-    # too; the window is in the attention mask.
-    cache = DynamicCache()
+    cache = RoomyCache()
     backbone.read(before, seen, cache)
     count = len(prompts)
     rows_of = torch.arange(len(batch), device=text.device).repeat(count)

@@ -2,7 +2,8 @@
 
 `DynamicCache` copies all that it holds for each token, for each row that joins and for each that
 leaves. Here a token is written behind the last column, new rows are written below the last row, and
-the last rows move into the places of those that left. Legend: R rows, H heads, L columns, E head
+the last rows move into the places of those that left. Every layer keeps all its tokens, those of a
+sliding window too; the window is in the attention mask. Legend: R rows, H heads, L columns, E head
 size.
 """
 
@@ -21,17 +22,24 @@ MORE_COLUMNS = 64  # room for so many tokens more, whenever the room is used up
 class RoomyLayer(DynamicLayer):
     """Keys and values [R, H, L, E] of one layer: a view of larger tensors."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.lazy_initialization(keys, values)
-        self._stores = [keys, values]
-        self._rows, self._begin, self._end = keys.shape[0], 0, keys.shape[2]
-        self._show()
+        self._stores: list[torch.Tensor] = []
+        self._rows, self._begin, self._end = 0, 0, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Begin with room for the states [R, H, n, E] of the first tokens, and no more."""
+        super().lazy_initialization(key_states, value_states)
+        self._rows = key_states.shape[0]
+        self._stores = [states[:, :, :0] for states in (key_states, value_states)]
+        self._move(self._rows, 0, key_states.shape[2])
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the states [R, H, n, E] of new tokens; return those of all tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[2]
         if self._end + tokens > self._stores[0].shape[2]:
             columns = self._end - self._begin
@@ -68,6 +76,12 @@ class RoomyLayer(DynamicLayer):
                 live[to] = live[of]
         self._show()
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was; there may be more rows than before, or fewer."""
+        self._rows = len(beam_idx)
+        self._stores = [store.index_select(0, beam_idx) for store in self._stores]
+        self._show()
+
     def _move(self, rows: int, before: int, behind: int) -> None:
         """Into larger tensors, with so many columns up to the last one and behind it."""
         columns = min(before, self._end - self._begin)
@@ -87,21 +101,25 @@ class RoomyLayer(DynamicLayer):
 
 
 class RoomyCache(DynamicCache):
-    """The layers of one model, which begin with what was read."""
+    """The layers of one model."""
 
-    def __init__(self, read: DynamicCache) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.roomy = [RoomyLayer(*states) for states in layers_of(read)]
-        self.layers = list(self.roomy)
+        self.layer_class_to_replicate = RoomyLayer
+
+    @property
+    def _roomy(self) -> list[RoomyLayer]:
+        layers: list[Any] = self.layers
+        return layers
 
     def add_rows(self, read: DynamicCache) -> None:
         """Add the rows of another cache below those that are there."""
-        for own, states in zip(self.roomy, layers_of(read), strict=True):
-            own.add_rows(*states)
+        for layer, states in zip(self._roomy, layers_of(read), strict=True):
+            layer.add_rows(*states)
 
     def keep(self, order: Sequence[int], unused: int) -> None:
         """See `RoomyLayer.keep`."""
-        for layer in self.roomy:
+        for layer in self._roomy:
             layer.keep(order, unused)
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
 from transformers.generation.logits_process import LogitsProcessor
 
 from spt_ds.model.backbone import Backbone
@@ -64,12 +63,10 @@ class RunningRows:
 
     def _join(self, backbone: Backbone, rows: Sequence[Row]) -> None:
         embeddings, mask = left_pad([row.beginning for row in rows])
-        # Without the base's configuration every layer keeps all its tokens, those of a sliding
-        # window too; the window is in the attention mask.
-        read = DynamicCache()
+        read = RoomyCache()
         _choose(rows, backbone.next_logits(mask, read, inputs_embeds=embeddings))
         if self._cache is None:
-            self._cache = RoomyCache(read)
+            self._cache = read
         else:
             self._cache.add_rows(read)
             longest = max(mask.shape[1], self._mask.shape[1])

@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from spt_ds.model.roomy_cache import MORE_COLUMNS, RoomyCache, layers_of
 from spt_ds.model.running import _refilled
@@ -18,9 +17,9 @@ def states(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, HEADS, columns, SIZE)
 
 
-def read(rows: int, columns: int) -> DynamicCache:
+def read(rows: int, columns: int) -> RoomyCache:
     """What reading so many beginnings gives."""
-    cache = DynamicCache()
+    cache = RoomyCache()
     for layer in range(LAYERS):
         cache.update(states(rows, columns), states(rows, columns), layer)
     return cache
@@ -32,7 +31,7 @@ class Twin:
     def __init__(self) -> None:
         self.rows: list[list[torch.Tensor]] = []
 
-    def add(self, cache: DynamicCache) -> None:
+    def add(self, cache: RoomyCache) -> None:
         tensors = [t for states in layers_of(cache) for t in states]
         self.rows += [[t[row] for t in tensors] for row in range(len(tensors[0]))]
 
@@ -58,12 +57,11 @@ class Twin:
 def test_rows_and_tokens_come_and_go(seed: int) -> None:
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    first, twin = read(3, 5), Twin()
-    twin.add(first)
-    cache = RoomyCache(first)
+    cache, twin = read(3, 5), Twin()
+    twin.add(cache)
     for _ in range(300):
         count = len(twin.rows)
-        act = draw.choice(("token", "token", "token", "join", "leave"))
+        act = draw.choice(("token", "token", "token", "join", "leave", "reorder"))
         if act == "token":
             new = [(states(count, 1), states(count, 1)) for _ in range(LAYERS)]
             for layer, (keys, values) in enumerate(new):
@@ -79,11 +77,16 @@ def test_rows_and_tokens_come_and_go(seed: int) -> None:
             longest = max(row[0].shape[1] for row in twin.rows)
             twin.rows = [twin.rows[number] for number in order]
             cache.keep(order, longest - max(row[0].shape[1] for row in twin.rows))
+        elif act == "reorder":
+            longest_first = sorted(range(count), key=lambda row: -len(twin.rows[row][0][0]))
+            order = [longest_first[0], *draw.choices(range(count), k=min(count, 5))]
+            twin.rows = [twin.rows[number] for number in order]
+            cache.reorder_cache(torch.tensor(order))
         twin.check(cache)
 
 
 def test_a_token_copies_nothing_that_is_there() -> None:
-    cache = RoomyCache(read(4, 10))
+    cache = read(4, 10)
     places = set()
     for _ in range(3 * MORE_COLUMNS):
         cache.update(states(4, 1), states(4, 1), 0)
@@ -92,7 +95,7 @@ def test_a_token_copies_nothing_that_is_there() -> None:
 
 
 def test_room_that_is_no_longer_needed_is_given_back() -> None:
-    cache = RoomyCache(read(64, 300))
+    cache = read(64, 300)
     cache.keep([0], unused=290)
     for _ in range(MORE_COLUMNS + 1):
         cache.update(states(1, 1), states(1, 1), 0)
