@@ -179,7 +179,8 @@ def say_and_end(lost: str) -> NoReturn:
 def explain_loss(error: BaseException) -> str | None:
     """Say which rank is gone; None when `error` is not that of a collective without a peer."""
     text = str(error)
-    if not any(sign in text for sign in _LOSS_SIGNS):
+    alone = _pulse is None and len(_processes) < 2  # and what timed out was not a rank
+    if alone or not any(sign in text for sign in _LOSS_SIGNS):
         return None
     if _pulse is not None:
         _pulse.last_word.acquire()
@@ -225,9 +226,14 @@ def _words(ranks: Sequence[int], alive: bool) -> str:
 
 
 def _named(ranks: Sequence[int]) -> str:
-    return " and ".join(
-        f"rank {rank} (pid {_processes[rank][1]} on {_processes[rank][0]})" for rank in ranks
-    )
+    return " and ".join(map(_name, ranks))
+
+
+def _name(rank: int) -> str:
+    if rank >= len(_processes):  # it hung before the ranks had told one another where they are
+        return f"rank {rank}"
+    host, pid = _processes[rank]
+    return f"rank {rank} (pid {pid} on {host})"
 
 
 def _somewhere() -> str:

@@ -96,7 +96,7 @@ def _audit(config: Config, folder: RunFolder, args: argparse.Namespace, world: W
         own = own.model_copy(update={"data": own.data.model_copy(update=shared)})
         found, _ = _measure(own, other, args.checkpoint, args, world)
         dist.agreed(lambda: _check_same(measured, found, path))  # noqa: B023 (called at once)
-        others[path.name] = found.of(found.selected)
+        others[_row_of(path, args.against)] = found.of(found.selected)
 
     def write() -> None:
         kinds = _kinds(args.kinds, measured) if args.kinds else []
@@ -144,6 +144,11 @@ def _check_units(measured: Measured, config: Config) -> None:
             f"data.test ({names(config.data.test)}): all examples are of one dialogue; an audit"
             " compares dialogues and needs two or more"
         )
+
+
+def _row_of(path: Path, paths: Sequence[Path]) -> str:
+    """The name of a run's row: its folder's, or the whole path where two folders have one name."""
+    return path.name if [other.name for other in paths].count(path.name) == 1 else str(path)
 
 
 def _check_same(measured: Measured, other: Measured, path: Path) -> None:

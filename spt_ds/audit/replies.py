@@ -1,4 +1,4 @@
-"""Replies of a bank beside those of other systems, such as one prompt that is sampled.
+"""Replies of a bank compared with those of other systems, such as one prompt that is sampled.
 
 A bank makes replies more varied; so does sampling, at the price of fit. Only systems of the same F1
 can be compared in variety.

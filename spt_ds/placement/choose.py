@@ -109,7 +109,7 @@ def room(needs: Needs, memory: Memory) -> int:
 
 
 def room_for_copy(config: Config, needs: Needs, memory: Memory) -> int:
-    """Bytes that are left for a second copy (hpZ) beside shards and what layers keep.
+    """Bytes that are left for a second copy (hpZ) after shards and what layers keep.
 
     A second copy is no reason to recompute layers: that costs more than it saves.
     """

@@ -206,7 +206,7 @@ class _Checker:
         if path == "zero_optimization.offload_optimizer":
             states = ""
             if self.shape is not None and self.config.method.type == "spt":
-                moments = trainable_bytes(self.config, self.shape) / 2  # beside weight and gradient
+                moments = trainable_bytes(self.config, self.shape) / 2  # not weight and gradient
                 states = f" ({moments / 1e6:.1f} MB)"
             why += f": the trainables' Adam states{states} stay with them on each rank; remove it"
         self.problem(f"{path}: {why}")

@@ -241,7 +241,7 @@ def needs_of(
 
 
 def trainable_bytes(config: Config, shape: BaseShape) -> int:
-    """Weights, gradients and two Adam moments of what trains beside the base, fp32.
+    """Weights, gradients and two Adam moments of what trains, fp32.
 
     Of `method.type: full` the weights are the base's own; `lora` is counted as if every linear
     layer had an adapter.

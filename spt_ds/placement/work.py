@@ -62,7 +62,9 @@ def work_of(
     gathered = 0.0
     if placement.zero.stage == 3:
         uses = 2 + suffix  # forward and backward of the rows, and the contexts before them
-        share = (ranks - 1) / ranks
+        # A second copy is gathered within the ranks that share it.
+        group = placement.zero.copy_ranks or ranks
+        share = (group - 1) / group
         base = shape.base_bytes(config.model.base_bits, config.model.quant)
         gathered = base * uses * micro_steps * share
     # A ring sends and receives each gradient twice, but for the rank's own part. Weights, gradients

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spt_ds.audit.command import _row_of
 from spt_ds.audit.gate import network, post_hoc_gates, ridge
 from spt_ds.audit.judge import Audit, best_single, entropy, judge, kind_accuracy
 from spt_ds.audit.measured import Measured, Text
@@ -240,3 +241,8 @@ def test_the_report_shows_an_audit_and_refuses_a_damaged_one(tmp_path: Path) -> 
     (tmp_path / "audit.json").write_text(json.dumps({**content, "usage": "many"}))
     with pytest.raises(DataError, match=r"audit\.json: usage is 'many'; run `spt-ds audit` again"):
         audits([run])
+
+
+def test_runs_of_one_name_keep_rows_of_their_own() -> None:
+    paths = [Path("a/pt"), Path("b/pt"), Path("a/lora")]
+    assert [_row_of(path, paths) for path in paths] == ["a/pt", "b/pt", "lora"]

@@ -169,6 +169,16 @@ def test_other_errors_explain_no_loss() -> None:
     assert peers.explain_loss(RuntimeError("shape mismatch")) is None
 
 
+def test_a_process_alone_loses_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_processes", [[socket.gethostname(), os.getpid()]])
+    assert peers.explain_loss(RuntimeError("The read operation timed out")) is None
+
+
+def test_a_rank_that_did_not_say_where_it_is_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_processes", [])
+    assert peers._words([1], alive=True).startswith("rank 1 did not answer within")
+
+
 @pytest.mark.parametrize(
     "text",
     [

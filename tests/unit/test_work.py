@@ -94,6 +94,9 @@ def test_shards_are_gathered_for_each_use() -> None:
     work = work_of(config, shape, placed, Lengths(143, 14), 4)
     # Two micro-batches on each rank, forward and backward, three quarters of the base from others.
     assert work.gathered_bytes == pytest.approx(2 * 2 * 0.75 * shape.base_bytes(16))
+    placed.zero.engine_config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    within = work_of(config, shape, placed, Lengths(143, 14), 4)
+    assert within.gathered_bytes == pytest.approx(work.gathered_bytes * 0.5 / 0.75)
     replicated = work_of(config, shape, placement_of(config, "off"), Lengths(143, 14), 4)
     assert replicated.gathered_bytes == 0
     assert replicated.flops == work.flops
