@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spt_ds.batch import Batch
 from spt_ds.config.load import load_config
 from spt_ds.model.attention import PACKED
 from spt_ds.model.backbone import Backbone
 from spt_ds.model.reference import functions_of
+from spt_ds.model.roomy_cache import RoomyCache
 from spt_ds.model.spt import Spt, build_trainables
 
 BACKENDS = ("sdpa", "varlen")
@@ -78,7 +79,7 @@ def base_of(layers: int, backend: str) -> Backbone:
 
 def token(layers: int, rows: int) -> Counter[str]:
     """Operations of one more token of so many replies."""
-    backbone, cache = base_of(layers, "varlen"), DynamicCache()
+    backbone, cache = base_of(layers, "varlen"), RoomyCache()
 
     def decoded(inner: Backbone, width: int, read: int) -> None:
         mask = torch.ones(rows, width, dtype=torch.long)
@@ -86,8 +87,9 @@ def token(layers: int, rows: int) -> Counter[str]:
 
     with torch.no_grad():
         backbone(decoded, CONTEXT, CONTEXT)
+        backbone(decoded, CONTEXT + 1, 1)  # makes room for those that follow
         with Dispatched() as dispatched:
-            backbone(decoded, CONTEXT + 1, 1)
+            backbone(decoded, CONTEXT + 2, 1)
     return dispatched.counts
 
 
