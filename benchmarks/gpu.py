@@ -65,6 +65,8 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         for size in BATCHES:
             options = f"{step} --shape {BIG} --bits 16 --cases {placement} --batch {size}"
             yield bench(f"{placement} {BIG} x{size}", 90, options)
+    options = f"{step} --shape {BIG} --bits 16 --cases prefix,compiled --batch {BATCHES[-1]}"
+    yield bench(f"compiled {BIG} x{BATCHES[-1]}", 150, options)
     for size in REPLIES:
         options = f"decode --shape {BIG} --bits 16 --cases ours --batch {size} --steps 1"
         yield bench(f"decode {BIG} x{size}", 90, options)
@@ -104,8 +106,15 @@ def outcome_of(row: Row, deadline: float) -> dict[str, Any]:
     told: dict[str, Any] = json.loads(last)
     if "results" not in told:
         return told
-    measured: dict[str, Any] = told["results"][0]
-    return {"passed": "error" not in measured, **measured}
+    *others, measured = told["results"]
+    eager = {
+        f"{key}_{other['case']}": other[key]
+        for other in others
+        for key in ("cost", "loss", "peak_mib")
+        if key in other
+    }
+    passed = not any("error" in result for result in told["results"])
+    return {"passed": passed, **eager, **measured}
 
 
 def shown(name: str, outcome: dict[str, Any]) -> str:
@@ -122,6 +131,8 @@ def shown(name: str, outcome: dict[str, Any]) -> str:
             f"  peak {outcome['peak_mib'] / 1024:.2f} GiB,"
             f" planned {outcome['planned_mib'] / 1024:.2f} GiB"
         )
+        if "cost_prefix" in outcome:
+            text += f"  {outcome['cost_prefix'] / outcome['cost']:.2f} times as fast as eager"
     elif "row_steps" in outcome:
         rate = outcome["examples_times_tokens"] / outcome["cost"]
         text = f"{outcome['cost']:.3f} {outcome['cost_unit']}  {rate:.0f} new tokens/s"

@@ -8,25 +8,32 @@ and one of three are run, and their difference is one layer. Views and names of 
 not count. Limit: in suffix placement the variable-length kernels take at most 200 a layer, and in
 both placements as many for any number of examples. The last rows count one token of decoding, on
 a CPU with values, because transformers reads the mask. It too takes as many for any number of
-replies. The last line is one JSON object, the exit code is 1 where a limit is missed.
+replies. One row counts a layer that `torch.compile` has fused: the kernels and products in its
+code, which a C++ compiler makes for this CPU, and what attention dispatches. The last line is one
+JSON object, the exit code is 1 where a limit is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import torch
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spt_ds.batch import Batch
 from spt_ds.config.load import load_config
-from spt_ds.model.attention import PACKED
+from spt_ds.model.attention import PACKED, Layout
 from spt_ds.model.backbone import Backbone
+from spt_ds.model.base_check import small_layouts
+from spt_ds.model.compiled import compile_layers
+from spt_ds.model.graph_attention import attend, attend_backward, enlist
 from spt_ds.model.reference import functions_of
 from spt_ds.model.roomy_cache import RoomyCache
 from spt_ds.model.spt import Spt, build_trainables
@@ -36,6 +43,8 @@ PLACEMENTS = {"prefix": "before_text", "suffix": "before_reply"}
 MOST_A_LAYER = 200
 VOCABULARY = 64
 CONTEXT = 100  # tokens that decoding has read
+HEADS, KEY_HEADS, HEAD_SIZE = 8, 2, 8
+FUSED = re.compile(r"^\s*(?:\w+ = )?(?:cpp_fused\w*|extern_kernels\.\w+)\(", re.MULTILINE)
 
 
 class Dispatched(TorchDispatchMode):
@@ -66,11 +75,11 @@ def base_of(layers: int, backend: str) -> Backbone:
     """A Llama of so many layers."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64,
+        hidden_size=HEADS * HEAD_SIZE,
         intermediate_size=128,
         num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEY_HEADS,
         max_position_embeddings=512,
     )
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=PACKED)
@@ -116,6 +125,39 @@ def per_layer(backend: str, placement: str, examples: int, prompts: int = 4) -> 
     return counts[1] - counts[0]
 
 
+def fused() -> int:
+    """Kernels and products of a compiled layer in prefix placement, without attention."""
+    backbone = base_of(2, "varlen")
+    compile_layers(backbone)
+    ((layout, embeddings),) = small_layouts(backbone, suffix=False)
+
+    def step_of_base() -> None:
+        backbone.run(embeddings.detach().requires_grad_(), layout).sum().backward()
+
+    torch._dynamo.reset()
+    _, (forward, backward) = run_and_get_code(step_of_base)  # all layers share this code
+    return sum(len(FUSED.findall(code)) for code in (forward, backward))
+
+
+def attention_of_graph(examples: int, prompts: int = 4) -> Counter[str]:
+    """Operations of attention in a compiled layer in prefix placement."""
+    batch = micro_batch(examples)
+    lens = [c + r for c, r in zip(batch.context_lens, batch.response_lens, strict=True)] * prompts
+    layout = Layout(lens, torch.empty(sum(lens), dtype=torch.long, device="meta"), "varlen")
+    enlist(layout)
+    q, k, v = (
+        torch.empty(1, sum(lens), heads, HEAD_SIZE, dtype=torch.bfloat16, device="meta")
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    )
+    given = (*(tensor.transpose(1, 2) for tensor in (q, k, v)), layout.number, torch.tensor(0))
+    layout.rows.edges  # noqa: B018 - made once for all layers
+    with Dispatched() as dispatched:
+        grad = attend._init_fn(*given, 1.0, 0)
+        attend_backward._init_fn(grad, *given, 1.0, 0)
+    del dispatched.counts["aten._local_scalar_dense.default"]  # numbers that lie on the host
+    return dispatched.counts
+
+
 def per_layer_of_token(rows: int) -> int:
     """Operations of one decoder layer for one more token."""
     return token(3, rows).total() - token(2, rows).total()
@@ -137,6 +179,11 @@ def main() -> int:
             if backend == "varlen":
                 kept &= len(set(counts.values())) == 1
                 kept &= placement == "prefix" or max(counts.values()) <= MOST_A_LAYER
+    kernels = fused()
+    counts = {size: kernels + attention_of_graph(size, args.prompts).total() for size in sizes}
+    rows.append({"placement": "prefix", "attention": "varlen, compiled", "per_layer": counts})
+    kept &= len(set(counts.values())) == 1
+    print("prefix  compiled " + ", ".join(f"{n} at B = {size}" for size, n in counts.items()))
     counts = {size: per_layer_of_token(size) for size in sizes}
     rows.append({"placement": "decode", "attention": "sdpa", "per_layer": counts})
     kept &= len(set(counts.values())) == 1

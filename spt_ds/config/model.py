@@ -55,6 +55,10 @@ class ModelConfig(Section):
     """
     activation_checkpointing: Literal["auto", "off", "non_reentrant", "reentrant"] = "auto"
     """Recompute layers in the backward pass; `auto` decides by memory and says why."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the layers for training with `torch.compile`; `auto` does so for 200 steps or more on
+    a GPU. The base is frozen, of 16 or 32 bits and whole on each rank.
+    """
 
     @model_validator(mode="after")
     def _products(self) -> ModelConfig:
@@ -63,4 +67,18 @@ class ModelConfig(Section):
                 f"base_matmul is fp8, which replaces products of 16 bits, and base_bits is"
                 f" {self.base_bits}; set base_bits: 16, or leave base_matmul out"
             )
+        if self.compile == "on" and self.uncompilable:
+            raise ValueError(
+                f"compile is on, and {self.uncompilable}; set compile: auto, or base_bits: 16 and"
+                " base_matmul: base_bits"
+            )
         return self
+
+    @property
+    def uncompilable(self) -> str:
+        """Why the layers of such a base are not compiled; empty where they can be."""
+        if self.base_bits in (4, 8):
+            return f"base_bits is {self.base_bits}, whose layers are not compiled"
+        if self.base_matmul == "fp8":
+            return "base_matmul is fp8, whose layers are not compiled"
+        return ""

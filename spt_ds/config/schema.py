@@ -136,6 +136,11 @@ class Config(Section):
                 f"method.type: {kind} trains weights of the base, and model.base_matmul is"
                 f" {self.model.base_matmul}, which is for frozen ones; leave it out"
             )
+        if self.model.compile == "on":
+            raise ValueError(
+                f"method.type: {kind} trains weights of the base, and model.compile is on, which is"
+                " for frozen ones; set it to auto or off"
+            )
         if self.engine.placement not in ("auto", "replicate"):
             raise ValueError(
                 f"method.type: {kind} trains weights of the base, which needs all of it on each"

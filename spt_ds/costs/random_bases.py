@@ -19,6 +19,7 @@ from spt_ds.data.encode import encode_many
 from spt_ds.data.readers import read
 from spt_ds.model.attention import choose_backend
 from spt_ds.model.backbone import Backbone, base_dtype
+from spt_ds.model.compiled import compile_layers
 from spt_ds.model.fp8 import multiply_in_fp8
 from spt_ds.model.loading import load_tokenizer, new_lm
 from spt_ds.model.reference import functions_of
@@ -89,6 +90,8 @@ def build(
     if config.model.base_matmul == "fp8":
         multiply_in_fp8(lm, device)
     backbone.checkpoint_activations(config.model.activation_checkpointing)
+    if config.model.compile == "on":
+        compile_layers(backbone)
     functions = functions_of(config.reference, pad_id=0)
     trainables = build_trainables(config, backbone, functions, [], seed=0)
     return backbone, Spt(config, trainables, functions)

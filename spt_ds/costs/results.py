@@ -51,7 +51,7 @@ def agreement(results: list[dict[str, Any]]) -> dict[str, Any]:
     for name, naive, ours in _pairs(results):
         if "tokens" in ours:
             out[name] = ours["tokens"] == naive["tokens"]
-        elif ours["case"] in ("prefix", "ours"):  # another placement is another function
+        elif ours["case"] in ("prefix", "compiled", "ours"):  # suffix is another function
             out[name] = _gaps(ours, naive)
     precise = {
         result["prompts"]: result

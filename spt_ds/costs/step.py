@@ -26,8 +26,8 @@ from spt_ds.model.backbone import Backbone, base_dtype
 from spt_ds.model.spt import Spt
 from spt_ds.placement.estimate import BaseShape, MicroBatch, needs_of
 
-# precise is prefix in float64: it shows whose rounding a difference is.
-CASES = ("naive", "prefix", "suffix", "precise")
+# precise is prefix in float64: it shows whose rounding a difference is. compiled is prefix too.
+CASES = ("naive", "prefix", "suffix", "precise", "compiled")
 DEFAULT = CASES[:3]
 PARTS = ("forward", "losses", "backward", "optimizer")
 
@@ -101,6 +101,7 @@ def config_of(
             f"prompts.position={'before_reply' if case == 'suffix' else 'before_text'}",
             f"model.base_bits={args.bits}",
             f"model.base_matmul={args.base_matmul}",
+            f"model.compile={'on' if case == 'compiled' else 'off'}",
             f"model.attention={args.attention}",
             f"model.activation_checkpointing={recompute}",
             "losses.contrastive=0",

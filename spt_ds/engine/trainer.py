@@ -15,6 +15,7 @@ from spt_ds.data.loader import PersonaDropout, TrainLoader, eval_batches
 from spt_ds.data.sampler import MicroSize, total_steps
 from spt_ds.data.store import ExampleStore
 from spt_ds.engine.checkpoints import Checkpoints, RunState, begin_from_run
+from spt_ds.engine.compiling import compile_base, refuse_shards
 from spt_ds.engine.engine import Engine
 from spt_ds.engine.metrics import Metrics
 from spt_ds.engine.session import Session, open_session, open_split, read_base, train_style
@@ -64,6 +65,7 @@ def open_trainer(
     names = dist.agreed(lambda: chosen(config.log.trackers) if leads else [])
     base = read_base(config.model)
     placement = agree_on_placement(config, base.shape, deepspeed_config, world)
+    refuse_shards(config, placement)
     with contextlib.ExitStack() as closing:
 
         def claim() -> None:
@@ -84,6 +86,7 @@ def open_trainer(
         state = checkpoints.resume()
         if config.init and state.step == 0:
             begin_from_run(engine)
+        compile_base(session, total - state.step)
         metrics = Metrics(
             folder,
             total,

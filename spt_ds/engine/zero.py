@@ -22,6 +22,7 @@ from spt_ds import dist
 from spt_ds.errors import EngineError
 from spt_ds.files import STALE_LOCK_S, build_locks
 from spt_ds.log import say_once
+from spt_ds.model.compiled import layer_classes
 from spt_ds.placement.zero_plan import ZeroPlan
 
 
@@ -120,14 +121,8 @@ def _gather_whole_layers(root: nn.Module) -> None:
     """
     from deepspeed.utils import set_z3_leaf_modules
 
-    # The classes that transformers never splits over devices are its decoder layers.
-    names = [
-        name
-        for module in root.modules()
-        for name in getattr(module, "_no_split_modules", None) or ()
-    ]
-    if names:
-        set_z3_leaf_modules(root, sorted(set(names)), raise_if_not_found=False)
+    if names := layer_classes(root):
+        set_z3_leaf_modules(root, names, raise_if_not_found=False)
 
 
 def _rename_bytes(module: nn.Module) -> None:

@@ -53,6 +53,7 @@ def public_config(config: Config, base: str | None) -> Config:
         del tree[section]
     model, data = tree["model"], tree["data"]
     model |= {"base": name, "attention": "auto", "activation_checkpointing": "auto"}
+    model["compile"] = "auto"
     if base is not None and base != config.model.base:
         model["revision"] = None
     tree["init"], data["cache_dir"] = "", None

@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 
 from spt_ds.errors import ModelError
 from spt_ds.log import fallback, say_once
+from spt_ds.model.graph_attention import attend as graph_attend
 from spt_ds.model.varlen import AttendTo, Rows, Segment
 
 PACKED = "spt_packed"  # the name under which transformers finds `packed_attention`
@@ -40,6 +41,7 @@ class Layout:
     backend: str
     record: bool = False  # keep every layer's keys and values for `Branches`
     recorded: dict[int, KeyValue] = field(default_factory=dict)  # by the number of the layer
+    number: torch.Tensor | None = None  # by which compiled layers find it
 
     @cached_property
     def reach(self) -> int:
@@ -66,6 +68,25 @@ class Layout:
             return _attend_to(q, k, v, [own], scale)
         out: torch.Tensor = _RowByRow.apply(q, k, v, self, layer, scale)
         return out
+
+    def attend_within(
+        self,
+        window: int | None,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """`attend`, in a base whose tokens see `window` tokens at most."""
+        # Up to this length a sliding window hides nothing, so a row needs no mask but the causal
+        # one. A longer row would be read wrongly without an error.
+        if window is not None and self.reach > window:
+            raise ModelError(
+                f"rows of {self.reach} tokens exceed this base's sliding window of {window}; lower"
+                " data.max_tokens"
+            )
+        return self.attend(layer, q, k, v, scale)
 
     def attend_row(
         self, row: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
@@ -229,14 +250,6 @@ def packed_attention(
             f"{type(module).__name__} does not hand keywords on to its attention: packed rows need"
             " that"
         )
-    # Up to this length a sliding window hides nothing, so a row needs no mask but the causal one. A
-    # longer row would be read wrongly without an error.
-    window = kwargs.get("sliding_window")
-    if window is not None and layout.reach > window:
-        raise ModelError(
-            f"rows of {layout.reach} tokens exceed this base's sliding window of {window}; lower"
-            " data.max_tokens"
-        )
     # SDPA has no argument for these: to pass over them would give other numbers and no error.
     for unsupported in ("softcap", "s_aux"):
         if kwargs.get(unsupported) is not None:
@@ -245,7 +258,12 @@ def packed_attention(
                 " not support"
             )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return layout.attend(getattr(module, "layer_idx", 0), query, key, value, scale), None
+    window = kwargs.get("sliding_window")
+    if torch.compiler.is_compiling():
+        numbers = layout.number, module.layer_number
+        return graph_attend(query, key, value, *numbers, scale, window or 0), None
+    layer = getattr(module, "layer_idx", 0)
+    return layout.attend_within(window, layer, query, key, value, scale), None
 
 
 # The layout is the mask. None is registered beside it: transformers makes none for a name that it

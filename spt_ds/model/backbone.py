@@ -25,7 +25,9 @@ from spt_ds.model.attention import PACKED, Layout, choose_backend
 from spt_ds.model.base_check import check_base
 from spt_ds.model.base_files import base_path
 from spt_ds.model.bf16 import bf16_advice
+from spt_ds.model.compiled import eager_layers
 from spt_ds.model.conversation import cache_argument
+from spt_ds.model.graph_attention import enlist
 from spt_ds.model.head import FrozenHead
 from spt_ds.model.kernel_caches import bound_kernel_caches
 from spt_ds.model.loading import check_weights, first_line, new_lm, stored_lm
@@ -48,6 +50,7 @@ class Backbone(nn.Module):
         self.lm = lm
         self.backend = backend
         self.check_quantised = check_quantised
+        self.compiled = False
         head = lm.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise ModelError(
@@ -85,13 +88,21 @@ class Backbone(nn.Module):
 
     def run(self, embeddings: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Packed embeddings [N, D] -> last hidden states [N, head size], row by row of `layout`."""
+        inputs = embeddings[None]
+        if self.compiled:
+            enlist(layout)
+            # A view has a graph of its own: the first layer would be compiled apart from the rest.
+            inputs = inputs.clone()
         out = self.lm.base_model(
-            inputs_embeds=embeddings[None],
+            inputs_embeds=inputs,
             position_ids=layout.positions[None],
             use_cache=False,
             layout=layout,
         )
         hidden: torch.Tensor = out.last_hidden_state[0]
+        if self.compiled and hidden.grad_fn is not None:
+            # The backward pass finds the layout by its number, as long as somebody holds it.
+            hidden.grad_fn.metadata["layout"] = layout  # type: ignore[index]
         return hidden
 
     def checkpoint_activations(self, mode: str) -> None:
@@ -165,7 +176,8 @@ class Backbone(nn.Module):
         # run's.
         own, self.lm.generation_config = self.lm.generation_config, GenerationConfig()
         try:
-            yield
+            with eager_layers(self):
+                yield
         finally:
             self.lm.generation_config = own
             self.lm.set_attn_implementation(PACKED)

@@ -113,12 +113,38 @@ def _positions(starts: Sequence[int], lens: Sequence[int]) -> torch.Tensor:
     return torch.cat([start + torch.arange(n) for start, n in zip(starts, lens, strict=True)])
 
 
-def _packed_states(backbone: Backbone, kernel: str) -> list[torch.Tensor]:
-    """Hidden states of each row from one packed pass; refuse a base that cannot read them."""
+def _whole_rows(backbone: Backbone, kernel: str) -> tuple[Layout, torch.Tensor]:
+    """Layout and embeddings of the rows."""
     ids = torch.cat(_rows(backbone))
     layout = Layout(LENS, _positions([0] * len(LENS), LENS).to(ids.device), kernel)
+    return layout, backbone.embed(ids)
+
+
+def _tree(
+    backbone: Backbone, kernel: str
+) -> tuple[tuple[Layout, torch.Tensor], tuple[Branches, torch.Tensor]]:
+    """Layouts and embeddings of the contexts, and of the branches that are read on them."""
+    contexts, branches = (torch.cat(ids) for ids in _ids(backbone))
+    positions = _positions([0] * len(CONTEXT_LENS), CONTEXT_LENS).to(contexts.device)
+    context = Layout(CONTEXT_LENS, positions, kernel, record=True)
+    positions = _positions([c for c, _ in ROWS], [n for _, n in ROWS]).to(contexts.device)
+    lens = [COUNT * n for n in BRANCH_LENS]
+    tree = Branches(lens, positions, kernel, count=COUNT, context=context)
+    return (context, backbone.embed(contexts)), (tree, backbone.embed(branches))
+
+
+def small_layouts(backbone: Backbone, *, suffix: bool) -> Sequence[tuple[Layout, torch.Tensor]]:
+    """What a micro-batch makes the base read in one placement, small, in the order of reading."""
+    if suffix:
+        return _tree(backbone, backbone.backend)
+    return [_whole_rows(backbone, backbone.backend)]
+
+
+def _packed_states(backbone: Backbone, kernel: str) -> list[torch.Tensor]:
+    """Hidden states of each row from one packed pass; refuse a base that cannot read them."""
     try:
-        hidden = backbone.run(backbone.embed(ids), layout)
+        layout, embeddings = _whole_rows(backbone, kernel)
+        hidden = backbone.run(embeddings, layout)
     except (AttributeError, KeyError, TypeError) as error:
         # The base's own code meets a call that it was not made for.
         raise ModelError(
@@ -129,15 +155,9 @@ def _packed_states(backbone: Backbone, kernel: str) -> list[torch.Tensor]:
 
 def _branch_logits(backbone: Backbone, kernel: str) -> Logits:
     """Logits of each branch, read on the recorded keys and values of its context."""
-    contexts, branches = _ids(backbone)
-    device = contexts[0].device
-    positions = _positions([0] * len(CONTEXT_LENS), CONTEXT_LENS).to(device)
-    context = Layout(CONTEXT_LENS, positions, kernel, record=True)
-    backbone.run(backbone.embed(torch.cat(contexts)), context)
-    positions = _positions([c for c, _ in ROWS], [n for _, n in ROWS]).to(device)
-    lens = [COUNT * n for n in BRANCH_LENS]
-    layout = Branches(lens, positions, kernel, count=COUNT, context=context)
-    hidden = backbone.run(backbone.embed(torch.cat(branches)), layout)
+    (context, context_rows), (layout, branch_rows) = _tree(backbone, kernel)
+    backbone.run(context_rows, context)
+    hidden = backbone.run(branch_rows, layout)
     return [backbone.head(row) for row in hidden.split([n for _, n in ROWS])]
 
 

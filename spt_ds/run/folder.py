@@ -39,6 +39,7 @@ FREE_OPTIONS = {
     "model.activation_checkpointing",
     "model.allow_pickle",
     "model.attention",
+    "model.compile",
 }
 _WITHOUT_TEST = FREE_OPTIONS - {"data.test"}
 

@@ -71,6 +71,9 @@ def test_every_row_is_right_or_measured(tmp_path: Path) -> None:
     steps = [row for row in rows if "tokens_per_cost" in row]
     assert len(steps) >= 6
     assert all(row["tokens_per_cost"] > 0 and row["planned_mib"] > 0 for row in steps)
+    compiled = by_name["compiled tiny x2"]
+    assert compiled["cost_prefix"] > 0
+    assert compiled["loss"] == pytest.approx(compiled["loss_prefix"], rel=1e-2)
 
 
 BARE = """

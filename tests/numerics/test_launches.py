@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.launches import MOST_A_LAYER, per_layer, per_layer_of_token
+from benchmarks.launches import (
+    MOST_A_LAYER,
+    attention_of_graph,
+    fused,
+    per_layer,
+    per_layer_of_token,
+)
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
@@ -22,3 +28,10 @@ def test_the_count_sees_a_loop_over_rows() -> None:
 def test_a_token_takes_as_many_for_any_number_of_replies() -> None:
     few, many = (per_layer_of_token(rows) for rows in (2, 16))
     assert few == many <= 50
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_takes_less_than_half_of_them() -> None:
+    few, many = (attention_of_graph(examples).total() for examples in (2, 16))
+    assert few == many
+    assert fused() + many < per_layer("varlen", "prefix", 2) / 2

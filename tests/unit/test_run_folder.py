@@ -65,6 +65,7 @@ def test_what_moves_numbers_may_not_change(
         ("data", "workers", 0),
         ("model", "activation_checkpointing", "reentrant"),
         ("model", "attention", "eager"),
+        ("model", "compile", "off"),
     ],
 )
 def test_what_moves_no_number_may_change(
