@@ -32,7 +32,7 @@ def refuse_shards(config: Config, placement: Placement) -> None:
 
 
 def compile_base(session: Session, steps: int) -> None:
-    """Compile the layers of the base as `model.compile` says, for so many steps to come.
+    """Compile the layers of the base as `model.compile` says, for a run of so many steps.
 
     A compiler that fails on any rank leaves them as they are on all ranks, with a warning, and
     raises ModelError on all under `engine.strict` where `on` was asked for.
@@ -54,7 +54,7 @@ def compile_base(session: Session, steps: int) -> None:
         return
     # From here on a rank may compute a graph eagerly that it cannot compile: no rank waits for it.
     torch._dynamo.config.suppress_errors = True
-    why = "as configured" if asked == "on" else f"auto; {steps} steps to come"
+    why = "as configured" if asked == "on" else f"auto; a run of {steps} steps"
     took_s = time.monotonic() - start_s
     get_logger().info(f"compiled layers: all, made and compared in {took_s:.0f} s ({why})")
 
@@ -73,7 +73,7 @@ def _why_not(session: Session, steps: int) -> str:
     if torch.cuda.get_device_capability(device) < AMPERE:
         return "they pay on GPUs of compute capability 8.0 or more"
     if steps < WORTH_STEPS:
-        return f"{steps} steps to come, they pay from {WORTH_STEPS} on"
+        return f"a run of {steps} steps, they pay from {WORTH_STEPS} on"
     return ""
 
 

@@ -86,7 +86,8 @@ def open_trainer(
         state = checkpoints.resume()
         if config.init and state.step == 0:
             begin_from_run(engine)
-        compile_base(session, total - state.step)
+        # By all steps: compiled layers round differently, and a run that resumes takes the same.
+        compile_base(session, total)
         metrics = Metrics(
             folder,
             total,

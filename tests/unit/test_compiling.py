@@ -86,7 +86,7 @@ def test_auto_compiles_where_it_pays(
 def test_auto_leaves_short_runs_and_old_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = session(load_config("demo"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert "199 steps to come, they pay from 200 on" in compiling._why_not(opened, 199)
+    assert "a run of 199 steps, they pay from 200 on" in compiling._why_not(opened, 199)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "compute capability 8.0 or more" in compiling._why_not(opened, 1000)
 
