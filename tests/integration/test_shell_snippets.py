@@ -237,6 +237,7 @@ CANNOT: dict[str, tuple[str, Check]] = {
     r"python -m benchmarks\.(long_context|peers|serving|soak)": ("takes minutes", accepted),
     r"python -m benchmarks\.plan_against_peaks": ("needs a real base", accepted),
     r"python -m benchmarks\.selection\.table": ("needs the runs of a sweep", accepted),
+    r"spt-ds (audit|compare|generate) runs/convai2/": ("the same", syntax),
     r"python benchmarks/(quality_bits|generate_all)": ("trains or replies for hours", accepted),
     r"python benchmarks/real_base": ("loads 93 MB of weights", accepted),
     r"python benchmarks/gpu": ("needs a GPU", accepted),
