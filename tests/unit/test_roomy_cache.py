@@ -81,7 +81,7 @@ def test_rows_and_tokens_come_and_go(seed: int) -> None:
             longest_first = sorted(range(count), key=lambda row: -len(twin.rows[row][0][0]))
             order = [longest_first[0], *draw.choices(range(count), k=min(count, 5))]
             twin.rows = [twin.rows[number] for number in order]
-            cache.reorder_cache(torch.tensor(order))
+            cache.reorder_cache(torch.LongTensor(order))
         twin.check(cache)
 
 
